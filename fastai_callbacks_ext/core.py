@@ -374,7 +374,7 @@ def plot(self:EventTrace,
     ax.invert_yaxis()
     return ax
 
-# %% ../nbs/00_core.ipynb #8e02e3d6
+# %% ../nbs/00_core.ipynb #16f890af
 _colors = dict(zip(_phases, plt.cm.Pastel1.colors))
 
 def _draw(ax, item, x, depth):
@@ -385,5 +385,5 @@ def _draw(ax, item, x, depth):
     n = 0
     for o in item.items: n += _draw(ax, o, x+n, depth+1)
     ax.barh(depth, n, left=x, height=0.9, color=_colors[item.name], edgecolor='white')
-    ax.text(x+n/2, depth, item.name, ha='center', va='center', fontsize=7, rotation=0 if n>4 else 90)
+    ax.text(x+n/2, depth, item.name, ha='center', va='center', fontsize=7 if n>4 else 6, rotation=0 if n>4 else 90)
     return n

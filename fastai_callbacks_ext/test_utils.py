@@ -5,17 +5,16 @@
 # %% auto #0
 __all__ = ['digits_dls', 'digits_model', 'digits_learner', 'words', 'text_dls', 'text_learner', 'PoisonBatch']
 
-# %% ../nbs/90_test_utils.ipynb #21b8216d
+# %% ../nbs/90_test_utils.ipynb #80daf6e1
 import re
-from functools import partial
 from pydoc_data.topics import topics
 
 import torch
 from torch import nn
-from torch.utils.data import TensorDataset
 from fastai.callback.core import Callback
 from fastai.callback.rnn import RNNCallback, ModelResetter
-from fastai.data.core import DataLoaders
+from fastai.data.core import DataLoaders, Datasets
+from fastai.data.transforms import ItemGetter
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy, Perplexity
@@ -23,20 +22,21 @@ from fastai.text.data import LMDataLoader
 from fastai.text.models.awdlstm import AWD_LSTM, awd_lstm_lm_config
 from fastai.text.models.core import get_language_model
 from fastai.torch_core import set_seed
+from fastcore.imports import noop
 
-# %% ../nbs/90_test_utils.ipynb #96ed32f3
+# %% ../nbs/90_test_utils.ipynb #b0263cd6
 def digits_dls(
     bs:int=64, # Images in a batch
     n:int=1024, # Images used, of 1,797; one in five goes to validation
-    **kwargs # Passed to `DataLoaders.from_dsets`
+    **kwargs # Passed to `Datasets.dataloaders`
 )->DataLoaders: # Batches of images `(bs, 1, 8, 8)` in [0, 1] and labels `(bs,)`
     "scikit-learn's digits, shuffled, in a training and a validation set"
     from sklearn.datasets import load_digits
     x,y = map(torch.tensor, load_digits(return_X_y=True))
     idx = torch.randperm(len(x), generator=torch.Generator().manual_seed(42))[:n]
-    x,y,n_valid = (x[idx]/16).float().view(-1,1,8,8), y[idx].long(), n//5
-    dsets = TensorDataset(x[n_valid:], y[n_valid:]),TensorDataset(x[:n_valid], y[:n_valid])
-    return DataLoaders.from_dsets(*dsets, bs=bs, num_workers=0, **kwargs)
+    items = list(zip((x[idx]/16).float().view(-1,1,8,8), y[idx].long()))
+    dsets = Datasets(items, [[ItemGetter(0)], [ItemGetter(1)]], splits=(range(n//5, n), range(n//5)))
+    return dsets.dataloaders(bs=bs, num_workers=0, **kwargs)
 
 # %% ../nbs/90_test_utils.ipynb #1bc2cb18
 def digits_model()->nn.Module:
@@ -65,7 +65,7 @@ def words(n:int=20_000)->list: # The words, lower case; punctuation marks are wo
     text = ' '.join(topics[k] for k in sorted(topics))
     return re.findall(r'\w+|[^\w\s]', text.lower())[:n]
 
-# %% ../nbs/90_test_utils.ipynb #023ba9e4
+# %% ../nbs/90_test_utils.ipynb #5d808919
 def text_dls(
     bs:int=16, # Sequences in a batch
     seq_len:int=20, # Words in a sequence
@@ -76,12 +76,12 @@ def text_dls(
     vocab = sorted(set(ws))
     num = {w:i for i,w in enumerate(vocab)}
     ids,n_valid = torch.tensor([num[w] for w in ws]), n//10
-    dl = partial(LMDataLoader, bs=bs, seq_len=seq_len, num_workers=0)
-    dls = DataLoaders(dl([ids[n_valid:]], shuffle=True), dl([ids[:n_valid]]))
+    dsets = Datasets([ids[n_valid:], ids[:n_valid]], [[noop]], splits=([0], [1]), dl_type=LMDataLoader)
+    dls = dsets.dataloaders(bs=bs, seq_len=seq_len, num_workers=0)
     dls.vocab = vocab
     return dls
 
-# %% ../nbs/90_test_utils.ipynb #01b33af4
+# %% ../nbs/90_test_utils.ipynb #cd8a8386
 def text_learner(
     cbs=None, # Callbacks; None for fastai's `ModelResetter` and `RNNCallback`, which an AWD-LSTM needs
     bs:int=16, # Sequences in a batch
@@ -93,9 +93,9 @@ def text_learner(
     "A `Learner` with a small AWD-LSTM that predicts the next word"
     set_seed(seed)
     dls = text_dls(bs, seq_len, n)
-    config = awd_lstm_lm_config | dict(emb_sz=32, n_hid=64, n_layers=2)
+    config = awd_lstm_lm_config | dict(emb_sz=64, n_hid=64, n_layers=1)
     model = get_language_model(AWD_LSTM, len(dls.vocab), config=config, drop_mult=0.1)
-    kwargs = dict(loss_func=CrossEntropyLossFlat(), metrics=Perplexity(), lr=1e-2) | kwargs
+    kwargs = dict(loss_func=CrossEntropyLossFlat(), metrics=Perplexity(), lr=2e-2) | kwargs
     learn = Learner(dls, model, cbs=[ModelResetter(), RNNCallback()] if cbs is None else cbs, **kwargs)
     learn.recorder.add_time = False
     return learn

@@ -1,0 +1,37 @@
+# Each target sets up what it needs in .venv; see `make help`
+PYTHON ?= python3
+BIN = .venv/bin
+# notebooks' stored outputs and test runs are free of other packages' warnings; one thread per process is fastest for small models
+RUN = PYTHONWARNINGS=ignore $(BIN)
+
+.PHONY: help demo test docs bench notebooks clean
+
+help:          ## Show this list
+	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.venv/ready: pyproject.toml setup.cfg
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3,10) and "Python >= 3.10 is needed, and $(PYTHON) is "+sys.version.split()[0]+"; try make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -e '.[dev]'
+	@touch $@
+
+demo: .venv/ready  ## Train a language model on the Python language reference (3 minutes)
+	$(RUN)/python examples/language_model.py
+
+test: .venv/ready  ## Run all tests, with coverage
+	OMP_NUM_THREADS=1 $(RUN)/pytest -n 2 --dist worksteal --cov --cov-fail-under=95 --durations 5
+
+docs: .venv/ready  ## Write README.md and build the site into docs/_build/html, warnings as errors
+	$(RUN)/python docs/build.py --readme
+	$(RUN)/python docs/build.py
+
+bench: .venv/ready ## Measure the callbacks beside their peers
+	$(RUN)/python benchmarks/callbacks.py
+
+notebooks: .venv/ready ## Export the modules, run the notebooks and store their outputs
+	$(BIN)/nbdev-export
+	$(RUN)/nbdev-test --save --n-workers 2
+	$(BIN)/nbdev-clean
+
+clean:         ## Remove what the other targets made
+	rm -rf .venv _proc build dist docs/_build examples/out *.egg-info .pytest_cache .coverage*

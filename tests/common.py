@@ -1,0 +1,61 @@
+"What the tests share: the public callbacks, a learner for each, and what a fit may leave behind"
+import os, signal, threading, warnings
+from contextlib import contextmanager
+
+import torch
+import fastai.callback.all   # for what it adds to `Learner`: `fit_one_cycle`, `lr_find`, `no_bar`, ...
+import fastai_callbacks_ext.all as ext
+from fastai_callbacks_ext.core import ExtCallback
+from fastai_callbacks_ext.test_utils import digits_learner, text_learner
+
+warnings.filterwarnings('ignore')
+
+def public_callbacks():
+    "Every callback that `from fastai_callbacks_ext.all import *` gives"
+    found = {getattr(ext, o) for o in ext.__all__}
+    return sorted((o for o in found if isinstance(o, type) and issubclass(o, ExtCallback) and o is not ExtCallback), key=lambda o: o.__name__)
+
+RNN = [ext.ModelResetter, ext.RNNCallback]   # an AWD-LSTM needs both
+
+# The learner for a callback that cannot work with the one that reads digits
+NEEDS = {ext.ModelResetter: text_learner, ext.RNNCallback: text_learner, ext.RNNRegularizer: text_learner}
+
+# Arguments that make a callback do its work, where the defaults make it do nothing
+ARGS = {ext.RNNRegularizer: dict(alpha=2, beta=1)}
+
+def make(cls): return cls(**ARGS.get(cls, {}))
+
+def learner(*classes, cbs=None, **kwargs):
+    "A small learner that callbacks of these `classes` can work with, with one of each, or with `cbs`, and with what they need beside them"
+    cbs = [make(cls) for cls in classes] if cbs is None else cbs
+    if any(NEEDS.get(cls) is text_learner for cls in classes):
+        return text_learner([cls() for cls in RNN if cls not in classes] + cbs, n=1000, **kwargs)
+    return digits_learner(cbs, n=160, bs=32, **kwargs)
+
+@contextmanager
+def quiet(learn):
+    "No progress bar, no epoch lines"
+    with learn.no_bar(), learn.no_logging(): yield learn
+
+def fit(learn, n=1, method='fit', **kwargs):
+    with quiet(learn): getattr(learn, method)(n, **kwargs)
+    return learn
+
+def _hooks(module): return {k:len(v) for k,v in vars(module).items() if k.endswith('_hooks') and hasattr(v, '__len__')}
+
+def traces(learn):
+    "Everything outside the results of a fit that a callback might have left changed"
+    own = {k:v for k,v in vars(learn).items() if hasattr(type(learn), k) and k!='_metrics'}   # methods replaced on the instance
+    return dict(
+        hooks=[_hooks(m) for m in learn.model.modules()],
+        tensor_hooks=[len(p._backward_hooks or ()) for p in learn.model.parameters()],
+        replaced={k for k,v in own.items() if callable(v)},
+        loaders=[set(vars(dl)) for dl in learn.dls.loaders], attrs=set(vars(learn)),
+        model_attrs=[set(vars(m)) for m in learn.model.modules()],
+        opt_attrs=set(vars(learn.opt)) if learn.opt else None,
+        loss=(type(learn.loss_func), set(vars(learn.loss_func))),
+        metrics=[m.name for m in learn.metrics],
+        files=len(os.listdir('/proc/self/fd')) if os.path.exists('/proc/self/fd') else 0,
+        threads=threading.active_count(),
+        signals=[signal.getsignal(s) for s in sorted(signal.valid_signals()) if s not in (signal.SIGKILL, signal.SIGSTOP)],
+        grad=torch.is_grad_enabled(), autocast=torch.is_autocast_enabled('cpu'))

@@ -1,0 +1,154 @@
+"The contract of every public callback; new ones join by themselves"
+import inspect, itertools
+
+import pytest, torch
+from fastai.callback.all import BnFreeze, CSVLogger, EarlyStoppingCallback, GradientAccumulation, GradientClip, ReduceLROnPlateau, SaveModelCallback, ShortEpochCallback
+from fastai.callback.core import Callback, CancelFitException
+from fastai.learner import load_learner
+from fastai.torch_core import set_seed
+from fastcore.docments import docments
+import fastai.callback.rnn
+import fastai_callbacks_ext.all as ext
+from common import NEEDS, ExtCallback, fit, learner, make, public_callbacks, quiet, traces
+
+callbacks = public_callbacks()
+each = pytest.mark.parametrize('cls', callbacks, ids=lambda o: o.__name__)
+
+class Leave(Callback):
+    "Leaves the fit in the second training batch"
+    order = 100
+    def __init__(self, exc): self.exc = exc
+    def after_batch(self):
+        if self.training and self.iter==1: raise self.exc
+
+def finite(learn): return all(p.isfinite().all() for p in learn.model.parameters())
+
+@each
+def test_defaults_and_name(cls):
+    cb = cls()
+    assert isinstance(cb, Callback) and cb.name==cb.name.lower() and '__' not in cb.name
+    assert cls.__doc__ and cb.records==[]
+
+@each
+def test_documented(cls):
+    "Each argument has a comment, for the table on the docs page"
+    if cls.__init__ is ExtCallback.__init__: return
+    docs = {k:v for k,v in docments(cls, full=True).items() if k not in ('self','return')}
+    assert docs and all(v.docment for v in docs.values()), docs
+
+@each
+@pytest.mark.parametrize('method', ['fit','fit_one_cycle','fit_flat_cos','fine_tune'])
+def test_fits(cls, method):
+    learn = fit(learner(cls), method=method)
+    assert finite(learn) and len(learn.recorder.values)==1
+
+@each
+def test_passed_to_two_fits(cls):
+    cb,learn = make(cls),learner(cls, cbs=[])
+    fit(learn, cbs=cb); fit(learn, cbs=cb)
+    fit(learn, method='fine_tune', cbs=cb)
+    assert cb.learn is None and not cb._scopes and finite(learn)
+
+@each
+def test_outside_a_fit(cls):
+    "`validate`, `get_preds` and `lr_find` change neither weights nor statistics, and give what they give without the callback"
+    learn = learner(cls)
+    before = {k:v.clone() for k,v in learn.model.state_dict().items()}
+    with quiet(learn):
+        if cls not in NEEDS: assert learn.validate()==learner(cls, cbs=[]).validate()
+        learn.validate(); preds = learn.get_preds()[0]
+        learn.lr_find(show_plot=False, num_it=5, suggest_funcs=None)
+        learn.validate()
+    assert preds.isfinite().all()
+    for k,v in learn.model.state_dict().items(): assert torch.equal(v, before[k]), k
+    assert getattr(learn, make(cls).name).records==[]
+
+@each
+def test_same_results_after_lr_find(cls):
+    "A fit after `lr_find` and `validate` is the fit without them"
+    def run(first):
+        learn = learner(cls)
+        if first:
+            with quiet(learn): learn.lr_find(show_plot=False, num_it=5, suggest_funcs=None); learn.validate()
+        learn.create_opt(); set_seed(1); learn.dls.train.rng.seed(1)
+        return fit(learn).recorder.values
+    assert run(True)==run(False)
+
+@each
+def test_export(cls, tmp_path):
+    learn = learner(cls); learn.path = tmp_path
+    dl = learn.dls.valid
+    fit(learn)
+    with quiet(learn): want = learn.get_preds(dl=dl)[0]
+    learn.export()
+    loaded = load_learner(tmp_path/'export.pkl')
+    assert any(type(cb) is cls for cb in loaded.cbs)
+    with quiet(loaded): assert torch.equal(loaded.get_preds(dl=dl)[0], want)
+    fit(learn)
+
+class Start(Callback):
+    "Fails when all others have started"
+    order = 100
+    def before_fit(self): raise OSError('broken')
+
+endings = {'finished':[], 'cancelled':[Leave(CancelFitException())], 'error':[Leave(OSError('broken'))], 'interrupted':[Leave(KeyboardInterrupt())], 'start':[Start()]}
+
+def traces_after(learn, leave, cbs=None):
+    "What is left after a fit in which `leave` acts"
+    learn.add_cbs(leave)
+    with quiet(learn):
+        try: learn.fit(1, cbs=cbs)
+        except (OSError, KeyboardInterrupt): assert leave
+    learn.remove_cbs(leave)
+    return traces(learn)
+
+@each
+@pytest.mark.parametrize('how', endings)
+@pytest.mark.parametrize('where', ['learner','fit'])
+def test_leaves_no_trace(cls, how, where):
+    "However the fit ends, what is left is what fastai leaves without the callback"
+    plain = learner(cls, cbs=[fastai.callback.rnn.RNNCallback()] if cls is ext.RNNCallback else [])
+    cb = make(cls)
+    learn = learner(cls, cbs=[cb] if where=='learner' else [])
+    left,want = traces_after(learn, endings[how], [] if where=='learner' else [cb]),traces_after(plain, endings[how])
+    left['attrs'] -= {cb.name}; want['attrs'] -= {cb.name}
+    assert left==want
+    assert not cb._scopes
+    fit(learn, cbs=[] if where=='learner' else [cb])
+    assert finite(learn)
+
+@each
+def test_state(cls):
+    cb = make(cls)
+    fit(learner(cls, cbs=[cb]))
+    state,other = cb.state_dict(),make(cls)
+    other.load_state_dict(state)
+    assert other.state_dict()==state
+    with pytest.raises(ValueError, match=cb.name): other.load_state_dict({'nonsense': 1})
+
+@each
+def test_bf16(cls):
+    learn = learner(cls).to_bf16()
+    assert finite(fit(learn))
+
+@pytest.mark.parametrize('a,b', list(itertools.combinations(callbacks, 2)), ids=lambda o: o.__name__)
+def test_pairs(a, b):
+    learn = fit(learner(a, b), 2)
+    assert finite(learn) and len(learn.recorder.values)==2
+    losses = [v[0] for v in learn.recorder.values]
+    assert losses[1]<losses[0]
+
+beside = dict(accumulate=lambda: GradientAccumulation(48), clip=lambda: GradientClip(), save=lambda: SaveModelCallback(fname='m'), stop=lambda: EarlyStoppingCallback(),
+              plateau=lambda: ReduceLROnPlateau(), short=lambda: ShortEpochCallback(0.5), csv=lambda: CSVLogger(), freeze=lambda: BnFreeze())
+
+@each
+@pytest.mark.parametrize('name', beside)
+def test_beside_fastai(cls, name, tmp_path):
+    learn = learner(cls, cbs=[make(cls), beside[name]()]); learn.path = tmp_path
+    assert finite(fit(learn, 2))
+
+@pytest.mark.parametrize('cls', [o for o in callbacks if o.__init__ is not ExtCallback.__init__], ids=lambda o: o.__name__)
+def test_wrong_arguments(cls):
+    "An argument of a type that nothing accepts is refused by a message that names it, and what is accepted"
+    for name in inspect.signature(cls).parameters:
+        with pytest.raises((TypeError, ValueError), match=f'{name}=.*expected'): cls(**{name: ['wrong']})
