@@ -6,8 +6,9 @@
 __all__ = ['resolve_order', 'check_type', 'check_number', 'Record', 'ExtCallback', 'interventions', 'show_order', 'trace_events',
            'Span', 'EventTrace']
 
-# %% ../nbs/00_core.ipynb #3cce6e4b
+# %% ../nbs/00_core.ipynb #5a541d45
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
@@ -167,10 +168,10 @@ class ExtCallback(Callback):
         "Is this a real fit: not `validate`, `get_preds`, `predict` or `lr_find`?"
         return bool(self._scopes) and self._scopes[-1].fitting
 
-# %% ../nbs/00_core.ipynb #00f89885
+# %% ../nbs/00_core.ipynb #27ca964f
 @patch
 def at_end(self:ExtCallback,
-    f, # Function to call
+    f:Callable, # Function to call
     *args, # Passed to `f`
     **kwargs # Passed to `f`
 ):

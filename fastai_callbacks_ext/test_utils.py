@@ -44,9 +44,9 @@ def digits_model()->nn.Module:
     def block(i, o): return [nn.Conv2d(i, o, 3, stride=2, padding=1), nn.BatchNorm2d(o), nn.ReLU()]
     return nn.Sequential(*block(1, 16), *block(16, 32), nn.Flatten(), nn.Dropout(0.1), nn.Linear(128, 10))
 
-# %% ../nbs/90_test_utils.ipynb #a044e5c1
+# %% ../nbs/90_test_utils.ipynb #ef280c87
 def digits_learner(
-    cbs=None, # Callbacks of the learner
+    cbs:Callback|list|None=None, # Callbacks of the learner
     bs:int=64, # Images in a batch
     n:int=1024, # Images used, of 1,797
     seed:int=42, # Seed of the weights and of the batches
@@ -81,9 +81,9 @@ def text_dls(
     dls.vocab = vocab
     return dls
 
-# %% ../nbs/90_test_utils.ipynb #cd8a8386
+# %% ../nbs/90_test_utils.ipynb #13298e5e
 def text_learner(
-    cbs=None, # Callbacks; None for fastai's `ModelResetter` and `RNNCallback`, which an AWD-LSTM needs
+    cbs:Callback|list|None=None, # Callbacks; None for fastai's `ModelResetter` and `RNNCallback`, which an AWD-LSTM needs
     bs:int=16, # Sequences in a batch
     seq_len:int=20, # Words in a sequence
     n:int=20_000, # Words used

@@ -55,7 +55,9 @@ def test_outside_a_fit(cls):
     learn = learner(cls)
     before = {k:v.clone() for k,v in learn.model.state_dict().items()}
     with quiet(learn):
-        if cls not in NEEDS: assert learn.validate()==learner(cls, cbs=[]).validate()
+        if cls not in NEEDS:
+            assert learn.validate()==learner(cls, cbs=[]).validate()
+            learn.predict(learn.dls.valid_ds[0][0])
         learn.validate(); preds = learn.get_preds()[0]
         learn.lr_find(show_plot=False, num_it=5, suggest_funcs=None)
         learn.validate()

@@ -1,5 +1,5 @@
 "Exported modules match the notebooks; notebooks are clean"
-import shutil, subprocess, sys
+import inspect, shutil, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -33,3 +33,13 @@ def test_llms_in_step(fresh): same(files(nbs, 'llms.txt'), files(fresh/nbs.name,
 def test_pyproject_stable(fresh): assert (root/'pyproject.toml').read_bytes()==(fresh/'pyproject.toml').read_bytes()
 def test_no_machine_paths():
     for name,text in files(nbs, '*.ipynb').items(): assert str(root).encode() not in text and b'site-packages' not in text, name
+
+def test_public_signatures_are_annotated():
+    "`py.typed` promises it"
+    import fastai_callbacks_ext.all as ext, fastai_callbacks_ext.test_utils as utils
+    bare = []
+    for o in [getattr(m, n) for m in (ext, utils) for n in m.__all__]:
+        fs = [f for n,f in vars(o).items() if inspect.isfunction(f) and (n=='__init__' or n[0]!='_')] if isinstance(o, type) else [o]
+        bare += [f'{f.__qualname__}({p.name})' for f in fs for p in inspect.signature(f).parameters.values()
+                 if p.annotation is p.empty and p.name!='self' and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    assert not bare
