@@ -24,7 +24,7 @@ from fastai.text.models.core import get_language_model
 from fastai.torch_core import set_seed
 from fastcore.imports import noop
 
-# %% ../nbs/90_test_utils.ipynb #b0263cd6
+# %% ../nbs/90_test_utils.ipynb #52179455
 def digits_dls(
     bs:int=64, # Images in a batch
     n:int=1024, # Images used, of 1,797; one in five goes to validation
@@ -38,13 +38,13 @@ def digits_dls(
     dsets = Datasets(items, [[ItemGetter(0)], [ItemGetter(1)]], splits=(range(n//5, n), range(n//5)))
     return dsets.dataloaders(bs=bs, num_workers=0, **kwargs)
 
-# %% ../nbs/90_test_utils.ipynb #1bc2cb18
+# %% ../nbs/90_test_utils.ipynb #3a311b2d
 def digits_model()->nn.Module:
     "A convolutional network of 6,000 parameters: images `(bs, 1, 8, 8)` in, logits `(bs, 10)` out"
     def block(i, o): return [nn.Conv2d(i, o, 3, stride=2, padding=1), nn.BatchNorm2d(o), nn.ReLU()]
     return nn.Sequential(*block(1, 16), *block(16, 32), nn.Flatten(), nn.Dropout(0.1), nn.Linear(128, 10))
 
-# %% ../nbs/90_test_utils.ipynb #ef280c87
+# %% ../nbs/90_test_utils.ipynb #a36de8e9
 def digits_learner(
     cbs:Callback|list|None=None, # Callbacks of the learner
     bs:int=64, # Images in a batch
@@ -59,13 +59,13 @@ def digits_learner(
     learn.recorder.add_time = False
     return learn
 
-# %% ../nbs/90_test_utils.ipynb #4a567022
+# %% ../nbs/90_test_utils.ipynb #bac7d429
 def words(n:int=20_000)->list: # The words, lower case; punctuation marks are words
     "The first `n` words of the Python language reference"
     text = ' '.join(topics[k] for k in sorted(topics))
     return re.findall(r'\w+|[^\w\s]', text.lower())[:n]
 
-# %% ../nbs/90_test_utils.ipynb #5d808919
+# %% ../nbs/90_test_utils.ipynb #3c143861
 def text_dls(
     bs:int=16, # Sequences in a batch
     seq_len:int=20, # Words in a sequence
@@ -81,7 +81,7 @@ def text_dls(
     dls.vocab = vocab
     return dls
 
-# %% ../nbs/90_test_utils.ipynb #13298e5e
+# %% ../nbs/90_test_utils.ipynb #9120bd46
 def text_learner(
     cbs:Callback|list|None=None, # Callbacks; None for fastai's `ModelResetter` and `RNNCallback`, which an AWD-LSTM needs
     bs:int=16, # Sequences in a batch
@@ -100,7 +100,7 @@ def text_learner(
     learn.recorder.add_time = False
     return learn
 
-# %% ../nbs/90_test_utils.ipynb #aed1acef
+# %% ../nbs/90_test_utils.ipynb #f20c0c0f
 class PoisonBatch(Callback):
     "Multiplies the input, the loss or the gradients of one training batch by `value`"
     order = -20

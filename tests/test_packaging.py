@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 root = Path(__file__).parent.parent
+pytestmark = pytest.mark.xdist_group('packaging')
 
 @pytest.fixture(scope='module')
 def wheel(tmp_path_factory):

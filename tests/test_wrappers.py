@@ -3,7 +3,7 @@ import pytest, torch, torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 import fastai_callbacks_ext.all as ext
-from fastai_callbacks_ext.rnn import resettable, unwrap
+from fastai_callbacks_ext.rnn import resettable, unwrap_model
 from fastai_callbacks_ext.test_utils import PoisonBatch, digits_learner, text_learner
 from common import fit
 
@@ -42,7 +42,7 @@ def test_reset(alone, fastai_distributed, wrap, nested):
     learn = text_learner(ext.rnn_cbs(2, 1), n=1000)
     model = learn.model
     learn.model = wrap(Nested(model) if nested else model)
-    assert resettable(learn.model)==[model] and isinstance(unwrap(learn.model), Nested if nested else type(model))
+    assert resettable(learn.model)==[model] and isinstance(unwrap_model(learn.model), Nested if nested else type(model))
     fit(learn)
     assert all(h.abs().max()==0 for pair in model[0].hidden for h in pair)
 

@@ -1,0 +1,193 @@
+"nbdev notebooks -> MyST pages, Markdown pages and README.md, with nbdev's own processors; no notebook is executed"
+import os, re, sys
+from base64 import b64decode
+from importlib import import_module
+from inspect import Parameter
+from pathlib import Path
+
+from fastai.callback.core import event
+from fastcore.basics import exec_local
+from fastcore.docments import ShowDocRenderer, docments, empty
+from fastcore.nbio import mk_cell, read_nb, write_nb
+from fastcore.xtras import Config
+from nbdev.config import get_config, nbpath2html
+from nbdev.doclinks import NbdevLookup, nbglob
+from nbdev.frontmatter import FrontmatterProc
+from nbdev.process import NBProcessor, Processor
+from nbdev.processors import *
+
+root = Path(__file__).resolve().parent.parent
+os.chdir(root)                      # where nbdev looks for its settings
+sys.path.insert(0, str(root))
+cfg,site = get_config(),Config.find('settings.ini')
+doc_url = cfg.doc_url and cfg.doc_url.rstrip('/')+'/'
+modules = exec_local((cfg.lib_path/'_modidx.py').read_text(), 'd')['syms']      # {module: {symbol: (page#anchor, file)}}
+
+lookup = NbdevLookup()
+for mod,syms in modules.items():
+    for full,(page,py) in syms.items():
+        name = full.removeprefix(mod+'.')
+        for k in (full,name):
+            if name.partition('.')[0] in import_module(mod).__all__: lookup.syms[k] = f'own:{page}',py,f'own:source/{mod}.html'
+            else: lookup.syms.pop(k, None)
+
+# --- show_doc -----------------------------------------------------------------------------------
+def _type(o): return '' if o is empty or o is type(None) else o.__name__ if isinstance(o, type) else str(o).replace('typing.', '')
+def _default(o): return '' if o is empty else getattr(o, '__name__', None) or repr(o)
+def _code(s): return f'`` {s} ``' if s else ''        # nbdev makes links of single backticks, here only of types
+
+def _row(name, p):
+    "Name, type, default and description of a parameter"
+    star = {Parameter.VAR_POSITIONAL:'*', Parameter.VAR_KEYWORD:'**'}.get(p.get('kind'), '')
+    return star+name, _type(p['anno']), _default(p.get('default', empty)), p['docment'] or ''
+
+def _signature(start, params, ret):
+    args = [n + (f':{t}' if t else '') + (f'={d}' if d else '') for n,t,d,_ in params]
+    end = f' -> {ret}' if ret else ''
+    line = f"{start}({', '.join(args)}){end}"
+    return line if len(line)<=80 else f'{start}(\n    ' + ',\n    '.join(args) + f'\n){end}'
+
+def _table(rows):
+    "Markdown table of `rows`, without empty columns"
+    cols = [c for c in zip(('Parameter','Type','Default','Description'), ('---',)*4, *rows) if any(c[2:])]
+    return '\n'.join('| ' + ' | '.join(o.replace('|', r'\|').replace('\n', ' ') for o in r) + ' |' for r in zip(*cols))
+
+def show_doc(sym):
+    "Name and full name of `sym`, and its source link, signature, summary and parameter table"
+    r = ShowDocRenderer(sym)
+    d = docments(r.sym, full=True, args_kwargs=True)
+    params = [_row(k, p) for k,p in d.items() if k not in {'self','return',*vars(event)}]     # every fastai callback takes the events
+    ret = _row('', d['return']) if 'return' in d else ('',)*4
+    start = 'class ' if isinstance(r.sym, type) else 'property ' if isinstance(sym, property) else ''
+    parts = [f'[[source]]({lookup.code(r.nm)})', f'```python\n{_signature(start+r.nm, params, ret[1])}\n```', r.docs]
+    if any(o[3] for o in [*params, ret]):
+        rows = [(_code(n), t and f'`{t}`', _code(v), doc) for n,t,v,doc in params]
+        parts.append(_table(rows + [('**returns**', ret[1] and f'`{ret[1]}`', '', ret[3])]*any(ret)))
+    return r.nm, r.fn, '\n\n'.join(parts)
+
+class render_show_docs(Processor):
+    "Turn `show_doc` cells into Markdown, each under a heading unless the text has just given it one"
+    def begin(self):
+        self.ns = {name:getattr(m, name) for m in map(import_module, modules) for name in m.__all__} | {'show_doc':show_doc}
+        self.nb.symbols_,self.level,self.here = {},1,{}     # full names by anchor; level of the last heading, and of the symbols below it
+
+    def cell(self, cell):
+        if cell.cell_type=='markdown': self._headings(cell.source)
+        elif cell.source.startswith('show_doc('):
+            name,full,md = eval(cell.source, self.ns)
+            if name not in self.here:
+                self.here[name] = self.here.get(name.rpartition('.')[0], self.level) + 1
+                md = f"{'#'*self.here[name]} " + name.replace('_', r'\_') + f'\n\n{md}'
+            self.nb.symbols_[name.lower()] = full
+            cell.clear()
+            cell.update(mk_cell(md, 'markdown'))
+
+    def _headings(self, s):
+        s = re.sub(r'^```.*?^```', '', s, flags=re.M|re.S)
+        for h,text in re.findall(r'^(#+) +(.*?) *$', s, re.M): self.level,self.here = len(h),{text.strip('`'):len(h)}
+
+procs = [FrontmatterProc, add_show_docs, strip_ansi, hide_line, filter_stream_, render_show_docs, rm_export, clean_magics, hide_, add_links,
+         mv_exports]
+
+# --- Pages --------------------------------------------------------------------------------------
+tags = {('echo','false'):'remove-input', ('output','false'):'remove-output', ('code-fold',''):'hide-input'}    # Quarto's options in myst-nb
+
+class Page:
+    "A processed notebook"
+    def __init__(self, fn):
+        self.nb = read_nb(fn)
+        NBProcessor(nb=self.nb, procs=procs).process()
+        fm = self.nb.frontmatter_
+        self.rel = Path(fn).resolve().relative_to(cfg.nbs_path)
+        self.html,self.symbols = nbpath2html(self.rel).as_posix(),self.nb.symbols_
+        title = mk_cell(f"# {fm['title']}\n\n{lookup.linkify(fm.get('description', ''))}", 'markdown')
+        self.cells = [title] + [c for c in self.nb.cells if c.cell_type!='raw' and (c.source or c.get('outputs'))]
+        for c in self.cells:
+            if c.cell_type=='code': c.metadata = dict(tags=[tags[o] for o in c.directives_.items() if o in tags])
+            for o in c.get('outputs', []):
+                if o.output_type=='stream': o.text = re.sub(r'.*\r', '', o.text)      # a progress bar overwrites itself
+
+pages = {}
+def load():
+    "Fill `pages`, by address"
+    for p in map(Page, nbglob(cfg.nbs_path).sorted()): pages[p.html] = p
+
+# --- Links --------------------------------------------------------------------------------------
+files = set()                       # of the repository, that pages link to
+
+def target(page, url):
+    "Address within the site and anchor that `url` in `page` leads to, None for the rest of the world"
+    path,_,anchor = url.partition('#')
+    if path.startswith('own:'):
+        path = path.removeprefix('own:')
+        while path in pages and anchor and anchor not in pages[path].symbols: anchor = anchor.rpartition('.')[0]
+        return path,anchor
+    f = (cfg.nbs_path/page.rel.parent/path).resolve()
+    if ':' in path or not f.is_file(): return
+    if f.suffix=='.ipynb' and f.is_relative_to(cfg.nbs_path): return nbpath2html(f.relative_to(cfg.nbs_path)).as_posix(),anchor
+    files.add(f.relative_to(root))
+    return f'files/{f.relative_to(root).as_posix()}',anchor
+
+def relink(page, s, link):
+    "`s` of `page`, with `link(page, path, anchor)` as the address of what is on the site"
+    return re.sub(r'\]\(([^)\s]+)\)', lambda m: ']'+link(page, *t) if (t := target(page, m[1])) else m[0], s)
+
+def up(page): return '../'*page.html.count('/')
+def _url(path, anchor): return f'{path}#{anchor}' if anchor else path
+
+def site_link(page, path, anchor):
+    if path not in pages: return f'({up(page)}{_url(path, anchor)}){{.external}}'
+    return f"({up(page)}{_url(path.replace('.html', '.ipynb'), anchor.replace('.', ''))})"       # MyST's anchors have no dots
+
+def md_link(start=''):
+    return lambda page, path, anchor: f"({doc_url or start}{f'{path}.md' if path in pages else _url(path, anchor)})"
+
+def repo_link(page, path, anchor):
+    if doc_url and path in pages: return f'({doc_url}{_url(path, anchor)})'
+    file = f'{cfg.nbs_path.name}/{pages[path].rel.as_posix()}' if path in pages else path.removeprefix('files/')
+    return f"({f'{cfg.git_url}/blob/{cfg.branch}/' if cfg.git_url else ''}{file})"
+
+# --- What is written ----------------------------------------------------------------------------
+def _toctree(line):
+    "A line `caption: page ...` of `nav` as a part of the sidebar"
+    caption,_,names = line.partition(':')
+    return '\n'.join(['```{toctree}', ':hidden:', f':caption: {caption.strip()}', '', *names.split(), '```'])
+
+def stage(dst):
+    "Write the pages as notebooks for Sphinx"
+    pages['index.html'].cells.append(mk_cell('\n\n'.join(map(_toctree, site.nav.strip().splitlines())), 'markdown'))
+    for p in pages.values():
+        for c in p.cells:
+            if c.cell_type=='markdown': c.source = relink(p, c.source, site_link)
+            for o in c.get('outputs', []):
+                if 'text/markdown' in o.get('data', {}): o.data['text/markdown'] = relink(p, o.data['text/markdown'], site_link)
+        f = (dst/p.html).with_suffix('.ipynb')
+        f.parent.mkdir(parents=True, exist_ok=True)
+        p.nb.cells = p.cells
+        write_nb(p.nb, f)
+
+def _output_md(page, o, link, img):
+    data = o.get('data', {})
+    if 'image/png' in data: return img(b64decode(data['image/png']))
+    if 'text/markdown' in data: return relink(page, data['text/markdown'], link)
+    text = o.text if o.output_type=='stream' else data.get('text/plain', '')
+    shown = text.strip() and not ('text/html' in data and text.startswith('<'))           # `<IPython.core.display.HTML object>`
+    return f'```text\n{text.rstrip()}\n```' if shown else ''
+
+def to_md(page, link, img=lambda png: ''):
+    "`page` (not yet staged) as Markdown; `img` writes a figure"
+    res = []
+    for c in page.cells:
+        if c.cell_type=='markdown': res.append(relink(page, c.source, link)); continue
+        if c.source and 'remove-input' not in c.metadata['tags']: res.append(f'```python\n{c.source}\n```')
+        if 'remove-output' not in c.metadata['tags']: res += [_output_md(page, o, link, img) for o in c.outputs]
+    return '\n\n'.join(s.strip() for s in res if s.strip())+'\n'
+
+def readme():
+    "Text of README.md, and its images as `{path: bytes}`"
+    imgs = {}
+    def img(png):
+        path = f'docs/_static/readme-{len(imgs)+1}.png'
+        imgs[path] = png
+        return f"![]({f'{cfg.git_url}/raw/{cfg.branch}/' if cfg.git_url else ''}{path})"
+    return '<!-- Written from nbs/index.ipynb by `python docs/build.py --readme` -->\n\n' + to_md(pages['index.html'], repo_link, img), imgs

@@ -1,0 +1,90 @@
+"The docs site builds without a warning, has no dead link and documents every public symbol; README.md is nbs/index.ipynb"
+import re, subprocess, sys
+from importlib import import_module
+from inspect import getdoc
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+from bs4 import BeautifulSoup
+from fastcore.docments import docments
+from fastai_callbacks_ext._modidx import d
+
+pytestmark = pytest.mark.xdist_group('docs')        # one build for all
+root = Path(__file__).resolve().parent.parent
+run = """
+import sys; sys.path.insert(0, 'docs')
+from build import *
+dst = Path(sys.argv[1])
+nbdoc.load(); write_readme(dst); sys.exit(write_site(dst/'site'))
+"""
+
+@pytest.fixture(scope='session')
+def built(tmp_path_factory):
+    "Folder with README.md and the site, and how the build ended"
+    dst = tmp_path_factory.mktemp('docs')
+    return dst,subprocess.run([sys.executable, '-c', run, dst], cwd=root, capture_output=True, text=True)
+
+@pytest.fixture(scope='session')
+def pages(built): return {f:BeautifulSoup(f.read_text(), 'html.parser') for f in (built[0]/'site'/'html').rglob('*.html')}
+
+def test_builds(built, pages):
+    assert built[1].returncode==0, built[1].stdout+built[1].stderr
+    assert pages
+
+def test_readme_in_sync(built):
+    for f in ['README.md', *{f'docs/_static/{o.name}' for p in (root,built[0]) for o in (p/'docs'/'_static').glob('readme-*.png')}]:
+        assert (root/f).read_bytes()==(built[0]/f).read_bytes(), f'{f}: run `python docs/build.py --readme`'
+
+def _outside(url): return bool(urlsplit(url).scheme or urlsplit(url).netloc)
+
+def _dead(file, url, pages):
+    "Does the internal `url` in `file` lead nowhere?"
+    u = urlsplit(url)
+    f = (file.parent/unquote(u.path)).resolve() if u.path else file
+    return not f.is_file() or (u.fragment and f in pages and not pages[f].find(id=unquote(u.fragment)))
+
+def test_no_dead_links(pages):
+    urls = [(f, o[a]) for f,page in pages.items() for a in ('href','src') for o in page.find_all(attrs={a:True})]
+    assert not [(f.name, u) for f,u in urls if not u or u!='#' and not _outside(u) and _dead(f, u, pages)]
+
+def test_no_dead_links_in_markdown(built, pages):
+    html = built[0]/'site'/'html'
+    for base,fs in ((html, [*html.rglob('*.md'), html/'llms-full.txt']), (root, [built[0]/'README.md'])):
+        for f in fs:
+            urls = re.findall(r'\]\(([^)\s]+)\)', re.sub(r'^```.*?^```', '', f.read_text(), flags=re.M|re.S))
+            f = base/f.name if base==root else f
+            assert not [u for u in urls if u[0]!='#' and not _outside(u) and _dead(f, u, pages)], f
+
+def test_no_network(built, pages):
+    loads = [o.get('src') or o['href'] for p in pages.values() for o in p.select('[src], link[href]:not([rel=canonical])')]
+    assert loads and not [u for u in loads if _outside(u)]
+    assert not [f for f in (built[0]/'site'/'html').rglob('*.css') if re.search(r'(url\(|@import)\s*["\']?(https?:)?//', f.read_text())]
+
+def _section(page, anchor):
+    o = page.find(id=anchor)
+    return o and (o if o.name=='section' else o.find_parent('section'))
+
+def _letters(s): return re.sub(r'\W', '', s)
+
+@pytest.mark.parametrize('mod', d['syms'])
+def test_symbols_documented(built, pages, mod):
+    m = import_module(mod)
+    for sym in {getattr(m, o) for o in m.__all__}:
+        name = sym.__name__         # one for all its aliases
+        path,_,anchor = d['syms'][mod][f'{mod}.{name}'][0].partition('#')
+        sec = _section(pages[built[0]/'site'/'html'/path], anchor)
+        assert sec, f'{name}: no anchor'
+        assert name in sec.select_one('.highlight').text, f'{name}: no signature'
+        assert sec.find('a', string='[source]'), f'{name}: no source link'
+        assert _letters(getdoc(sym)) in _letters(sec.text), f'{name}: no summary'
+        table = {r.td.text for r in sec.select('table tr:has(td)')}
+        missing = [p for p,doc in docments(sym, args_kwargs=True).items() if doc and p!='return' and not table & {p,f'*{p}',f'**{p}'}]
+        assert not missing, f'{name}: not in the table: {missing}'
+
+def test_source_links(pages):
+    for f,a in [(f, a) for f,p in pages.items() for a in p.select('a.external') if a.text=='[source]']:
+        u = urlsplit(a['href'])
+        line = pages[(f.parent/u.path).resolve()].find(id=u.fragment).text
+        name = a.find_parent('section').find(re.compile('h[1-6]')).text.strip('¶').rpartition('.')[2]
+        assert re.search(rf'(def|class) {name}\b', line), f'{name}: {line}'
