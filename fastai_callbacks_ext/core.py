@@ -266,13 +266,15 @@ def show_order(
     "Which callback runs in which event in which order, and which of the declared `run_before` and `run_after` hold"
     return CallbackOrder(learn.cbs.sorted('order'))
 
-# %% ../nbs/00_core.ipynb #0757ff59
+# %% ../nbs/00_core.ipynb #b0f553ec
 def _runs_in(cb, event_name): return event_name in vars(cb) or hasattr(type(cb), event_name)
 def _name(cb): return type(cb).__name__
 
 class CallbackOrder:
     "What `show_order` shows of `cbs`, which are in order"
-    def __init__(self, cbs):
+    def __init__(self,
+        cbs:list # Callbacks, in the order in which they run
+    ):
         self.events = {e:os for e in vars(event) if (os := [cb for cb in cbs if e[0]!='_' and _runs_in(cb, e)])}
         self.constraints = [(f'{_name(cb)}.{side}={c.__name__}', f'order {cb.order} and {o.order}', (i<j)==(side=='run_before'))
                             for i,cb in enumerate(cbs) for side in ('run_before','run_after') for c in L(getattr(type(cb), side, None))
