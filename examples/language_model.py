@@ -138,7 +138,7 @@ def train(corpus, size, epochs, seed, alpha, beta):
     dl = partial(LMDataLoader, bs=BS, seq_len=SEQ_LEN)
     model = get_language_model(AWD_LSTM, len(corpus.vocab), awd_lstm_lm_config | SIZES[size])
     learn = Learner(DataLoaders(dl(corpus.train, shuffle=True), dl([corpus.valid])), model, loss_func=CrossEntropyLossFlat(),
-                    metrics=Perplexity(), moms=(0.8,0.7,0.8), cbs=rnn_cbs(alpha, beta))
+                    metrics=Perplexity(), wd=0.1, moms=(0.8,0.7,0.8), cbs=rnn_cbs(alpha, beta))
     learn.remove_cb(ProgressCallback)
     norms = ActivationNorms()
     print(f'\nAWD-LSTM with alpha={alpha:g}, beta={beta:g}')
@@ -177,10 +177,13 @@ def plot(runs, trigram, file):
 # The poisoned batch
 
 def fit_poisoned(learn, stop):
-    "Fit on, the loss of the first batch being NaN: numbers that are then not finite in weights and optimizer, and the validation loss"
+    "Fit on, the loss of the first batch being NaN; how many weights and numbers in the optimizer are then not finite, and the validation loss"
     learn.fit(1, LR/100, cbs=[PoisonBatch(batch=0), stop])
-    tensors = [t for p in learn.model.parameters() for t in (p, *learn.opt.state[p].values()) if isinstance(t, Tensor)]
-    return sum((~t.isfinite()).sum().item() for t in tensors),learn.validate()[0]
+    weights = list(learn.model.parameters())
+    state = [t for p in weights for t in learn.opt.state[p].values() if isinstance(t, Tensor)]
+    return not_finite(weights),not_finite(state),learn.validate()[0]
+
+def not_finite(tensors): return sum((~t.isfinite()).sum().item() for t in tensors)
 
 # The command
 
@@ -225,8 +228,9 @@ def main():
 
     print(f'\nIt is trained on, and the loss of the very first batch is NaN; its validation loss before is {loss:.6f}')
     ours,fastais = [fit_poisoned(learn, stop) for stop in (TerminateOnNaN(), FastaiTerminateOnNaN())]   # in this order: ours spoils nothing
-    print(f'{"guard":32}{"numbers not finite":>20}{"validation loss":>18}')
-    for name,(n_bad,after) in (("fastai's TerminateOnNaNCallback", fastais), ('TerminateOnNaN', ours)): print(f'{name:32}{n_bad:20,}{after:18.6f}')
+    print(f'{"not finite in:":32}{"weights":>12}{"optimizer":>12}{"valid loss":>14}')
+    for name,(weights,state,after) in (("fastai's TerminateOnNaNCallback", fastais), ('TerminateOnNaN', ours)):
+        print(f'{name:32}{weights:12,}{state:12,}{after:14.6f}')
 
     print(f'\nPerplexity on the same {len(corpus.valid)-1:,} words')
     for name,value in (('trigram, modified Kneser-Ney', trigram), ('AWD-LSTM', unregularized), ('AWD-LSTM with AR and TAR', perplexity)):
