@@ -343,7 +343,7 @@ class EventTrace(Callback):
 
     def __repr__(self): return '\n'.join(line for o in self.spans[0].items for line in _lines(o))
 
-# %% ../nbs/00_core.ipynb #562e1640
+# %% ../nbs/00_core.ipynb #564b1576
 _phases = 'fit epoch train validate batch backward step'.split()
 
 def _acts(cb, event_name):
@@ -357,12 +357,13 @@ def _raised_by(exc):
     who = f"{_name(frames[-1].f_locals['self'])}.{frames[-1].f_code.co_name}" if frames else 'the loop'
     return f'<- {type(exc).__name__} from {who}'
 
-def _lines(item):
+def _lines(item, depth=0):
     "Text of an event or of a `Span`; equal neighbours become one"
-    if not isinstance(item, Span): return (f'{item[0]:24}{item[1]}'.rstrip(),)
-    groups = [(lines, len(list(g))) for lines,g in groupby(map(_lines, item.items))]
+    indent = '  '*depth
+    if not isinstance(item, Span): return (f'{indent+item[0]:34}{item[1]}'.rstrip(),)
+    groups = [(lines, len(list(g))) for lines,g in groupby(_lines(o, depth+1) for o in item.items)]
     inner = [l + (f' (x {n})' if n>1 and i==0 else '') for lines,n in groups for i,l in enumerate(lines)]
-    return (item.name, *('  '+l for l in inner))
+    return (indent+item.name, *inner)
 
 # %% ../nbs/00_core.ipynb #b40a246a
 @patch
