@@ -2,8 +2,8 @@
 
 The text is the language reference that Python's standard library carries, or any UTF-8 text. Needs no GPU and no download.
 """
-import argparse, sys, time, warnings
-warnings.filterwarnings('ignore', category=FutureWarning)   # `import fastai` uses torch.jit.script, which is deprecated
+import argparse, sys, textwrap, time, warnings
+warnings.filterwarnings('ignore', '.torch.jit.script. is deprecated')   # from `import fastai`
 from pydoc_data.topics import topics
 
 from fastai.text.all import *
@@ -18,10 +18,10 @@ BS,SEQ_LEN,LR,ALPHA,BETA = 8,48,1e-2,2.,1.
 # The text
 
 def documents(path):
-    "The topics of the language reference, or pieces of 50 lines of the file `path` or of the files in the folder `path`"
+    "The topics of the language reference, or pieces of 500 words of the file `path` or of the files in the folder `path`"
     if path is None: return [topics[k] for k in sorted(topics)]
     files = sorted(get_files(path)) if path.is_dir() else [path]
-    return ['\n'.join(lines) for f in files for lines in chunked(read_text(f).splitlines(), 50)]
+    return [' '.join(words) for f in files for words in chunked(read_text(f).split(), 500)]
 
 def read_text(file):
     "The text in `file`; `ValueError` if it is not text"
@@ -62,13 +62,16 @@ class Corpus:
         self.numericalize.setup(L(train))
         self.vocab = self.numericalize.vocab
         self.train,self.valid = [self.numericalize(o) for o in train],self.numericalize([w for o in valid for w in o])
-        n_words,n_batches = sum(map(len, train)),(len(self.valid)-1) // (BS*SEQ_LEN)
-        if n_batches<1:
-            raise ValueError(f'{path} is too small: {n_words+len(self.valid):,} words in {len(kept)} pieces; 10,000 words in 20 pieces are enough')
-        self.valid = self.valid[:n_batches*BS*SEQ_LEN+1]
-        print(f'{len(train)} documents to train on, {len(valid)} to validate on; {len(docs)-len(kept)} near-duplicates left out\n'
-              f'{n_words:,} words to train on, {unknown(torch.cat(self.train)):.1%} of them unknown; '
-              f'{len(self.valid)-1:,} to predict, {unknown(self.valid):.1%} unknown; vocabulary of {len(self.vocab):,}')
+        self.sizes = len(train),len(valid),len(docs)-len(kept),sum(map(len, train))
+        n_batches = (len(self.valid)-1) // (BS*SEQ_LEN)
+        if n_batches<1: raise ValueError(f'{path} is too small: {sum(len(o.split()) for o in kept):,} words; 10,000 are enough')
+        self.valid = self.valid[:n_batches*BS*SEQ_LEN + 1]
+
+    def __str__(self):
+        n_train,n_valid,n_copies,n_words = self.sizes
+        return (f'{n_train} documents to train on, {n_valid} to validate on; {n_copies} near-duplicates left out\n'
+                f'{n_words:,} words to train on, {unknown(torch.cat(self.train)):.1%} of them unknown; '
+                f'{len(self.valid)-1:,} to predict, {unknown(self.valid):.1%} unknown; {len(self.vocab):,} in the vocabulary')
 
 def unknown(ids): return (ids==0).float().mean().item()   # `xxunk` is the first word of fastai's vocabularies
 
@@ -156,8 +159,8 @@ def generate(learn, corpus, prompt, n=40, temperature=0.7):
         logits[:3] = -np.inf   # no xxunk, xxpad, xxbos
         x = logits.softmax(-1).multinomial(1)
         ids = torch.cat([ids, x])
-    text = ' '.join(decode_spec_tokens(corpus.vocab[i] for i in ids[1:]))
-    return re.sub(r' (?=[.,:;)\]])|(?<=[(\[]) ', '', text)
+    text = re.sub(r'" ([^"]*) "', r'"\1"', ' '.join(decode_spec_tokens(corpus.vocab[i] for i in ids[1:])))
+    return re.sub(r' (?=[.,:;)\]])|(?<=[(\[]) |(?<=\w \.) (?=[a-z\d_])', '', text)
 
 def plot(runs, trigram, file):
     "Losses and norms of the `runs` (name: learner, norms)"
@@ -168,7 +171,7 @@ def plot(runs, trigram, file):
         axs[0].plot(rec.iters, L(rec.values).itemgot(1), 'o--', c=c, label=f'validation, {name}')
         for ax,values in zip(axs[1:], (norms.squares, norms.changes)): ax.plot(values, c=c, lw=1, label=name)
     axs[0].axhline(np.log(trigram), c='gray', ls=':', label='validation, trigram model')
-    axs[0].set(title='Cross-entropy', ylabel='nats per word')
+    axs[0].set(title='What is learned:\ncross-entropy of the next word', ylabel='nats per word')
     axs[1].set(title='What AR holds down:\nactivations of the last layer', ylabel='mean square', ylim=0)
     axs[2].set(title='What TAR holds down:\ntheir change from one time step to the next', ylabel='mean square', ylim=0)
     for ax in axs: ax.set_xlabel('training batch'); ax.legend(); ax.grid(alpha=0.3)
@@ -201,7 +204,7 @@ def parse_args():
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('corpus', nargs='?', type=Path, help='a text file or a folder of text files (default: the Python language reference)')
     p.add_argument('--size', choices=SIZES, default='small', help='of the model (default: %(default)s)')
-    p.add_argument('--epochs', type=whole_number(1, 1000), default=8, help='(default: %(default)s)')
+    p.add_argument('--epochs', type=whole_number(1, 1000), default=6, help='(default: %(default)s)')
     p.add_argument('--seed', type=whole_number(0, 2**32-1), default=42, help='(default: %(default)s)')
     p.add_argument('--out', type=Path, default=Path(__file__).parent/'out/language_model.png', help='the figure (default: %(default)s)')
     return p,p.parse_args()
@@ -209,32 +212,33 @@ def parse_args():
 def main():
     start = time.time()
     parser,args = parse_args()
+    torch.set_num_threads(1)   # the same numbers on any number of cores
     set_seed(args.seed)
     try:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         plt.figure().savefig(args.out)   # learn now, not in the end, if that does not work
         corpus = Corpus(args.corpus)
     except (OSError, ValueError) as e: parser.error(e)
+    print(corpus)
     runs = {name: train(corpus, args.size, args.epochs, args.seed, alpha, beta)
             for name,alpha,beta in (('with AR and TAR', ALPHA, BETA), ('without', 0., 0.))}
     learn = runs['with AR and TAR'][0]
-    loss,perplexity = learn.validate()
-    unregularized = runs['without'][0].validate()[1]
     trigram = KneserNey(torch.cat(corpus.train).numpy(), len(corpus.vocab)).perplexity(corpus.valid.numpy())
-    plot(runs, trigram, args.out)
+    plot(runs, trigram, args.out)   # before `validate`, which empties the recorder
+    (loss,perplexity),(_,unregularized) = [o.validate() for o,_ in runs.values()]
 
     print('\nThe model with AR and TAR goes on from a few words')
-    for prompt in PROMPTS: print(f'- {generate(learn, corpus, prompt)}')
+    for prompt in PROMPTS: print(textwrap.fill(generate(learn, corpus, prompt), 120, initial_indent='- ', subsequent_indent='  '))
 
-    print(f'\nIt is trained on, and the loss of the very first batch is NaN; its validation loss before is {loss:.6f}')
-    ours,fastais = [fit_poisoned(learn, stop) for stop in (TerminateOnNaN(), FastaiTerminateOnNaN())]   # in this order: ours spoils nothing
-    print(f'{"not finite in:":32}{"weights":>12}{"optimizer":>12}{"valid loss":>14}')
+    print(f'\nThis model is fitted on, and the loss of the very first batch is NaN; validation loss before: {loss:.6f}')
+    ours,fastais = [fit_poisoned(learn, stop) for stop in (TerminateOnNaN(), FastaiTerminateOnNaN())]   # ours first: it harms nothing
+    print(f'{"guard":36}{"NaN weights":>12}{"NaN in optimizer":>18}{"validation loss":>18}')
     for name,(weights,state,after) in (("fastai's TerminateOnNaNCallback", fastais), ('TerminateOnNaN', ours)):
-        print(f'{name:32}{weights:12,}{state:12,}{after:14.6f}')
+        print(f'{name:36}{weights:12,}{state:18,}{after:18.6f}')
 
-    print(f'\nPerplexity on the same {len(corpus.valid)-1:,} words')
+    print(f'\n{f"Perplexity on the same {len(corpus.valid)-1:,} words":36}{"":12}{"/ trigram":>18}')
     for name,value in (('trigram, modified Kneser-Ney', trigram), ('AWD-LSTM', unregularized), ('AWD-LSTM with AR and TAR', perplexity)):
-        print(f'{name:32}{value:8.2f}{value/trigram:8.1%} of the trigram')
+        print(f'{name:36}{value:12.2f}{value/trigram:18.3f}')
     print(f'\nFigure: {args.out}\nTime: {time.time()-start:.0f} s')
 
 if __name__=='__main__': main()
