@@ -69,11 +69,10 @@ class Corpus:
 
     def __str__(self):
         n_train,n_valid,n_copies,n_words = self.sizes
+        unknown = lambda ids: (ids==0).float().mean().item()   # 0 is `xxunk`
         return (f'{n_train} documents to train on, {n_valid} to validate on; {n_copies} near-duplicates left out\n'
                 f'{n_words:,} words to train on, {unknown(torch.cat(self.train)):.1%} of them unknown; '
                 f'{len(self.valid)-1:,} to predict, {unknown(self.valid):.1%} unknown; {len(self.vocab):,} in the vocabulary')
-
-def unknown(ids): return (ids==0).float().mean().item()   # `xxunk` is the first word of fastai's vocabularies
 
 # The baseline
 
@@ -180,7 +179,7 @@ def plot(runs, trigram, file):
 # The poisoned batch
 
 def fit_poisoned(learn, stop):
-    "Fit on, the loss of the first batch being NaN; how many weights and numbers in the optimizer are then not finite, and the validation loss"
+    "Fit on, the first batch having a NaN for its loss: numbers not finite then in weights and optimizer, and the validation loss"
     learn.fit(1, LR/100, cbs=[PoisonBatch(batch=0), stop])
     weights = list(learn.model.parameters())
     state = [t for p in weights for t in learn.opt.state[p].values() if isinstance(t, Tensor)]
@@ -190,13 +189,6 @@ def not_finite(tensors): return sum((~t.isfinite()).sum().item() for t in tensor
 
 # The command
 
-def whole_number(low, high):
-    "Type of an argument"
-    def number(s):
-        if not low<=int(s)<=high: raise argparse.ArgumentTypeError(f'{s} is not from {low} to {high}')
-        return int(s)
-    return number
-
 def parse_args():
     "The parser and the arguments; for bad ones, one line on stderr and status 2"
     class Parser(argparse.ArgumentParser):
@@ -204,10 +196,12 @@ def parse_args():
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('corpus', nargs='?', type=Path, help='a text file or a folder of text files (default: the Python language reference)')
     p.add_argument('--size', choices=SIZES, default='small', help='of the model (default: %(default)s)')
-    p.add_argument('--epochs', type=whole_number(1, 1000), default=6, help='(default: %(default)s)')
-    p.add_argument('--seed', type=whole_number(0, 2**32-1), default=42, help='(default: %(default)s)')
+    p.add_argument('--epochs', type=int, default=6, help='(default: %(default)s)')
+    p.add_argument('--seed', type=int, default=42, help='(default: %(default)s)')
     p.add_argument('--out', type=Path, default=Path(__file__).parent/'out/language_model.png', help='the figure (default: %(default)s)')
-    return p,p.parse_args()
+    args = p.parse_args()
+    if args.epochs<1 or not 0<=args.seed<2**32: p.error('expected an --epochs of at least 1 and a --seed from 0 to 2**32-1')
+    return p,args
 
 def main():
     start = time.time()
@@ -215,6 +209,7 @@ def main():
     torch.set_num_threads(1)   # the same numbers on any number of cores
     set_seed(args.seed)
     try:
+        args.out = args.out.with_suffix(args.out.suffix or '.png')
         args.out.parent.mkdir(parents=True, exist_ok=True)
         plt.figure().savefig(args.out)   # learn now, not in the end, if that does not work
         corpus = Corpus(args.corpus)
