@@ -4,10 +4,10 @@ BIN = .venv/bin
 # notebooks' stored outputs and test runs are free of other packages' warnings; one thread per process is fastest for small models
 RUN = PYTHONWARNINGS=ignore $(BIN)
 
-.PHONY: help demo test docs bench notebooks clean
+.PHONY: help demo test docs bench soak-loop notebooks clean
 
 help:          ## Show this list
-	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .venv/ready: pyproject.toml setup.cfg
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3,10) and "Python >= 3.10 is needed, and $(PYTHON) is "+sys.version.split()[0]+"; try make PYTHON=python3.11")'
@@ -25,8 +25,16 @@ docs: .venv/ready  ## Write README.md and build the site into docs/_build/html, 
 	$(RUN)/python docs/build.py --readme
 	$(RUN)/python docs/build.py
 
-bench: .venv/ready ## Measure the callbacks beside their peers
+.venv/bench-ready: .venv/ready
+	$(BIN)/pip install -q -e '.[bench]'
+	@touch $@
+
+bench: .venv/bench-ready ## Measure the callbacks and the loop beside their peers (half an hour)
 	$(RUN)/python benchmarks/callbacks.py
+	$(RUN)/python benchmarks/loop.py
+
+soak-loop: .venv/bench-ready ## Train for a million batches with FastLoop; memory must not grow (10 minutes)
+	$(RUN)/python benchmarks/loop.py --batches 1000000
 
 notebooks: .venv/ready ## Export the modules, run the notebooks and store their outputs
 	$(BIN)/nbdev-export

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/all.ipynb #78f1c0a6
-from . import core, rnn, safety
+# %% ../nbs/all.ipynb #c6b8968e
+from . import core, loop, rnn, safety
 from .core import *
+from .loop import *
 from .rnn import *
 from .safety import *
 
-__all__ = [*core.__all__, *rnn.__all__, *safety.__all__]
+__all__ = [*core.__all__, *loop.__all__, *rnn.__all__, *safety.__all__]

@@ -77,7 +77,7 @@ def check_number(
     bounds = [f'>= {low}']*(low>-inf) + [f'<= {high}']*(high<inf)
     raise ValueError(f"{name}={value!r}: expected {'a whole' if integer else 'a finite'} number {' and '.join(bounds)}".rstrip())
 
-# %% ../nbs/00_core.ipynb #cd91659f
+# %% ../nbs/00_core.ipynb #1016cac3
 def _frames(learn, method):
     "Frames of `learn`'s `method` on the call stack, innermost first"
     f = sys._getframe()
@@ -87,7 +87,8 @@ def _frames(learn, method):
 def _sent_by_fit(learn):
     "Was the event that `learn` now sends sent by `fit`, and not by `validate` or `get_preds`?"
     call = next(_frames(learn, '__call__'), None)
-    return call is not None and call.f_back.f_code.co_name=='_with_events'
+    while call and call.f_code.co_name=='__call__': call = call.f_back      # a subclass of `Learner` may have its own
+    return bool(call) and call.f_code.co_name=='_with_events'
 
 class _FitEnd:
     "Stands in for `learn.remove_cbs` during a fit, to close what the callbacks opened when the fit is left"

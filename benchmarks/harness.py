@@ -1,0 +1,97 @@
+"""Measurements side by side: rounds in which every case has its turn, medians, ratios to a baseline
+
+A benchmark calls `options`, `measure` for each of its tables, and `report`, which prints them and writes results/NAME.json.
+A page of the docs loads that file and shows it with `table`, `plot` and `about`.
+"""
+import argparse, gc, json, platform, sys, time
+from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import version
+from importlib.util import find_spec
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+
+SCALE = {'ms':1e3, 'µs':1e6, 'ns':1e9}
+
+def options(doc, rounds=9):
+    "The parser with what every benchmark has; threads are set to 1"
+    torch.set_num_threads(1)
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--rounds', type=int, default=rounds, help='times that each case is measured (default: %(default)s)')
+    return parser
+
+def measure(cases, rounds, unit='ms a batch', baseline=None):
+    "Quartiles of each of `cases`, functions that return seconds, or what else `unit` says; `baseline` is the first if not named"
+    values = {k:[] for k in cases}
+    for i in range(rounds+1):
+        for k,case in cases.items():
+            if sys.stderr.isatty(): print(f'\r\033[Kround {i} of {rounds}: {k}', end='\r', file=sys.stderr, flush=True)
+            gc.collect()
+            values[k].append(case() * SCALE.get(unit.split()[0], 1))
+    quartiles = {k:np.quantile(v[1:], (.25,.5,.75)).round(4).tolist() for k,v in values.items()}    # round 0 is the warm-up
+    return dict(unit=unit, baseline=baseline or next(iter(cases)), rows={k:dict(zip(('low','median','high'), q)) for k,q in quartiles.items()})
+
+def apart():
+    "What calls functions in a process of its own, for cases whose imports would slow the others down"
+    pool = ProcessPoolExecutor(1, get_context('spawn'), torch.set_num_threads, (1,))
+    return lambda f,*args: pool.submit(f, *args).result()
+
+def ratio(results, title, row, baseline=None):
+    "Median of `row` over that of `baseline`, the table's own if not named"
+    t = results['tables'][title]
+    return t['rows'][row]['median'] / t['rows'][baseline or t['baseline']]['median']
+
+def report(name, tables, rounds, device='cpu', packages=(), **facts):
+    "Print the `tables` (title: what `measure` returns), and write them with what they were measured on to results/`name`.json"
+    versions = {'Python':platform.python_version()} | {p:version(p) for p in ('torch', 'fastai', *packages) if find_spec(p)}
+    machine = torch.cuda.get_device_name() if device=='cuda' else f'{platform.machine()} CPU'
+    results = dict(date=time.strftime('%Y-%m-%d'), versions=versions, machine=machine, threads=torch.get_num_threads(),
+                   rounds=rounds, **facts, tables=tables)
+    file = Path(__file__).parent/'results'/f'{name}.json'
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(results, indent=1, ensure_ascii=False)+'\n', 'utf-8')
+    print(about(results))
+    for title in tables: print(f'\n{title}\n\n{table(results, title)}')
+    return results
+
+def about(results):
+    "When and on what it was measured"
+    versions,threads = ', '.join(f'{k} {v}' for k,v in results['versions'].items()),results['threads']
+    return (f"{results['date']}, {versions}, {results['machine']}, {threads} thread{'s'*(threads>1)}; "
+            f"medians and quartiles of {results['rounds']} interleaved rounds")
+
+def num(v): return f'{v:.2g}' if abs(v)<0.1 else f'{v:.2f}' if abs(v)<100 else f'{v:,.0f}'
+
+def table(results, title):
+    "A table of `results` as Markdown"
+    t = results['tables'][title]
+    rows = [('', t['unit'], 'quartiles', 'ratio')]
+    rows += [(k, num(r['median']), f"{num(r['low'])} to {num(r['high'])}", num(ratio(results, title, k))) for k,r in t['rows'].items()]
+    w = [max(map(len, column)) for column in zip(*rows)]
+    lines = ['| '+' | '.join([row[0].ljust(w[0]), *(o.rjust(n) for o,n in zip(row[1:], w[1:]))])+' |' for row in rows]
+    return '\n'.join([lines[0], '|'+'|'.join(['-'*(w[0]+2), *('-'*(n+1)+':' for n in w[1:])])+'|', *lines[1:]])
+
+def plot(results, titles, fig=None, mark=None):
+    "Bars of the ratios, with quartiles, a panel for each of `titles`; rows with `mark` in their names in colour"
+    from matplotlib import pyplot as plt
+    sizes = [len(results['tables'][o]['rows']) for o in titles]
+    fig = fig or plt.figure(figsize=(8, 0.9*len(titles)+0.3*sum(sizes)), layout='constrained')
+    axs = fig.subplots(len(titles), 1, squeeze=False, height_ratios=sizes)[:,0]
+    for ax,title in zip(axs, titles): _bars(ax, title, results['tables'][title], mark)
+    return fig
+
+def _bars(ax, title, t, mark):
+    names,base = list(t['rows']),t['rows'][t['baseline']]['median']
+    low,mid,high = (np.array([r[k]/base for r in t['rows'].values()]) for k in ('low','median','high'))
+    ax.barh(names, mid, color=['C0' if mark and mark in k else '#c3c9d0' for k in names], xerr=(mid-low, high-mid), ecolor='gray')
+    ax.axvline(1, c='black', lw=0.8, ls=':')
+    for y,(m,h) in enumerate(zip(mid, high)): ax.annotate(num(m), (h,y), (4,0), textcoords='offset points', va='center')
+    if mid.max() > 10*mid.min() > 0: ax.set_xscale('log')
+    ax.set_title(title, loc='left', fontsize='medium')
+    ax.set_xlabel(f"ratio to {t['baseline']} ({num(base)} {t['unit']})")
+    ax.margins(x=0.1, y=0.02)
+    ax.invert_yaxis()
+    ax.tick_params(axis='y', length=0)
+    ax.spines[['top','right','left']].set_visible(False)
