@@ -22,29 +22,30 @@ from fastcore.xtras import modify_exception
 from torch import Tensor
 from .core import ExtCallback
 
-# %% ../nbs/03_loop.ipynb #803ea39a
-_cancel = (CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException,
-           CancelTrainException, CancelValidException)
+# %% ../nbs/03_loop.ipynb #f3d246db
+_cancel = (CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException,
+           CancelStepException, CancelTrainException, CancelValidException)
 _calls = Callback.__call__,ExtCallback.__call__
 _inner = frozenset(_inner_loop)
 
 class _Table(dict):
-    "For each event of the batch loop: each callback, the events in which fastai calls it, its method for the others"
+    "By event of the batch loop: each callback, the events in which fastai calls it, its method for the others"
     def __init__(self, learn):
         self.cbs = list(learn.cbs)
-        plain = num_distrib()>1 or hasattr(learn.dl, 'to_detach')    # values of several processes are gathered by fastai
-        self.faster = {k:v for k,v in _faster.items() if not (plain and k is Recorder.after_batch)}
+        gathers = num_distrib()>1 or hasattr(learn.dl, 'to_detach')     # the recorder's values, of several processes
+        self.faster = {k:v for k,v in _faster.items() if not (gathers and k is Recorder.after_batch)}
         cbs = learn.cbs.sorted('order')
         super().__init__({e:[self._entry(cb, e, hasattr(learn, e)) for cb in cbs] for e in _inner})
 
     def _entry(self, cb, event_name, reads_through):
         cls = type(cb)
-        if reads_through or cls.__call__ not in _calls or hasattr(cls, 'training') or 'training' in vars(cb): return cb,_inner,None
+        special = cls.__call__ not in _calls or hasattr(cls, 'training') or 'training' in vars(cb)
+        if special or reads_through: return cb,_inner,None
         method = getattr(cls, event_name, None)
         if method in self.faster: return cb,vars(cb),self.faster[method](cb)
         return cb,vars(cb),method and getattr(cb, event_name)
 
-# %% ../nbs/03_loop.ipynb #caf20336
+# %% ../nbs/03_loop.ipynb #b235f8e7
 class _FastEvents:
     "A learner that sends the events of the batch loop by a table"
     _table = None
@@ -55,19 +56,22 @@ class _FastEvents:
             _settle(self)
             return L(event_name).map(self._call_one)
         table = type(self)._table
-        if table is None or table.cbs!=self.cbs.items: table = type(self)._table = _Table(self)
+        if table is None or table.cbs!=self.cbs.items:
+            table = type(self)._table = _Table(self)
         for cb,fastais,method in table[event_name]:
             if event_name in fastais or (method and cb.learn is not self): cb(event_name)
             elif method and cb.run and (cb.run_train if self.training else cb.run_valid):
                 try: method()
                 except _cancel: raise
                 except Exception as e:
-                    raise modify_exception(e, f'Exception occured in `{cb.__class__.__name__}` when calling event `{event_name}`:\n\t{e.args[0]}', replace=True)
+                    where = f'Exception occured in `{type(cb).__name__}` when calling event `{event_name}`'
+                    raise modify_exception(e, f'{where}:\n\t{e.args[0]}', replace=True)
 
     def _set_device(self, b):
         "As `Learner`'s, which takes the batch apart; one that is there already stays as it is"
         device = next(self.model.parameters()).device
-        if type(b) in (tuple,list) and all(isinstance(t, Tensor) and t.device==device for t in b): return b
+        there = lambda t: isinstance(t, Tensor) and t.device==device
+        if type(b) in (tuple,list) and all(map(there, b)): return b
         return super()._set_device(b)
 
     def __reduce_ex__(self, protocol):
@@ -94,12 +98,13 @@ def _cast(cb):
         if not (plain(learn.xb) and plain(learn.yb)): CastToTensor.before_batch(cb)
     return before_batch
 
-# %% ../nbs/03_loop.ipynb #52734e51
+# %% ../nbs/03_loop.ipynb #0767a4d2
 def _smooth(met, learn):
     "As `AvgSmoothLoss.accumulate`"
     met.count += 1
     loss = learn.loss.detach()
-    if met.val.device!=loss.device: met.val = torch.full_like(met.val, met.val.item(), device=loss.device)    # no copy to wait for
+    if met.val.device!=loss.device:    # a fill, where a copy would have to be waited for
+        met.val = torch.full_like(met.val, met.val.item(), device=loss.device)
     met.val = torch.lerp(loss.mean() if loss.ndim else loss, met.val, met.beta)
 
 def _add(met, learn, value):
@@ -119,7 +124,9 @@ def _record(cb):
         return (cb.smooth_loss, *learn.metrics) if cb.train_metrics else (cb.smooth_loss,)
     def after_batch():
         if not len(learn.yb): return
-        for met in metrics(): _accumulate.get(type(met).accumulate, type(met).accumulate)(met, learn)
+        for met in metrics():
+            accumulate = type(met).accumulate
+            _accumulate.get(accumulate, accumulate)(met, learn)
         if not learn.training: return
         cb.lrs.append(learn.opt.hypers[-1]['lr'])
         learn.smooth_loss = cb.smooth_loss.value
@@ -127,17 +134,18 @@ def _record(cb):
     return after_batch
 
 def _settle(learn):
-    "Move what `_record` kept on a device to the CPU, in one copy"
+    "Move what `_record` kept on a device to the CPU, the losses in one copy"
     for rec in learn._grab_cbs(Recorder):
         for met in (rec.smooth_loss, rec.loss, *learn.metrics):
-            if type(met).accumulate in _accumulate: vars(met).update({k:to_detach(v, gather=False) for k,v in vars(met).items() if k in ('val','total')})
-        losses = rec.losses if type(rec).after_batch is Recorder.after_batch and hasattr(rec, 'losses') else []
-        n = next((i for i,o in enumerate(reversed(losses)) if o.device.type=='cpu'), len(losses))
+            if type(met).accumulate not in _accumulate: continue
+            for k in {'val','total'} & vars(met).keys(): setattr(met, k, to_detach(getattr(met, k), gather=False))
+        if type(rec).after_batch is not Recorder.after_batch or not hasattr(rec, 'losses'): continue
+        n = next((i for i,o in enumerate(reversed(rec.losses)) if o.device.type=='cpu'), len(rec.losses))
         if n:
-            losses[-n:] = torch.stack(losses[-n:]).cpu()
-            learn.smooth_loss = losses[-1]
+            rec.losses[-n:] = torch.stack(rec.losses[-n:]).cpu()
+            learn.smooth_loss = rec.losses[-1]
 
-# %% ../nbs/03_loop.ipynb #acc583fb
+# %% ../nbs/03_loop.ipynb #e95f2b02
 def _progress(cb):
     "As `ProgressCallback.after_batch`, with a new comment five times a second"
     learn,due = cb.learn,-inf
@@ -149,25 +157,28 @@ def _progress(cb):
         due = perf_counter()+0.2
     return after_batch
 
-_faster = {TrainEvalCallback.after_batch:_count, CastToTensor.before_batch:_cast, Recorder.after_batch:_record, ProgressCallback.after_batch:_progress}
+_faster = {TrainEvalCallback.after_batch:_count, CastToTensor.before_batch:_cast,
+           Recorder.after_batch:_record, ProgressCallback.after_batch:_progress}
 
-# %% ../nbs/03_loop.ipynb #61d4c5fb
+# %% ../nbs/03_loop.ipynb #fe10d68c
 def _replaced(learn):
     "The methods for events of `learn` that are not fastai's"
-    code = lambda f: getattr(getattr(f, '__code__', None), 'co_filename', None)
-    return [o for o in ('__call__','_call_one') if o in vars(learn) or code(getattr(type(learn), o))!=fastai.learner.__file__]
+    file = lambda f: getattr(getattr(f, '__code__', None), 'co_filename', None)
+    own = lambda name: name in vars(learn) or file(getattr(type(learn), name))!=fastai.learner.__file__
+    return list(filter(own, ('__call__','_call_one')))
 
 class FastLoop(ExtCallback):
-    "For the length of a fit, the events of a batch cost what the callbacks do in them, and the device is not waited for"
+    "Callbacks cost what they do, and no batch waits for the device; the calls and the results are those of a fit without it"
     order = 1000    # what the others replace when the fit starts is in place
 
     def before_fit(self):
         "Give the learner the class that sends events by the table"
         learn,base = self.learn,type(self.learn)
         if not self.fitting or issubclass(base, _FastEvents): return     # a `validate`, or a fit inside a fit
-        if replaced := _replaced(learn): return self.tell('left the loop as it is', f"{base.__name__} has its own {' and '.join(replaced)}")
-        own = {'_set_device':base._set_device} if base._set_device is not Learner._set_device else {}
-        learn.__class__ = type(base.__name__, (_FastEvents, base), own)
+        if replaced := _replaced(learn):
+            return self.tell('left the loop as it is', f"{base.__name__} has its own {' and '.join(replaced)}")
+        kept = {'_set_device':base._set_device} if base._set_device is not Learner._set_device else {}
+        learn.__class__ = type(base.__name__, (_FastEvents, base), kept)
         self.at_end(setattr, learn, '__class__', base)
         self.at_end(_settle, learn)
 
