@@ -217,7 +217,7 @@ def soak(net, batches):
     with open(os.devnull, 'w') as f, redirect_stdout(f): fastai(net, net.model(), loader, lambda: [FastLoop(), memory], epochs=batches//len(loader))
     (mb0,objects0),(mb1,objects1) = memory.samples[len(memory.samples)//2-1],memory.samples[-1]
     print(f'In the second half: {mb1-mb0:+.2f} MB, {objects1-objects0:+,} objects')
-    if mb1-mb0>1 or objects1-objects0>100: sys.exit('Memory grows')
+    if mb1-mb0>4 or objects1-objects0>100: sys.exit('Memory grows')    # Python takes memory from the system 1 MB at a time
 
 # The command
 
