@@ -38,7 +38,7 @@ soak-loop: .venv/bench-ready ## Train for a million batches with FastLoop; memor
 
 notebooks: .venv/ready ## Export the modules, run the notebooks and store their outputs
 	$(BIN)/nbdev-export
-	$(RUN)/nbdev-test --save --n-workers 2
+	OMP_NUM_THREADS=1 $(RUN)/nbdev-test --save --n-workers 2
 	$(BIN)/nbdev-clean
 
 clean:         ## Remove what the other targets made
