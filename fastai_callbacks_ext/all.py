@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/all.ipynb #c6b8968e
-from . import core, loop, rnn, safety
+# %% ../nbs/all.ipynb #2c1311da
+from . import checkpoint, core, loop, rnn, safety
+from .checkpoint import *
 from .core import *
 from .loop import *
 from .rnn import *
 from .safety import *
 
-__all__ = [*core.__all__, *loop.__all__, *rnn.__all__, *safety.__all__]
+__all__ = [*checkpoint.__all__, *core.__all__, *loop.__all__, *rnn.__all__, *safety.__all__]

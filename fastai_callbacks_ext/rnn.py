@@ -114,10 +114,11 @@ def time_steps(
 # %% ../nbs/01_rnn.ipynb #fe858886
 def _wide(h): return h.to(torch.promote_types(h.dtype, torch.float32))   # 300² is too large for float16
 
-# %% ../nbs/01_rnn.ipynb #9050f474
+# %% ../nbs/01_rnn.ipynb #9f612ba4
 class RNNRegularizer(ExtCallback):
     "Adds AR and TAR to the loss that is differentiated; the recorder keeps the plain loss, and shows the penalties beside it as `ar` and `tar`"
     run_after,run_valid = RNNCallback,False
+    state_attrs = '_n','_sums'
     def __init__(self,
         alpha:float=0., # Weight of AR; 2 in the paper
         beta:float=0., # Weight of TAR; 1 in the paper
@@ -131,6 +132,7 @@ class RNNRegularizer(ExtCallback):
             if not (v is None or callable(v)): raise TypeError(f'{k}={v!r}: expected a function of the inputs of a batch, or None')
         if mask and lengths: raise ValueError(f'mask={mask!r} and lengths={lengths!r}: expected one of them')
         self.mask,self.lengths = mask,lengths
+        self._n,self._sums = 0,{}
         self._forget()
 
     def _forget(self): self.raw_out = self.out = self._padding = None

@@ -1,5 +1,5 @@
 "What the tests share: the public callbacks, a learner for each, and what a fit may leave behind"
-import os, signal, threading, warnings
+import os, signal, tempfile, threading, warnings
 from contextlib import contextmanager
 
 import torch
@@ -23,7 +23,10 @@ NEEDS = {ext.ModelResetter: text_learner, ext.RNNCallback: text_learner, ext.RNN
 # Arguments that make a callback do its work, where the defaults make it do nothing
 ARGS = {ext.RNNRegularizer: dict(alpha=2, beta=1)}
 
-def make(cls): return cls(**ARGS.get(cls, {}))
+# Arguments without a default
+NEW = {ext.Checkpoint: lambda: dict(path=tempfile.mkdtemp(dir='.'))}
+
+def make(cls, **kwargs): return cls(**(NEW.get(cls, dict)() | ARGS.get(cls, {}) | kwargs))
 
 def learner(*classes, cbs=None, **kwargs):
     "A small learner that callbacks of these `classes` can work with, with one of each, or with `cbs`, and with what they need beside them"

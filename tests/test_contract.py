@@ -14,6 +14,9 @@ from common import NEEDS, ExtCallback, fit, learner, make, public_callbacks, qui
 callbacks = public_callbacks()
 each = pytest.mark.parametrize('cls', callbacks, ids=lambda o: o.__name__)
 
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch): monkeypatch.chdir(tmp_path)
+
 class Leave(Callback):
     "Leaves the fit in the second training batch"
     order = 100
@@ -25,7 +28,7 @@ def finite(learn): return all(p.isfinite().all() for p in learn.model.parameters
 
 @each
 def test_defaults_and_name(cls):
-    cb = cls()
+    cb = make(cls)
     assert isinstance(cb, Callback) and cb.name==cb.name.lower() and '__' not in cb.name
     assert cls.__doc__ and cb.records==[]
 
@@ -153,4 +156,4 @@ def test_beside_fastai(cls, name, tmp_path):
 def test_wrong_arguments(cls):
     "An argument of a type that nothing accepts is refused by a message that names it, and what is accepted"
     for name in inspect.signature(cls).parameters:
-        with pytest.raises((TypeError, ValueError), match=f'{name}=.*expected'): cls(**{name: ['wrong']})
+        with pytest.raises((TypeError, ValueError), match=f'{name}=.*expected'): make(cls, **{name: ['wrong']})
