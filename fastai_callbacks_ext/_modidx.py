@@ -93,8 +93,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                       'fastai_callbacks_ext/checkpoint.py'),
                                                  'fastai_callbacks_ext.checkpoint._Splat.forward': ( 'checkpoint.html#_splat.forward',
                                                                                                      'fastai_callbacks_ext/checkpoint.py'),
-                                                 'fastai_callbacks_ext.checkpoint._differences': ( 'checkpoint.html#_differences',
-                                                                                                   'fastai_callbacks_ext/checkpoint.py'),
                                                  'fastai_callbacks_ext.checkpoint._from_first': ( 'checkpoint.html#_from_first',
                                                                                                   'fastai_callbacks_ext/checkpoint.py'),
                                                  'fastai_callbacks_ext.checkpoint._len': ( 'checkpoint.html#_len',

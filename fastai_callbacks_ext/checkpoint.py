@@ -36,7 +36,7 @@ from .files import BackgroundWriter, DamagedFile, Snapshot, StateFiles, load_sta
 from .rnn import unwrap_model
 from .state import SeededItems, attributes, batches_from, learner_state, load_learner_state, load_opt_state, load_random_state, opt_state, random_state, skips_exactly
 
-# %% ../nbs/06_checkpoint.ipynb #c44840ba
+# %% ../nbs/06_checkpoint.ipynb #732d6ec4
 def run_facts(
     learn:Learner # In `before_fit`
 )->dict: # Plain values, for people to read
@@ -57,15 +57,12 @@ def _numbers(o):
     if isinstance(o, (list,tuple,L)): return [_numbers(v) for v in o]
     return o.tolist() if isinstance(o, (np.ndarray,np.generic)) else o
 
-def _differences(now, then):
-    return [f'{k}: {now.get(k)}, and there {then.get(k)}' for k in now if now[k]!=then.get(k)]
-
 def _model_differences(model, weights):
     shapes = [{n: tuple(t.shape) for n,t in w.items() if isinstance(t, Tensor)} for w in (unwrap_model(model).state_dict(), weights)]
     names = [n for n in {**shapes[0], **shapes[1]} if shapes[0].get(n)!=shapes[1].get(n)]
     return [f"model: {n} has the shape {shapes[0].get(n, 'of nothing')}, and there {shapes[1].get(n, 'it is not')}" for n in names[:3]] + ([f'model: {len(names)-3} more']*(len(names)>3))
 
-# %% ../nbs/06_checkpoint.ipynb #89f8a659
+# %% ../nbs/06_checkpoint.ipynb #6bd04746
 class Checkpoint(ExtCallback):
     "Saves the whole state of a fit; when the same script runs again, the fit goes on from there to the same bits"
     order,run_valid = 2000,False     # after all others
@@ -93,7 +90,7 @@ class Checkpoint(ExtCallback):
     def before_fit(self):
         "Look for a checkpoint of this fit; prepare to go on from it"
         if not self.fitting: return
-        self._files = StateFiles(self.path/f'fit_{self._fit}', self.keep)
+        self._files = StateFiles(self.path/f'fit_{self._fit}', self.keep, fresh=not self.resume)
         self._writer,self._snapshot = BackgroundWriter(),Snapshot()
         self._saved = self._at = self._start = None
         self._due,self._paused,self._last = False,False,monotonic()
@@ -109,7 +106,7 @@ class Checkpoint(ExtCallback):
         except OSError as e: self._failed(e)
         self._saved = self._snapshot = self._start = None
 
-# %% ../nbs/06_checkpoint.ipynb #8ae8b777
+# %% ../nbs/06_checkpoint.ipynb #948d6dfc
 def _ranks(): return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 def _from_first(o):
@@ -121,9 +118,9 @@ def _from_first(o):
 def _read(self:Checkpoint):
     "The newest intact checkpoint of this fit, the same in all processes"
     found = _from_first(self._files.load(self._say) if self.resume and rank_distrib()==0 else None)
-    if found and self._fit and found[1]['run']!=self._run:
-        return self._say(f'{self._files.folder} is from another run than fit_0, and is not used')
-    return found
+    if not (found and self._fit and found[1]['run']!=self._run): return found
+    self._say(f'{self._files.folder} is from another run than fit_0, and is not used')
+    self._files = StateFiles(self._files.folder, self.keep, fresh=True)
 
 @patch
 def _say(self:Checkpoint, what):
@@ -145,18 +142,19 @@ def _versions(): return f'torch {torch.__version__}, fastai {fastai.__version__}
 @patch
 def _check_run(self:Checkpoint, state, facts):
     "Refuse what another run has left"
-    problems = _model_differences(self.model, state['shared']['model']['weights']) + _differences(self._facts, facts)
-    if self.extend and not self._facts['schedule'] and facts['epochs']<self.n_epoch: problems = [o for o in problems if not o.startswith('epochs: ')]
-    if not problems: return
+    longer = self.extend and not self._facts['schedule'] and facts['epochs']<self.n_epoch
+    problems = _model_differences(self.model, state['shared']['model']['weights'])
+    problems += [f'{k}: {v}, and there {facts.get(k)}' for k,v in self._facts.items() if v!=facts.get(k) and not (longer and k=='epochs')]
+    if not (problems := _from_first(problems)): return
     hint = '; extend=True is for fits without a schedule' if self.extend else ''
     raise ValueError(f'{self.name}: {self._files.folder} has the checkpoint of another run: ' + '; '.join(problems) + f'{hint}. Use another path, or resume=False')
 
 @patch
 def _tell_limits(self:Checkpoint):
     "Say once what will not be exact"
-    dl,self._told,told = self.dls.train,True,self._told
+    if self._told: return
+    dl,self._told = self.dls.train,True
     workers = dl.fake_l.num_workers if hasattr(dl, 'fake_l') else getattr(dl, 'num_workers', 0)
-    if told: return
     if not skips_exactly(dl): self._say(f'to go on in mid-epoch, the batches of this {type(dl).__name__} that were seen already are read again and dropped')
     elif workers and not self.seed_items: self._say(f'with num_workers={workers}, items with random transforms are not the same after going on in mid-epoch; seed_items=True makes them so')
     elif workers and dl.fake_l.persistent_workers: self._say('with persistent_workers=True, items with random transforms are not the same after going on in mid-epoch')
@@ -246,7 +244,7 @@ def pause(self:Checkpoint):
     self._save(self.epoch, self.iter+1) if self.training else self._save(self.epoch+1)
     self._writer.close()
 
-# %% ../nbs/06_checkpoint.ipynb #c61ffb45
+# %% ../nbs/06_checkpoint.ipynb #5b4e51c9
 @patch
 def _save(self:Checkpoint, epoch, batch=None, finished=False):
     self._due,self._last = False,monotonic()
@@ -273,7 +271,7 @@ def _state(self:Checkpoint, batch):
 
 @patch
 def _failed(self:Checkpoint, e):
-    if self.on_error=='stop': raise e
+    if self.on_error=='stop': raise OSError(str(e)) from e      # one argument: fastai shows the first
     self.tell('could not save', str(e))
 
 # %% ../nbs/06_checkpoint.ipynb #6d507aa4

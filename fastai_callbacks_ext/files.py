@@ -147,13 +147,16 @@ def _sha256(f):
     while block := f.read(2**20): res.update(block)
     return res.hexdigest()
 
-# %% ../nbs/04_files.ipynb #7a9b5616
+# %% ../nbs/04_files.ipynb #25327317
 class StateFiles:
     "Numbered states in a folder, `000001.pt` and so on, each with a manifest that a person can read, `000001.json`; one process at a time writes there"
     def __init__(self,
         folder:str|Path, # Made with the first state
-        keep:int=2 # States to keep; an older one goes when a new one is complete on the disk
-    ): self.folder,self.keep,self._damaged = Path(folder),check_number('keep', keep, low=1, integer=True),set()
+        keep:int=2, # States to keep; an older one goes when a new one is complete on the disk
+        fresh:bool=False # Begin anew: no state that is there now is loaded, and all go when a new one is complete
+    ):
+        self.folder,self.keep,self._damaged = Path(folder),check_number('keep', keep, low=1, integer=True),set()
+        self._first = max(self._numbers(), default=0)+1 if fresh else 0
 
     def save(self,
         state:object, # See `save_state`
@@ -174,11 +177,13 @@ class StateFiles:
     )->tuple: # `state` and `about`; None if there is no intact one
         "The newest state that is as it was written"
         for n in sorted(self._numbers(), reverse=True):
+            if n<self._first: break
             try: return self._load(n)
             except DamagedFile as e: tell(str(e))
             self._damaged.add(n)
 
     def _load(self, n):
+        if not self._file(n, 'json').exists(): raise DamagedFile(f'{self._file(n)}: it has no manifest, as when a save is cut off')
         with _reading(self._file(n, 'json')):
             manifest = json.loads(self._file(n, 'json').read_bytes())
             facts = dict(size=int(manifest['size']), sha256=str(manifest['sha256']))
@@ -186,7 +191,7 @@ class StateFiles:
         return whole['state'],whole['about']
 
     def _remove_old(self):
-        first = sorted(self._numbers('json')-self._damaged)[-self.keep:][0]
+        first = max(self._first, sorted(self._numbers('json')-self._damaged)[-self.keep:][0])
         for kind in ('json','pt'):      # in this order: no manifest without its state
             for n in self._numbers(kind):
                 if n<first: self._file(n, kind).unlink()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
 from fastai_callbacks_ext.files import BackgroundWriter, DamagedFile, Snapshot, StateFiles, load_state, map_state, replacing, save_state
 
+torch.set_num_threads(1)     # a child that is forked beside a pool of threads hangs in its first large operation
 STATE = {'model': OrderedDict(w=torch.arange(600.).view(20,30), b=torch.ones(7).half()), 'rng': (3, (1, 2**200), None), 'name': 'é', 'ids': [1j, True, float('inf')]}
 quick = settings(deadline=None, max_examples=60, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -306,7 +307,7 @@ def check(folder, at_least, size=1000):
     state,about = res
     n = about['n']
     assert n>=at_least and bits(state)==bits(numbered(n, size))
-    assert all(o.endswith('.json: missing') for o in said), said        # a state whose manifest had no time to come
+    assert all('it has no manifest' in o for o in said), said        # a state whose manifest had no time to come
     for o in folder.glob('??????.json'): assert o.with_suffix('.pt').exists(), 'a manifest without its state'
     return n
 
@@ -344,12 +345,13 @@ def test_killed_at_each_step(tmp_path):
 def test_killed_at_random(tmp_path):
     "kill -9 from outside, at any moment, again and again in the same folder"
     r,last,size = random.Random(3),0,300_000
-    for _ in range(15):
+    for i in range(15):
         out,into = os.pipe()
         if not (pid := os.fork()):
             try: save_forever(tmp_path, into, size)
             finally: os._exit(1)
         os.close(into)
+        if i%3==0: last = int.from_bytes(os.read(out, 4), 'little')     # in slow moments, too, some saves return
         time.sleep(r.uniform(0, .1))
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
