@@ -4,7 +4,7 @@ BIN = .venv/bin
 # notebooks' stored outputs and test runs are free of other packages' warnings; one thread per process is fastest for small models
 RUN = PYTHONWARNINGS=ignore $(BIN)
 
-.PHONY: help demo test docs bench soak-loop notebooks clean
+.PHONY: help demo test docs bench soak-loop soak-crash notebooks clean
 
 help:          ## Show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,7 @@ docs: .venv/ready  ## Write README.md and build the site into docs/_build/html, 
 bench: .venv/bench-ready ## Measure the callbacks and the loop beside their peers (half an hour)
 	$(RUN)/python benchmarks/callbacks.py
 	$(RUN)/python benchmarks/loop.py
+	$(RUN)/python benchmarks/checkpoint.py
 
 soak-loop: .venv/bench-ready ## Train for a million batches with FastLoop; memory must not grow (10 minutes)
 	$(RUN)/python benchmarks/loop.py --batches 1000000

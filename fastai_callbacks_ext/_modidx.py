@@ -427,6 +427,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'fastai_callbacks_ext/state.py'),
                                             'fastai_callbacks_ext.state._by_name': ('state.html#_by_name', 'fastai_callbacks_ext/state.py'),
                                             'fastai_callbacks_ext.state._grads': ('state.html#_grads', 'fastai_callbacks_ext/state.py'),
+                                            'fastai_callbacks_ext.state._lines': ('state.html#_lines', 'fastai_callbacks_ext/state.py'),
                                             'fastai_callbacks_ext.state._load_loader_state': ( 'state.html#_load_loader_state',
                                                                                                'fastai_callbacks_ext/state.py'),
                                             'fastai_callbacks_ext.state._load_recorder_state': ( 'state.html#_load_recorder_state',

@@ -106,7 +106,7 @@ class Checkpoint(ExtCallback):
         except OSError as e: self._failed(e)
         self._saved = self._snapshot = self._start = None
 
-# %% ../nbs/06_checkpoint.ipynb #948d6dfc
+# %% ../nbs/06_checkpoint.ipynb #2e3e50c1
 def _ranks(): return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 def _from_first(o):
@@ -131,6 +131,7 @@ def _resume(self:Checkpoint, state, about):
     self._check_run(state, about['facts'])
     self._run,self._saved,self._at = about['run'],state,about['at']
     if about['versions']!=_versions(): self._say(f"the checkpoint is from {about['versions']}, and this is {_versions()}: the results may differ in rounding")
+    getattr(self.dls, 'n_inp', None)      # to know it, some loaders read an item, once
     self._finished = self._at['finished'] and not (self.extend and self._at['n_epoch']<self.n_epoch)
     self._no_epoch = self._finished or self._at['epoch']>=self.n_epoch
     if self._no_epoch: self._load(last=not self._finished)

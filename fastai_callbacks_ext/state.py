@@ -173,7 +173,7 @@ def _load_loader_state(dl, state):
     if state['rng']: dl.rng.setstate(state['rng'])
     for i,o in enumerate(state['texts'] or ()): _texts(dl)[i] = o
 
-# %% ../nbs/05_state.ipynb #3205279b
+# %% ../nbs/05_state.ipynb #4f37e3ea
 def callback_state(
     cb, # A callback
     first:dict # Its `attributes` when the run began
@@ -182,7 +182,7 @@ def callback_state(
     if hasattr(type(cb), 'state_dict'): return to_plain(cb.state_dict())
     res = {k:v for k,v in attributes(cb, _left_out).items() if k not in first or tensors_in([v, first[k]]) or v!=first[k]}
     if isinstance(cb, Recorder): res |= _recorder_state(cb)
-    if isinstance(cb, CSVLogger) and 'file' in vars(cb): res['lines'] = Path(cb.file.name).read_text()
+    if isinstance(cb, CSVLogger) and 'file' in vars(cb): res['lines'] = _lines(cb)
     return res
 
 def load_callback_state(
@@ -207,6 +207,10 @@ def _load_recorder_state(rec, state):
     losses,lrs,metrics = (state.pop(o) for o in ('losses','lrs','metrics'))
     rec.losses,rec.lrs = [] if losses is None else list(losses.unbind()),lrs.tolist()
     for m,s in zip(_metrics(rec), metrics): set_attributes(m, s)
+
+def _lines(cb):
+    if not cb.file.closed: cb.file.flush()
+    return Path(cb.file.name).read_text()
 
 def _write_lines(cb, lines):
     "Give a `CSVLogger` that is open its lines back"

@@ -99,7 +99,7 @@ def digests(learn):
     opt,rec = learn.opt,learn.recorder
     parts = dict(model=dict(learn.model.state_dict()), opt=[dict(opt.state.get(p, {})) if isinstance(opt, Optimizer) else opt.opt.state[p] for g in opt.param_lists for p in g],
                  hypers=[dict(h) for h in opt.hypers], losses=rec.losses, lrs=rec.lrs, values=rec.values, iters=rec.iters, hps=getattr(rec, 'hps', None),
-                 random=[torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist(), [dl.rng.getstate() for dl in learn.dls.loaders]])
+                 random=[torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist(), [dl.rng.getstate() for dl in learn.dls.loaders if hasattr(dl, 'rng')]])
     return {k: hashlib.sha256(b'|'.join(flat(v))).hexdigest()[:12] for k,v in parts.items()}
 
 # How it is killed

@@ -1,0 +1,588 @@
+"Fits that stop and go on: everywhere, with every loader; what is refused; damaged files; disks that fail"
+import contextlib, errno, io, json, os, pickle, random, shutil, signal, threading
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np, pytest, torch
+from fastai.basics import Adam, Callback, CancelFitException, DataLoader, DataLoaders, L, OptimWrapper, RMSProp, TfmdDL, noop, params
+from fastai.callback.all import CSVLogger, EarlyStoppingCallback
+from fastai.text.data import SortedDL
+from torch import nn
+import fastai_callbacks_ext.checkpoint as module
+from fastai_callbacks_ext.all import Checkpoint, PreemptionGuard, SaveTopK
+from fastai_callbacks_ext.checkpoint import refresh_batchnorm
+from fastai_callbacks_ext.core import ExtCallback
+from fastai_callbacks_ext.state import batches_from, load_random_state, random_state, skips_exactly
+from fastai_callbacks_ext.test_utils import digits_learner
+import crash
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(1)
+
+class Stopped(Exception): pass
+
+class StopAt(Callback):
+    "Raises at the `n`th event, after the others"
+    order = 3000
+    sent = 0
+    def __init__(self, n): self.n = n
+    def __call__(self, event_name):
+        StopAt.sent += 1
+        if StopAt.sent==self.n: raise Stopped('stopped')
+
+def leave_autocast():
+    "fastai's mixed precision leaves it entered where an error ends a batch"
+    torch.set_autocast_enabled('cpu', False)
+    for _ in range(torch.autocast_increment_nesting()): torch.autocast_decrement_nesting()
+    torch.clear_autocast_cache()
+
+def run(case, cb=None, stop=None):
+    "Checksums of a run of `case`, what it printed, and how many events there were; None for the first where it was stopped"
+    StopAt.sent = 0
+    learn,fits = crash.CASES[case](Path('.')) if isinstance(case, str) else case()
+    learn.add_cb(StopAt(stop))
+    with contextlib.redirect_stdout(io.StringIO()) as out, learn.no_bar():
+        try: fits(cb or [])
+        except Stopped: return None,out.getvalue(),StopAt.sent
+        finally: leave_autocast()
+    return crash.digests(learn),out.getvalue(),StopAt.sent
+
+def digits(cbs=None, n=250, epochs=2, dls=None, how='fit_one_cycle', **kwargs):
+    "A case: a learner that reads digits, and its fits"
+    def make():
+        learn = digits_learner(cbs() if cbs else None, n=n, bs=32, **kwargs)
+        if dls: learn.dls = dls(learn.dls)
+        return learn,lambda cb: getattr(learn, how)(epochs, 1e-2, cbs=cb)
+    return make
+
+# Everywhere
+@pytest.mark.parametrize('case,first', [(c,i) for c in ('tabular','cnn','language','accumulation') for i in range(2)])
+def test_goes_on_from_anywhere(case, first):
+    "Stopped at an event, and once more on the way; a fifth of the events in all"
+    want,_,events = run(case)
+    for n in range(5+10*first, events, 20):
+        path = Path(f'run-{n}')
+        assert run(case, Checkpoint(path, steps=3), stop=n)[0] is None
+        run(case, Checkpoint(path, steps=3), stop=n//2)
+        assert run(case, Checkpoint(path, steps=3))[0]==want, n
+
+@pytest.mark.parametrize('args', [dict(), dict(epochs=None, steps=1), dict(epochs=None, minutes=0), dict(steps=2, background=False), dict(epochs=2), dict(keep=1, steps=3)], ids=str)
+def test_when_to_save(args):
+    want,_,events = run(digits())
+    for n in range(20, events+1, 17):
+        path = Path(f'run-{n}')
+        run(digits(), Checkpoint(path, **args), stop=n)
+        assert run(digits(), Checkpoint(path, **args))[0]==want, n
+
+@pytest.mark.parametrize('how', ['fit','fit_one_cycle','fit_flat_cos','fine_tune'])
+def test_finished(how):
+    "The same script again returns at once, with the same final state"
+    case = digits(how=how)
+    want = run(case)[0]
+    assert run(case, Checkpoint('run'))[0]==want
+    got,out,events = run(case, Checkpoint('run'))
+    assert got==want and out.count('found the fit finished')==(2 if how=='fine_tune' else 1) and events<10
+
+def between(seen):
+    def make():
+        learn = digits_learner(n=250, bs=32)
+        def fits(cb):
+            learn.fit(2, 1e-2, cbs=cb)
+            seen.append(crash.digests(learn))
+            learn.fit(1, 1e-3, cbs=cb)
+        return learn,fits
+    return make
+
+def test_between_fits():
+    "Code between two fits sees the state after the first, also when the second goes on"
+    seen = []
+    want,_,events = run(between(seen))
+    for n in (events-20, events-3, None):
+        run(between([]), Checkpoint(f'run{n}', steps=2), stop=n)
+        got,out,_ = run(between(seen), Checkpoint(f'run{n}', steps=2))
+        assert got==want and seen[-1]==seen[0] and out.count('found the fit finished')==(2 if n is None else 1)
+
+def test_goes_on_after_interruption():
+    "In the same process, with the same callback and another learner"
+    want = run(digits())[0]
+    cb,threads = Checkpoint('run', steps=3),threading.active_count()
+    for n in (70, 30, 40): run(digits(), cb, stop=n)
+    assert threading.active_count()==threads and cb._snapshot is None and cb._saved is None
+    assert run(digits(), cb)[0]==want
+
+def test_on_the_learner():
+    want = run(digits())[0]
+    case = lambda: (lambda l: (l, lambda cb: l.fit_one_cycle(2, 1e-2)))(digits_learner(Checkpoint('run', steps=3), n=250, bs=32))
+    run(case, stop=90)
+    assert run(case)[0]==want
+
+class Counts(ExtCallback):
+    "A callback of the user's with a state"
+    state_attrs = 'n',
+    n = 0
+    def after_batch(self): self.n += 1
+
+class Other(Callback):
+    "One with methods `state_dict` and `load_state_dict` of its own, and a value that has no plain form"
+    def __init__(self): self.seen,self._f = [],noop
+    def before_batch(self): self.seen.append(self.iter)
+    def state_dict(self): return {'seen': L(self.seen)}
+    def load_state_dict(self, state): self.seen = list(state['seen'])
+
+class Plain(Callback):
+    "One that has none"
+    def __init__(self): self.n,self.best,self.where,self.arr,self._f = 0,{},Path('.'),np.zeros(2),noop
+    def after_batch(self):
+        self.n += 1
+        self.best = {'a': L(self.n), 'b': (1,{2})}
+        self.arr[0] += 1
+
+def test_callbacks():
+    got = []
+    def case():
+        cbs = [Counts(), Other(), Plain(), CSVLogger()]
+        learn,fits = digits(lambda: cbs)()
+        def more(cb):
+            fits(cb)
+            got.append([cbs[0].n, cbs[1].seen, {k:v for k,v in vars(cbs[2]).items() if k in ('n','best','where')}, cbs[2].arr.tolist(), Path('history.csv').read_text()])
+        return learn,more
+    _,_,events = run(case)
+    for n in range(40, events, 31):
+        run(case, Checkpoint(f'run{n}', steps=3), stop=n)
+        run(case, Checkpoint(f'run{n}', steps=3))
+    run(case, Checkpoint(f'run{n}'))    # finished
+    assert all(o==got[0] for o in got) and len(got)>3 and got[0][4].count('\n')==3
+
+def test_changed_arguments_count():
+    "What a callback was given is not undone, what it has learnt is put back"
+    case = lambda patience: digits(lambda: [EarlyStoppingCallback('accuracy', patience=patience, min_delta=2.)], epochs=6, how='fit')
+    run(case(9), Checkpoint('run'), stop=130)
+    _,out,_ = run(case(5), Checkpoint('run'))
+    assert 'went on in epoch 2' in out and 'No improvement since epoch 0' in out and len(list(Path('run').glob('*/*.json')))==2
+
+# Loaders
+class Counted(list):
+    read = 0
+    def __getitem__(self, i):
+        Counted.read += 1
+        return super().__getitem__(i)
+
+def loaders(make): return lambda dls: DataLoaders(make([dls.train_ds[i] for i in range(len(dls.train_ds))]), dls.valid)
+class Stream(torch.utils.data.IterableDataset):
+    def __init__(self, items): self.items = items
+    def __iter__(self): return (self.items[i] for i in np.random.permutation(len(self.items)))
+def weighted(items):
+    dl = TfmdDL(items, bs=32, shuffle=True, num_workers=0)
+    dl.shuffle_fn = lambda idxs: np.random.choice(len(items), len(items)).tolist()
+    return dl
+def torchs(items, **kwargs): return torch.utils.data.DataLoader(items, batch_size=32, shuffle=True, **kwargs)
+
+LOADERS = dict(plain=lambda o: TfmdDL(o, bs=32, shuffle=True, num_workers=0), drop_last=lambda o: TfmdDL(o, bs=32, shuffle=True, num_workers=0, drop_last=True), weighted=weighted, torchs=torchs,
+               sorted=lambda o: SortedDL(o, sort_func=lambda x: x[0].sum().item(), bs=32, shuffle=True, num_workers=0), random_items=lambda o: TfmdDL(o, bs=32, shuffle=True, num_workers=0, after_item=crash.Noise()),
+               random_batches=lambda o: TfmdDL(o, bs=32, shuffle=True, num_workers=0, after_batch=crash.Noise()), stream=lambda o: DataLoader(Stream(o), bs=32, n=len(o)),
+               one_at_a_time=lambda o: TfmdDL([(x[None],y[None]) for x,y in o[:20]], bs=None, shuffle=True, num_workers=0), workers=lambda o: TfmdDL(o, bs=32, shuffle=True, num_workers=2))
+
+@pytest.mark.parametrize('name', LOADERS)
+def test_loaders(name):
+    case = digits(dls=loaders(LOADERS[name]))
+    want,_,events = run(case)
+    for n in range(30, events, 60 if name=='workers' else 23):
+        run(case, Checkpoint(f'run{n}', steps=1), stop=n)
+        assert run(case, Checkpoint(f'run{n}', steps=1))[0]==want, n
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_items_are_not_read_again(workers):
+    def case():
+        learn,fits = digits(dls=loaders(lambda o: TfmdDL(Counted(o), bs=32, shuffle=True, num_workers=workers)), epochs=1)()
+        return learn,fits
+    def read(*args, **kwargs):
+        Counted.read = 0
+        run(*args, **kwargs)
+        return Counted.read
+    if workers:     # they count for themselves
+        dl = case()[0].dls.train
+        start = random_state(SimpleNamespace(loaders=[dl]))
+        every = [b[1].tolist() for b in dl]
+        load_random_state(SimpleNamespace(loaders=[dl]), start)
+        assert [b[1].tolist() for b in batches_from(dl, 3, noop)]==every[3:]
+        return
+    assert read(case)>=200
+    read(case, Checkpoint('run', epochs=None, steps=5), stop=60)     # after batch 5 of 7
+    assert read(case, Checkpoint('run', epochs=None, steps=5)) <= 200-5*32+1
+
+@pytest.mark.parametrize('n', range(0, 9))
+@pytest.mark.parametrize('name', ['plain','workers','torchs','stream'])
+def test_batches_from(name, n):
+    "The batches from the nth on, and then the loader is as it was"
+    items = [(torch.full((1,), float(i)),torch.tensor(i)) for i in range(100)]
+    dl = LOADERS[name](items) if name!='torchs' else torch.utils.data.DataLoader(items, batch_size=16, shuffle=True)
+    if name!='torchs': dl.bs = 16
+    dls = SimpleNamespace(loaders=[dl])
+    start = random_state(dls)
+    every,attrs = [b[1].tolist() for b in dl],set(vars(dl))
+    load_random_state(dls, start)
+    ready = []
+    assert [b[1].tolist() for b in batches_from(dl, n, lambda: ready.append(1))]==every[n:]
+    assert ready==[1] and set(vars(dl))==attrs and skips_exactly(dl)==(name in ('plain','workers'))
+    load_random_state(dls, start)
+    it = batches_from(dl, n, noop)
+    next(it, None); it.close()
+    assert set(vars(dl))-{'it'}==attrs-{'it'}
+
+def test_seeded_items():
+    "With workers, items that draw random numbers are the same after going on in mid-epoch with `seed_items`, and only with it"
+    case = digits(dls=loaders(lambda o: TfmdDL(o, bs=32, shuffle=True, num_workers=2, after_item=crash.Noise())), epochs=1)
+    def interrupted(path, seed_items):
+        want = run(case, Checkpoint(f'{path}-whole', epochs=None, seed_items=seed_items))[0]
+        args = dict(epochs=None, steps=3, seed_items=seed_items)
+        run(case, Checkpoint(path, **args), stop=50)
+        got,out,_ = run(case, Checkpoint(path, **args))
+        assert 'went on in epoch 0' in out and 'batch 0' not in out
+        return got==want,out
+    same,out = interrupted('a', True)
+    assert same and 'seed_items' not in out
+    same,out = interrupted('b', False)
+    assert not same and out.count('seed_items=True makes them so')==1
+
+def test_limits_are_said_once():
+    cb = Checkpoint('run')
+    case = digits(dls=loaders(torchs), how='fine_tune')
+    assert run(case, cb)[1].count('are read again and dropped')==1
+    assert 'checkpoint:' not in run(digits(), Checkpoint('other'))[1]
+
+# Another run
+WRONG = dict(model=dict(model=lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 10))), seed=dict(seed=1), n=dict(n=300), epochs=dict(epochs=3), how=dict(how='fit'),
+             opt=dict(opt_func=RMSProp), torch=dict(opt_func=partial(OptimWrapper, opt=torch.optim.AdamW)), wd=dict(wd=0.3), groups=dict(splitter=lambda m: [params(m[:3]), params(m[3:])]))
+WORDS = dict(model='model: 0.weight', seed='seed: 1, and there 42', n='training items: 240, and there 200', epochs='epochs: 3, and there 2', how='schedule: ', opt='optimizer: ', torch='optimizer: AdamW',
+             wd="'wd': 0.3", groups='parameter groups: ')
+
+@pytest.mark.parametrize('what', WRONG)
+def test_refuses_another_run(what):
+    run(digits(), Checkpoint('run', steps=2), stop=60)
+    kwargs = dict(WRONG[what])
+    if 'model' in kwargs: kwargs['model'] = kwargs['model']()
+    if what=='torch': want = r'optimizer: AdamW\('
+    before = sorted(Path('run').rglob('*'))
+    with pytest.raises(ValueError) as e: run(digits(**kwargs), Checkpoint('run', steps=2))
+    assert WORDS[what] in str(e.value) and 'has the checkpoint of another run' in str(e.value) and 'Use another path, or resume=False' in str(e.value)
+    assert sorted(Path('run').rglob('*'))==before
+    run(digits(**kwargs), Checkpoint('run', steps=2, resume=False), stop=60)
+    assert 'went on' in run(digits(**kwargs), Checkpoint('run', steps=2))[1]
+
+def test_batch_size_and_lr():
+    def case(bs, lr):
+        def make():
+            learn = digits_learner(n=250, bs=bs)
+            return learn,lambda cb: learn.fit_one_cycle(2, lr, cbs=cb)
+        return make
+    run(case(32, 1e-2), Checkpoint('run'), stop=90)
+    for bs,lr,word in ((16, 1e-2, 'batch size: 16, and there 32'), (32, 1e-3, 'schedule: ')):
+        with pytest.raises(ValueError, match=word): run(case(bs, lr), Checkpoint('run'))
+
+def test_resume_false_starts_anew():
+    want = run(digits())[0]
+    run(digits(seed=1), Checkpoint('run', steps=2), stop=90)
+    run(digits(), Checkpoint('run', steps=2, resume=False), stop=90)
+    for f in sorted(Path('run/fit_0').glob('*.pt'))[:1]: f.write_bytes(b'')
+    assert run(digits(), Checkpoint('run', steps=2))[0]==want
+
+def test_fit_of_another_run_is_not_used():
+    "The second fit of an older run in the same folder"
+    case = digits(how='fine_tune')
+    want = run(case)[0]
+    run(digits(how='fine_tune', seed=42), Checkpoint('run', steps=2), stop=200)
+    assert list(Path('run/fit_1').glob('*.json'))
+    run(case, Checkpoint('run', steps=2, resume=False), stop=60)
+    got,out,_ = run(case, Checkpoint('run', steps=2))
+    assert got==want and 'fit_1 is from another run than fit_0' in out
+
+def test_extend():
+    longer = digits(how='fit', epochs=4)
+    want = run(longer)[0]
+    for stop in (None, 60, 120):
+        path = f'run{stop}'
+        run(digits(how='fit', epochs=2), Checkpoint(path, steps=3), stop=stop)
+        with pytest.raises(ValueError, match='epochs: 4, and there 2'): run(longer, Checkpoint(path))
+        got,_,_ = run(longer, Checkpoint(path, extend=True))
+        assert got=={**want, 'model': got['model']}==want
+    run(digits(), Checkpoint('cycle'))
+    with pytest.raises(ValueError, match='extend=True is for fits without a schedule'): run(digits(epochs=3), Checkpoint('cycle', extend=True))
+    with pytest.raises(ValueError, match='epochs: 1, and there 2'): run(digits(how='fit', epochs=1), Checkpoint(path:='short', extend=True)) if run(digits(how='fit'), Checkpoint('short')) else None
+
+# Files
+@pytest.fixture(scope='module')
+def saved(tmp_path_factory):
+    "A folder with two checkpoints of a run, and its checksums"
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp('saved')
+    want = run(digits())[0]
+    run(digits(), Checkpoint(folder, epochs=None, steps=3, background=False), stop=75)
+    assert len(list(folder.glob('*/*.pt')))==2
+    return folder,want
+
+def damaged(good, r):
+    "Kinds of damage"
+    for n in (0, 1, 30, 1000, len(good)//2, len(good)-1): yield f'first {n} bytes', good[:n]
+    for _ in range(8):
+        i = r.randrange(len(good))
+        yield f'flipped byte {i}', good[:i]+bytes([good[i]^(1<<r.randrange(8))])+good[i+1:]
+    yield 'twice', good*2
+    yield 'noise', r.randbytes(len(good))
+    yield 'text', b'not a checkpoint'
+    b = io.BytesIO()
+    torch.save({'state': Bomb(), 'about': {}}, b)
+    yield 'code', b.getvalue()
+    yield 'pickle', pickle.dumps(Bomb())
+
+class Bomb:
+    def __reduce__(self): return os.mkdir,('code-was-run',)
+
+@pytest.mark.parametrize('kind', ['pt','json'])
+def test_damaged_files(saved, kind):
+    "A line that names the file; the one before is used, or none; the same bits in the end; no code is run"
+    folder,want = saved
+    newest = sorted(folder.glob(f'*/*.{kind}'))[-1]
+    n = 0
+    for what,content in damaged(newest.read_bytes(), random.Random(0)):
+        for both in (False, True):
+            n += 1
+            shutil.copytree(folder, path := Path(f'run-{n}'))
+            for f in sorted(path.glob(f'*/*.{kind}'))[0 if both else -1:]: f.write_bytes(content)
+            got,out,_ = run(digits(), Checkpoint(path))
+            lines = [o for o in out.splitlines() if o.startswith('checkpoint: ')]
+            harmless = kind=='json' and what.startswith('flipped') and len(lines)==1     # a byte of what is only for people
+            assert got==want, (what, both)
+            if harmless: assert 'went on in epoch 0, batch 6' in lines[0]
+            elif kind=='json' and what.startswith('flipped'): assert len(lines)>=2 and all('000002.' in o or '000001.' in o or 'went on' in o for o in lines), lines    # size or checksum
+            elif both: assert len(lines)==2 and all(f'{o:06}.{kind}' in l for o,l in zip((2,1), lines)), lines
+            else: assert len(lines)==2 and f'000002.{kind}: ' in lines[0] and 'went on in epoch 0, batch 3' in lines[1], lines
+            shutil.rmtree(path)
+    assert n>=30 and not Path('code-was-run').exists()
+
+@pytest.mark.parametrize('background', [True, False])
+@pytest.mark.parametrize('no', [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_failed_writes(background, no, monkeypatch):
+    "One line for each, training goes on, and what was there is still there; or the fit stops"
+    want,real,fails = run(digits())[0],os.fsync,[]
+    def fsync(fd):
+        if fails: raise OSError(no, os.strerror(no))
+        real(fd)
+    monkeypatch.setattr(os, 'fsync', fsync)
+    class Break(Callback):
+        def before_batch(self):
+            if self.train_iter==5: fails.append(1)
+    args = dict(epochs=None, steps=2, background=background)
+    case = digits(lambda: [Break()])
+    got,out,_ = run(case, Checkpoint('run', **args))
+    lines = [o for o in out.splitlines() if o.startswith('checkpoint: could not save')]
+    assert got==want and lines and all(os.strerror(no) in o and 'cannot write run/fit_0/0' in o for o in lines) and not list(Path('.').rglob('*.tmp'))
+    assert len(lines)>=(3 if background else 5)
+    fails.clear()
+    got,out,_ = run(digits(), Checkpoint('run', **args))
+    assert got==want and 'went on in epoch 0' in out
+    fails.clear()
+    with pytest.raises(OSError, match=os.strerror(no)): run(case, Checkpoint('other', on_error='stop', **args))
+    fails.clear()
+    assert run(digits(), Checkpoint('other', **args))[0]==want
+
+def test_error_of_the_writer_is_said_at_the_next_batch(monkeypatch):
+    real,seen = module.StateFiles.save,[]
+    def save(self, *args):
+        raise OSError(errno.ENOSPC, 'no space')
+    monkeypatch.setattr(module.StateFiles, 'save', save)
+    class Look(Callback):
+        order = 2001
+        def after_batch(self):
+            self.checkpoint._writer._thread and self.checkpoint._writer._thread.join()
+            seen.append(len(self.checkpoint.records))
+    run(digits(lambda: [Look()], epochs=1), Checkpoint('run', epochs=None, steps=3))
+    assert seen[:4]==[0,0,0,1]
+
+def test_slow_disk_does_not_hold_the_training_up(monkeypatch):
+    "While a file is being written, no other one is begun: it is due at the next batch after"
+    gate,started,real = threading.Event(),[],module.StateFiles.save
+    def save(self, *args):
+        started.append(1)
+        gate.wait(20)
+        return real(self, *args)
+    monkeypatch.setattr(module.StateFiles, 'save', save)
+    class Open(Callback):
+        order = 3000
+        def after_batch(self):
+            if self.training and self.train_iter==9:
+                assert len(started)==1
+                gate.set()
+                self.checkpoint._writer._thread.join()
+            if self.training and self.train_iter==11: assert len(started)==2
+    run(digits(lambda: [Open()]), Checkpoint('run', epochs=None, steps=2))
+    assert gate.is_set()
+
+def test_manifest():
+    run(digits(), Checkpoint('run', steps=3), stop=50)
+    about = json.loads(next(Path('run/fit_0').glob('*.json')).read_text())['about']
+    assert about['at']=={'epoch': 0, 'batch': 3, 'finished': False, 'n_epoch': 2} and about['facts']['batch size']==32 and 'torch' in about['versions']
+
+def test_says_other_versions(monkeypatch):
+    run(digits(), Checkpoint('run', steps=3), stop=50)
+    monkeypatch.setattr(module.fastai, '__version__', '99')
+    assert 'the results may differ in rounding' in run(digits(), Checkpoint('run'))[1]
+
+def test_wrong_arguments():
+    for args,word in (({'on_error':'x'},"on_error='x': expected 'continue' or 'stop'"), ({'epochs':0},'epochs=0'), ({'steps':1.5},'steps=1.5'), ({'minutes':-1},'minutes=-1'), ({'resume':1},'resume=1')):
+        with pytest.raises((ValueError,TypeError), match=word): Checkpoint('x', **args)
+
+# Preemption
+class Signal(Callback):
+    def __init__(self, number, when='after_batch', at=9): self.number,self.when,self.at = number,when,at
+    def __call__(self, event_name):
+        if event_name==self.when and self.train_iter==self.at and self.training==(self.when!='after_validate'): os.kill(os.getpid(), self.number)
+
+def test_preemption_kills_in_time():
+    "SIGTERM, which nobody handles: the process ends by it, after the checkpoint; the next one goes on"
+    want = run(digits())[0]
+    case = digits(lambda: [Signal(signal.SIGTERM), PreemptionGuard()])
+    if not (pid := os.fork()):
+        try:
+            os.dup2(os.open('out.txt', os.O_WRONLY|os.O_CREAT), 1)
+            case()[1](Checkpoint('run', epochs=None))
+        finally: os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])==-signal.SIGTERM
+    got,out,_ = run(digits(lambda: [PreemptionGuard()]), Checkpoint('run', epochs=None))
+    assert got==want and 'went on in epoch 1, batch 3' in out
+
+@pytest.mark.parametrize('when,where', [('after_batch','epoch 1, batch 2'), ('after_validate','epoch 0')])
+def test_preemption(when, where):
+    got,want = [],run(digits())[0]
+    handler = lambda number,frame: got.append(number)
+    earlier = {s:signal.signal(s, handler) for s in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        cbs = lambda: [Signal(signal.SIGUSR1, when, 9 if when=='after_batch' else 6), PreemptionGuard()]
+        _,out,_ = run(digits(cbs), Checkpoint('run', epochs=None))
+        assert got==[signal.SIGUSR1] and f'preemption_guard: ended the fit in {where}' in out and 'SIGUSR1; the next run goes on from run' in out
+        assert all(signal.getsignal(s) is handler for s in earlier)
+        assert run(digits(), Checkpoint('run', epochs=None))[0]==want
+        _,out,_ = run(digits(cbs))
+        assert got==[signal.SIGUSR1]*2 and 'there is no Checkpoint to go on from' in out
+    finally:
+        for s,h in earlier.items(): signal.signal(s, h)
+
+def test_preemption_signals():
+    with pytest.raises(ValueError, match='signals=.*expected'): PreemptionGuard([9999])
+    assert PreemptionGuard(signal.SIGUSR2).signals==[signal.SIGUSR2]
+
+# The best models
+def test_top_k():
+    learn = digits_learner(n=250, bs=32, path='.')
+    kept = {}
+    class Keep(Callback):
+        order = 70
+        def after_epoch(self): kept[self.epoch] = {k:v.clone() for k,v in self.model.state_dict().items()}
+    cb = SaveTopK('valid_loss', k=2)
+    with learn.no_bar(), learn.no_logging(): learn.fit(5, 5e-2, cbs=[cb, Keep()])
+    losses = [v[1] for v in learn.recorder.values]
+    order = sorted(range(5), key=lambda i: losses[i])
+    assert [o['epoch'] for o in cb.best]==order[:2] and [o['value'] for o in cb.best]==[losses[i] for i in order[:2]]
+    same = lambda state: all(torch.equal(v, kept[order[0]][k]) for k,v in state.items())
+    assert same(learn.model.state_dict()) and json.loads(Path('models/model/best.json').read_text())=={'monitor': 'valid_loss', 'best': cb.best}
+    assert sorted(o.name for o in Path('models').rglob('*'))==sorted(['model','model.pth','best.json', *(Path(o['file']).name for o in cb.best)])
+    fit = digits_learner(n=250, bs=32, path='.')
+    assert same(fit.load('model').model.state_dict()) and same(fit.load(cb.best[0]['file'].removesuffix('.pth')).model.state_dict())
+
+@pytest.mark.parametrize('ending', [KeyboardInterrupt, OSError('broken'), CancelFitException])
+def test_best_after_interruption(ending):
+    class End(Callback):
+        def before_batch(self):
+            if self.epoch==3: raise ending
+    learn = digits_learner([SaveTopK('accuracy', k=1), End()], n=250, bs=32, path='.')
+    with learn.no_bar(), learn.no_logging(), contextlib.suppress(KeyboardInterrupt, OSError): learn.fit(5, 1e-2)
+    with learn.no_bar(): assert learn.validate()[1]==pytest.approx(learn.save_top_k.best[0]['value']) and learn.save_top_k.best[0]['value']==max(v[-1] for v in learn.recorder.values)
+
+def test_nan_is_never_best(capsys):
+    class Spoil(Callback):
+        order = 51
+        def after_validate(self):
+            if self.epoch in bad: self.recorder.loss.total = torch.tensor(float('nan'))
+    for bad,left in (({0,2}, {1,3}), ({0,1,2,3}, set())):
+        learn = digits_learner([SaveTopK(k=4), Spoil()], n=250, bs=32, path='.')
+        with learn.no_bar(), learn.no_logging(): learn.fit(4, 1e-2)
+        assert {o['epoch'] for o in learn.save_top_k.best}==left
+    assert capsys.readouterr().out.count('no model to load: valid_loss was not a finite number')==1
+
+def test_validate_and_lr_find_leave_the_best_alone():
+    learn = digits_learner([SaveTopK(k=1)], n=250, bs=32, path='.')
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(2, 1e-2)
+        files = {o:o.read_bytes() for o in Path('models').rglob('*') if o.is_file()}
+        best = list(learn.save_top_k.best)
+        for p in learn.model.parameters(): p.data.mul_(0)
+        learn.validate(), learn.get_preds(), learn.lr_find(num_it=5, show_plot=False, suggest_funcs=None)
+    assert all(p.abs().sum()==0 for p in learn.model.parameters()) and learn.save_top_k.best==best
+    assert all(o.read_bytes()==c for o,c in files.items())
+
+def test_top_k_arguments():
+    learn = digits_learner([SaveTopK('valid_acc')], n=250, bs=32)
+    with pytest.raises(ValueError, match="no metric 'valid_acc'; there are: train_loss, valid_loss, accuracy"), learn.no_bar(): learn.fit(1)
+    with pytest.raises(ValueError, match='comp='): SaveTopK(comp=max)
+    for monitor,sign in (('valid_loss',1), ('error_rate',1), ('accuracy',-1)): assert SaveTopK(monitor)._sign()==sign
+    assert SaveTopK('valid_loss', comp=np.greater)._sign()==-1
+
+def test_min_delta_and_all():
+    learn = digits_learner([SaveTopK('accuracy', k=1, min_delta=2.)], n=250, bs=32, path='.')
+    with learn.no_bar(), learn.no_logging(): learn.fit(3, 1e-2)
+    assert [o['epoch'] for o in learn.save_top_k.best]==[0]
+    learn = digits_learner([SaveTopK(k=None, fname='all')], n=250, bs=32, path='.')
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(3, 1e-2)
+        assert len(list(Path('models/all').glob('*.pth')))==3
+        learn.save_top_k.reset_on_fit = False
+        learn.fit(2, 1e-2)
+    assert len(learn.save_top_k.best)==5==len(list(Path('models/all').glob('*.pth')))
+
+@pytest.mark.parametrize('opt_func', [Adam, partial(OptimWrapper, opt=torch.optim.AdamW)])
+def test_with_opt(opt_func):
+    learn = digits_learner([SaveTopK(k=1, with_opt=True)], n=250, bs=32, path='.', opt_func=opt_func)
+    with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-2)
+    other = digits_learner(n=250, bs=32, path='.', opt_func=opt_func)
+    other.create_opt()
+    other.load('model', with_opt=True)
+    with other.no_bar(), other.no_logging(): other.fit(1)
+
+def test_a_best_file_that_is_gone(capsys):
+    learn = digits_learner([SaveTopK('accuracy', k=2, load_best=False)], n=250, bs=32, path='.')
+    with learn.no_bar(), learn.no_logging(): learn.fit(3, 1e-2)
+    (Path('models')/learn.save_top_k.best[0]['file']).unlink()
+    learn.save_top_k._load_best()
+    assert ': missing' in capsys.readouterr().out
+    with learn.no_bar(): assert learn.validate()[1]==pytest.approx(learn.save_top_k.best[1]['value'])
+
+def test_failed_save_of_the_best(monkeypatch, capsys):
+    def fsync(fd): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(os, 'fsync', fsync)
+    learn = digits_learner([SaveTopK(k=2)], n=250, bs=32, path='.')
+    with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-2)
+    out = capsys.readouterr().out
+    assert out.count('save_top_k: could not save')==2 and 'No space left' in out and learn.save_top_k.best==[]
+
+def test_average():
+    "The mean of the weights; batch norm has the statistics of the training set under that mean"
+    learn = digits_learner([SaveTopK(k=3)], n=250, bs=32, path='.')
+    with learn.no_bar(), learn.no_logging(): learn.fit(4, 1e-2)
+    states = [torch.load(Path('models')/o['file']) for o in learn.save_top_k.best]
+    learn.save_top_k.average()
+    for k,v in learn.model.named_parameters(): assert torch.allclose(v, torch.stack([s[k] for s in states]).mean(0), atol=1e-7)
+    learn.save_top_k.average(k=1)
+    for k,v in learn.model.named_parameters(): assert torch.equal(v, states[0][k])
+    # a full batch in float64 gives the statistics in closed form
+    x = torch.cat([b[0] for b in learn.dls.train])
+    with torch.no_grad(): first = learn.model[0](x)
+    refresh_batchnorm(learn)
+    assert torch.allclose(learn.model[1].running_mean, first.mean((0,2,3)), atol=2e-2)
+    learn = digits_learner(n=250, bs=32, path='.')
+    cb = SaveTopK(k=2)
+    with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-2, cbs=cb)
+    with pytest.raises(ValueError, match='learn=None'): cb.average()
+    cb.average(learn=learn)
+    with pytest.raises(ValueError, match='no model can be read'): SaveTopK().average(learn=learn)
