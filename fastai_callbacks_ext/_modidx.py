@@ -95,6 +95,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                      'fastai_callbacks_ext/checkpoint.py'),
                                                  'fastai_callbacks_ext.checkpoint._from_first': ( 'checkpoint.html#_from_first',
                                                                                                   'fastai_callbacks_ext/checkpoint.py'),
+                                                 'fastai_callbacks_ext.checkpoint._function': ( 'checkpoint.html#_function',
+                                                                                                'fastai_callbacks_ext/checkpoint.py'),
                                                  'fastai_callbacks_ext.checkpoint._len': ( 'checkpoint.html#_len',
                                                                                            'fastai_callbacks_ext/checkpoint.py'),
                                                  'fastai_callbacks_ext.checkpoint._link': ( 'checkpoint.html#_link',

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['run_facts', 'Checkpoint', 'PreemptionGuard', 'SaveTopK', 'refresh_batchnorm']
 
-# %% ../nbs/06_checkpoint.ipynb #f53deba1
+# %% ../nbs/06_checkpoint.ipynb #ca3e3b79
 import json
 import os
 import shutil
@@ -15,6 +15,7 @@ from functools import partial
 from itertools import islice
 from math import isfinite
 from pathlib import Path
+from threading import current_thread, main_thread
 from time import monotonic
 from uuid import uuid4
 
@@ -36,26 +37,28 @@ from .files import BackgroundWriter, DamagedFile, Snapshot, StateFiles, load_sta
 from .rnn import unwrap_model
 from .state import SeededItems, attributes, batches_from, learner_state, load_learner_state, load_opt_state, load_random_state, opt_state, random_state, skips_exactly
 
-# %% ../nbs/06_checkpoint.ipynb #732d6ec4
+# %% ../nbs/06_checkpoint.ipynb #898534c3
 def run_facts(
     learn:Learner # In `before_fit`
 )->dict: # Plain values, for people to read
     "What must be the same when a run goes on"
     dl,opt = learn.dls.train,learn.opt
-    steps = [getattr(o, '__name__', str(o)) for o in opt.cbs] if isinstance(opt, Optimizer) else []
+    steps = [_function(o) for o in opt.cbs] if isinstance(opt, Optimizer) else []
     return {'optimizer': f"{type(getattr(opt, 'opt', opt)).__name__}({', '.join(steps)})", 'parameter groups': [len(o) for o in opt.param_lists],
             'hyper-parameters': [{k: v for k,v in h.items() if isinstance(v, (int,float,bool))} for h in map(_numbers, opt.hypers)],
             'schedule': {p: [_numbers(f(pct)) for pct in (0., .3, .6, 1.)] for cb in _schedulers(learn) for p,f in cb.scheds.items()},
             'training items': _len(dl.dataset), 'batch size': getattr(dl, 'bs', None) or getattr(dl, 'batch_size', None), 'batches': len(dl),
             'epochs': learn.n_epoch, 'seed': torch.initial_seed(), 'processes': _ranks()}
 
+def _function(f): return f'{f.func.__name__}({f.keywords})' if isinstance(f, partial) else getattr(f, '__name__', type(f).__name__)
 def _schedulers(learn): return [cb for cb in learn.cbs if isinstance(cb, ParamScheduler)]
 def _len(o): return len(o) if hasattr(o, '__len__') else None
 def _numbers(o):
-    "numpy's numbers and arrays as Python's"
+    "numpy's numbers and arrays as Python's, floats to six digits"
     if isinstance(o, dict): return {k: _numbers(v) for k,v in o.items()}
     if isinstance(o, (list,tuple,L)): return [_numbers(v) for v in o]
-    return o.tolist() if isinstance(o, (np.ndarray,np.generic)) else o
+    if isinstance(o, (np.ndarray,np.generic)): return _numbers(o.tolist())
+    return float(f'{o:.6g}') if isinstance(o, float) else o
 
 def _model_differences(model, weights):
     shapes = [{n: tuple(t.shape) for n,t in w.items() if isinstance(t, Tensor)} for w in (unwrap_model(model).state_dict(), weights)]
@@ -275,7 +278,7 @@ def _failed(self:Checkpoint, e):
     if self.on_error=='stop': raise OSError(str(e)) from e      # one argument: fastai shows the first
     self.tell('could not save', str(e))
 
-# %% ../nbs/06_checkpoint.ipynb #6d507aa4
+# %% ../nbs/06_checkpoint.ipynb #f406d237
 class PreemptionGuard(ExtCallback):
     "Ends the fit at the next batch when a signal announces the end of the machine; with a `Checkpoint`, the next run goes on from there"
     run_after,run_valid = Checkpoint,False
@@ -288,6 +291,7 @@ class PreemptionGuard(ExtCallback):
     def before_fit(self):
         "Put the handlers in place"
         if not self.fitting: return
+        if current_thread() is not main_thread(): raise RuntimeError(f'{self.name}: signals can be handled in the main thread only, and this fit runs in another')
         self._got = None
         self.at_end(self._pass_on)
         for s in self.signals: self.at_end(signal.signal, s, signal.signal(s, self._note) or signal.SIG_DFL)
