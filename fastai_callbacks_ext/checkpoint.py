@@ -65,7 +65,7 @@ def _model_differences(model, weights):
     names = [n for n in {**shapes[0], **shapes[1]} if shapes[0].get(n)!=shapes[1].get(n)]
     return [f"model: {n} has the shape {shapes[0].get(n, 'of nothing')}, and there {shapes[1].get(n, 'it is not')}" for n in names[:3]] + ([f'model: {len(names)-3} more']*(len(names)>3))
 
-# %% ../nbs/06_checkpoint.ipynb #6bd04746
+# %% ../nbs/06_checkpoint.ipynb #7b2f4560
 class Checkpoint(ExtCallback):
     "Saves the whole state of a fit; when the same script runs again, the fit goes on from there to the same bits"
     order,run_valid = 2000,False     # after all others
@@ -96,7 +96,8 @@ class Checkpoint(ExtCallback):
         self._files = StateFiles(self.path/f'fit_{self._fit}', self.keep, fresh=not self.resume)
         self._writer,self._snapshot = BackgroundWriter(),Snapshot()
         self._saved = self._at = self._start = None
-        self._due,self._paused,self._last = False,False,monotonic()
+        self._due = self._paused = self._finished = False
+        self._last = monotonic()
         self._facts = run_facts(self.learn)
         self._first = {cb: self._first.get(cb) or attributes(cb) for cb in self.learn.cbs}
         self.at_end(self._forget)
@@ -207,15 +208,16 @@ def _other_batches(self:Checkpoint):
     load_random_state(learn.dls, self._start)
     for i,b in enumerate(batches_from(learn.dl, n, partial(load_random_state, learn.dls, middle)), n): learn.one_batch(i, b)
 
-# %% ../nbs/06_checkpoint.ipynb #b335c8f3
+# %% ../nbs/06_checkpoint.ipynb #7ef7536c
 @patch
 def before_train(self:Checkpoint):
     "Note the random state from which the order of this epoch's items is drawn"
     if not self.fitting: return
     self._start = random_state(self.dls)
-    if self.seed_items and hasattr(self.dl, 'fake_l') and self.dl.fake_l.num_workers:
-        self.dl.do_item = SeededItems(self.dl, torch.initial_seed(), self.epoch)
-        self.at_end(vars(self.dl).pop, 'do_item', None)
+    dl = vars(self.dl).get('dl', self.dl)      # the one in a `DistributedDL`
+    if self.seed_items and hasattr(dl, 'fake_l') and dl.fake_l.num_workers:
+        dl.do_item = SeededItems(dl, torch.initial_seed(), self.epoch)
+        self.at_end(vars(dl).pop, 'do_item', None)
 
 @patch
 def after_batch(self:Checkpoint):
@@ -237,7 +239,7 @@ def after_epoch(self:Checkpoint):
 def after_fit(self:Checkpoint):
     "Save the final state; or put it back, if the fit was finished before"
     if not self.fitting or self._paused: return
-    if self._saved: self._load()
+    if self._finished: self._load()
     else: self._save(min(self.epoch+1, self.n_epoch), finished=True)
     self._fit += 1
 
