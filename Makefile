@@ -37,6 +37,9 @@ bench: .venv/bench-ready ## Measure the callbacks and the loop beside their peer
 soak-loop: .venv/bench-ready ## Train for a million batches with FastLoop; memory must not grow (10 minutes)
 	$(RUN)/python benchmarks/loop.py --batches 1000000
 
+soak-crash: .venv/ready ## Kill training runs 500 times and resume them; each must end with the same bits (25 minutes)
+	$(RUN)/python tests/crash.py --kills 500
+
 notebooks: .venv/ready ## Export the modules, run the notebooks and store their outputs
 	$(BIN)/nbdev-export
 	OMP_NUM_THREADS=1 $(RUN)/nbdev-test --save --n-workers 2

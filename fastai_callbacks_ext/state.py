@@ -7,13 +7,12 @@ __all__ = ['NotPlain', 'to_plain', 'from_plain', 'attributes', 'set_attributes',
            'load_opt_state', 'random_state', 'load_random_state', 'callback_state', 'load_callback_state',
            'learner_state', 'load_learner_state', 'skips_exactly', 'batches_from', 'SeededItems']
 
-# %% ../nbs/05_state.ipynb #a67148a6
+# %% ../nbs/05_state.ipynb #70ef4e01
 import random
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import islice
-from math import inf
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +80,7 @@ def set_attributes(
     "Put attributes back"
     vars(o).update(from_plain(state))
 
-# %% ../nbs/05_state.ipynb #833f7d72
+# %% ../nbs/05_state.ipynb #e02815b4
 def model_state(
     model:nn.Module # A model, maybe wrapped (`DataParallel`, `torch.compile`, ...)
 )->dict: # Tensors are the model's own, not copies
@@ -94,13 +93,13 @@ _modules_own = tuple(vars(nn.Module()))
 def _stateful(model): return [(n,m) for n,m in model.named_modules() if callable(getattr(m, 'reset', None))]
 
 def _grads(model):
-    "Gradients by name, None for one that is zero"
+    "Gradients by name, None for one whose bits are all zero"
     grads = {n:p.grad for n,p in model.named_parameters() if p.grad is not None}
-    dense = [n for n,g in grads.items() if g.layout is torch.strided]
+    dense = {n:g.reshape(-1).view(torch.uint8).any() for n,g in grads.items() if g.layout is torch.strided}
     if not dense: return grads
-    largest = torch._foreach_norm([grads[n] for n in dense], inf)
-    zero = {n for n,v in zip(dense, torch.stack([o.double().to(largest[0].device) for o in largest]).tolist()) if v==0}
-    return {n: None if n in zero else g for n,g in grads.items()}
+    device = next(iter(dense.values())).device
+    used = dict(zip(dense, torch.stack([o.to(device) for o in dense.values()]).tolist()))     # one wait
+    return {n: g if used.get(n, True) else None for n,g in grads.items()}
 
 @torch.no_grad()
 def load_model_state(
@@ -140,13 +139,14 @@ def load_opt_state(
 
 def _params(opt): return [p for group in opt.param_lists for p in group]
 
-# %% ../nbs/05_state.ipynb #64fea2ec
+# %% ../nbs/05_state.ipynb #d2fb4425
 def random_state(
     dls # `DataLoaders`
 )->dict:
     "Where all random generators are, and the order of the texts in a language-model loader"
     kind,words,*rest = np.random.get_state()
-    return dict(python=random.getstate(), numpy=(kind, words.tolist(), *rest), torch=torch.get_rng_state(), loaders=[_loader_state(dl) for dl in dls.loaders],
+    return dict(python=_words(random.getstate()), numpy=(kind, torch.from_numpy(words.astype(int)), *rest), torch=torch.get_rng_state(),
+                loaders=[_loader_state(dl) for dl in dls.loaders],
                 devices={o.__name__.rpartition('.')[2]: o.get_rng_state_all() if hasattr(o, 'get_rng_state_all') else o.get_rng_state() for o in _accelerators()})
 
 def load_random_state(
@@ -154,8 +154,8 @@ def load_random_state(
     state:dict # From `random_state`
 ):
     "Set all random generators, and the order of texts"
-    random.setstate(state['python'])
-    np.random.set_state(state['numpy'])
+    random.setstate(_from_words(state['python']))
+    np.random.set_state(tuple(o.numpy() if isinstance(o, Tensor) else o for o in state['numpy']))
     torch.set_rng_state(state['torch'])
     for o in _accelerators():
         s = state['devices'].get(o.__name__.rpartition('.')[2])
@@ -164,14 +164,17 @@ def load_random_state(
 
 def _accelerators(): return [o for o in (torch.cuda, torch.xpu, torch.mps) if o.is_available()]
 
+def _words(state): return tuple(torch.tensor(o) if isinstance(o, tuple) else o for o in state)      # hundreds of numbers
+def _from_words(state): return tuple(tuple(o.tolist()) if isinstance(o, Tensor) else o for o in state)
+
 def _texts(dl): return getattr(vars(dl).get('items'), 'idxs', None)     # their order, in an `LMDataLoader`
 def _loader_state(dl):
     rng,texts = vars(dl).get('rng'),_texts(dl)
-    return dict(rng=rng and rng.getstate(), texts=texts and list(texts))
+    return dict(rng=rng and _words(rng.getstate()), texts=None if texts is None else torch.tensor(list(texts)))
 
 def _load_loader_state(dl, state):
-    if state['rng']: dl.rng.setstate(state['rng'])
-    for i,o in enumerate(state['texts'] or ()): _texts(dl)[i] = o
+    if state['rng']: dl.rng.setstate(_from_words(state['rng']))
+    for i,o in enumerate([] if state['texts'] is None else state['texts'].tolist()): _texts(dl)[i] = o
 
 # %% ../nbs/05_state.ipynb #4f37e3ea
 def callback_state(

@@ -1,0 +1,184 @@
+"""Cost of a checkpoint: how long the training waits, bytes on disk, and how much slower the steps are while a thread writes
+
+The state is that of an MLP and Adam, three copies of the weights. The same run times a plain `torch.save` of it, one copy in memory, and Lightning.
+"""
+import gc, logging, os, warnings
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import perf_counter
+warnings.filterwarnings('ignore')
+
+import torch, torch.nn.functional as F
+from fastai.basics import Adam, Callback, DataLoader, DataLoaders, Learner, default_device
+from torch import nn
+from torch.utils.data import TensorDataset
+from fastai_callbacks_ext.checkpoint import Checkpoint
+from fastai_callbacks_ext.files import Snapshot, map_state
+from fastai_callbacks_ext.state import learner_state
+from harness import apart, measure, options, ratio, report
+
+STEPS,LR = 3,1e-3       # steps before the first save
+SIZES = {1:(4, 512), 25:(24, 1024), 200:(12, 4096)}      # million parameters: layers, and their width
+PLAIN,OURS,COPY,TENSORS = 'torch.save','Checkpoint, background','one copy of the state','tensors of the state'
+
+def net(layers, width): return nn.Sequential(*[nn.Linear(width, width) for _ in range(layers)])
+
+def items(width):
+    "Random ones, for batches of 2"
+    x = torch.randn(2*STEPS, width)
+    return TensorDataset(x, x)
+
+def seconds(f, *args):
+    start = perf_counter()
+    f(*args)
+    return perf_counter()-start
+
+def clear(folder):
+    "Megabytes of the files in `folder`, which are removed; the disk is idle then"
+    files = [f for f in folder.rglob('*') if f.is_file()]
+    mb = sum(f.stat().st_size for f in files)/1e6
+    for f in files: f.unlink()
+    os.sync()
+    return mb
+
+# fastai
+
+class InFit(Callback):
+    "Calls `f` with the learner, in the last batch of the epoch"
+    order = Checkpoint.order+1
+    def __init__(self, f): self.f = f
+    def after_batch(self):
+        if self.training and self.iter==STEPS-1: self.f(self.learn)
+
+def fit(layers, width, folder, f):
+    torch.manual_seed(42)
+    dls = DataLoaders(*[DataLoader(items(width), bs=2) for _ in range(2)])
+    learn = Learner(dls, net(layers, width), F.mse_loss, opt_func=Adam, cbs=[Checkpoint(folder, epochs=None, keep=1), InFit(f)])
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, LR)
+
+def state_of(learn): return learner_state(learn, (learn.checkpoint,))
+
+def tensors_of(learn):
+    tensors = []
+    map_state(state_of(learn), tensors.append)
+    return tensors
+
+def plain(learn, folder): return seconds(torch.save, state_of(learn), folder/'plain.pt')
+
+def ours(learn, folder, background=True, first=False):
+    cb = learn.checkpoint
+    cb.background = background
+    if first: cb._snapshot = Snapshot()
+    res = seconds(cb._save, learn.epoch, learn.iter+1)
+    cb._writer.close()
+    return res
+
+def steps(learn, going):
+    "Mean seconds of a step of the training, while `going()`"
+    start,n = perf_counter(),0
+    while going():
+        learn._do_one_batch()
+        n += 1
+    return (perf_counter()-start)/n
+
+def undisturbed(learn):
+    end = perf_counter()+1
+    return steps(learn, lambda: perf_counter()<end)
+
+def writing(learn, folder):
+    cb = learn.checkpoint
+    cb.background = True
+    cb._save(learn.epoch, learn.iter+1)
+    res = steps(learn, lambda: cb._writer.busy)
+    cb._writer.close()
+    clear(folder)
+    return res
+
+# Lightning
+
+def lightning(layers, width, folder, background=False):
+    res = _lightning(layers, width, folder, background)
+    gc.collect()
+    return res
+
+def _lightning(layers, width, folder, background):
+    import lightning as L
+    from lightning.pytorch.plugins.io import AsyncCheckpointIO
+    class Module(L.LightningModule):
+        def __init__(self): super().__init__(); self.model = net(layers, width)
+        def configure_optimizers(self): return torch.optim.Adam(self.parameters(), lr=LR)
+        def training_step(self, batch, i): return F.mse_loss(self.model(batch[0]), batch[1])
+        def on_train_batch_end(self, out, batch, i):
+            for _ in range(2*(i==STEPS-1)):     # the second one is measured, as of the others
+                clear(folder)
+                self.seconds = seconds(self.trainer.save_checkpoint, folder/'lightning.ckpt')
+                for io in plugins: io._executor.submit(int).result()
+    logging.getLogger('lightning.pytorch').setLevel(logging.ERROR)
+    module,plugins = Module(),[AsyncCheckpointIO()]*background
+    L.Trainer(max_epochs=1, accelerator='cpu', devices=1, plugins=plugins, logger=False, enable_progress_bar=False, enable_checkpointing=False,
+              enable_model_summary=False).fit(module, torch.utils.data.DataLoader(items(width), 2))
+    return module.seconds
+
+LIGHTNING = apart()
+
+# What is measured
+
+def tables(size, rounds, folder):
+    "Of the model of `size` million parameters"
+    layers,width = SIZES[size]
+    title,res,mb = f'{size} M parameters, {layers} layers of {width:,}',{},{}
+    def saved(name, f, *args):
+        res = f(*args)
+        mb[name] = clear(folder)
+        return res
+    def in_fit(learn):
+        state = tensors_of(learn)
+        copies = [t.clone() for t in state]
+        saves = {PLAIN:(plain, learn, folder), OURS:(ours, learn, folder), 'Checkpoint, background, first of a fit':(ours, learn, folder, True, True),
+                 'Checkpoint, background=False':(ours, learn, folder, False), COPY:(seconds, torch._foreach_copy_, copies, state)}
+        if find_spec('lightning'):
+            args = LIGHTNING,lightning,layers,width,folder
+            saves |= {'Lightning':args, 'Lightning, AsyncCheckpointIO':(*args, True)}
+        res[f'Training waits: {title}'] = measure({k:partial(saved, k, *o) for k,o in saves.items()}, rounds, 'ms a save')
+        sizes = {TENSORS:sum(t.nbytes for t in state)/1e6, 'Checkpoint':mb[OURS]} | {k:mb[k] for k in (PLAIN,'Lightning') if k in mb}
+        res[f'On disk: {title}'] = measure({k:partial(float, v) for k,v in sizes.items()}, 1, 'MB')
+        copies.clear()
+        cases = {'no checkpoint':partial(undisturbed, learn), 'while one is written':partial(writing, learn, folder)}
+        res[f'Training goes on: {title}'] = measure(cases, rounds, 'ms a step')
+    fit(layers, width, folder, in_fit)
+    clear(folder)
+    return res
+
+LIMITS = {'Training waits': [(OURS, PLAIN, 0.25), (OURS, COPY, 1.5)], 'On disk': [('Checkpoint', TENSORS, 1.05)]}
+
+def targets(tables):
+    "The ratios that the package is held to; a model of 1 M is too small for those of time"
+    for table in tables:
+        what,_,title = table.partition(': ')
+        for row,over,limit in LIMITS.get(what, ()):
+            if what=='On disk' or not title.startswith('1 M'):
+                yield dict(table=table, row=row, over=over, limit=limit, ratio=ratio(dict(tables=tables), table, row, over))
+
+# The command
+
+def main():
+    parser = options(__doc__, rounds=5)
+    parser.add_argument('--sizes', type=int, nargs='+', choices=SIZES, default=list(SIZES), help='in million parameters (default: all)')
+    args = parser.parse_args()
+    if not find_spec('lightning'): print('Lightning is not installed: its rows are left out')
+    default_device(False)
+    results = {}
+    with TemporaryDirectory(prefix='checkpoint', dir='/tmp') as folder:
+        for size in args.sizes:
+            results |= tables(size, args.rounds, Path(folder))
+            gc.collect()
+    facts = dict(targets=list(targets(results)))
+    report('checkpoint', results, args.rounds, packages=('lightning',), **facts)
+    print('\nTargets')
+    for t in facts['targets']:
+        met = 'met' if t['ratio']<=t['limit'] else 'MISSED'
+        print(f"{met:8}{t['ratio']:.2f} for at most {t['limit']:.2f}: {t['row']} / {t['over']} ({t['table']})")
+
+if __name__=='__main__': main()
