@@ -88,7 +88,7 @@ def _bars(ax, title, t, mark):
     ax.barh(names, mid, color=['C0' if mark and mark in k else '#c3c9d0' for k in names], xerr=(mid-low, high-mid), ecolor='gray')
     ax.axvline(1, c='black', lw=0.8, ls=':')
     for y,(m,h) in enumerate(zip(mid, high)): ax.annotate(num(m), (h,y), (4,0), textcoords='offset points', va='center')
-    if mid.max() > 10*mid.min() > 0: ax.set_xscale('log')
+    if mid.max() > 30*mid.min() > 0: ax.set_xscale('log')
     ax.set_title(title, loc='left', fontsize='medium')
     ax.set_xlabel(f"ratio to {t['baseline']} ({num(base)} {t['unit']})")
     ax.margins(x=0.1, y=0.02)
