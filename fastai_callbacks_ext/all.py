@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/all.ipynb #2c1311da
-from . import checkpoint, core, loop, rnn, safety
+# %% ../nbs/all.ipynb #d25ca60f
+from . import checkpoint, core, loop, numerics, rnn, safety
 from .checkpoint import *
 from .core import *
 from .loop import *
+from .numerics import *
 from .rnn import *
 from .safety import *
 
-__all__ = [*checkpoint.__all__, *core.__all__, *loop.__all__, *rnn.__all__, *safety.__all__]
+__all__ = [*checkpoint.__all__, *core.__all__, *loop.__all__, *numerics.__all__, *rnn.__all__, *safety.__all__]

@@ -7,7 +7,7 @@ __all__ = ['NotPlain', 'to_plain', 'from_plain', 'attributes', 'set_attributes',
            'load_opt_state', 'random_state', 'load_random_state', 'callback_state', 'load_callback_state',
            'learner_state', 'load_learner_state', 'skips_exactly', 'batches_from', 'SeededItems']
 
-# %% ../nbs/05_state.ipynb #70ef4e01
+# %% ../nbs/05_state.ipynb #e73d8e47
 import random
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from .core import ExtCallback
 from .files import map_state
 from .rnn import unwrap_model
-from .safety import tensors_in
+from .numerics import tensors_in
 
 # %% ../nbs/05_state.ipynb #bd291ff2
 class NotPlain(TypeError):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['digits_dls', 'digits_model', 'digits_learner', 'words', 'text_dls', 'text_learner', 'PoisonBatch']
 
-# %% ../nbs/90_test_utils.ipynb #80daf6e1
+# %% ../nbs/90_test_utils.ipynb #f2b7bae8
 import re
 from pydoc_data.topics import topics
 
@@ -22,6 +22,7 @@ from fastai.text.data import LMDataLoader
 from fastai.text.models.awdlstm import AWD_LSTM, awd_lstm_lm_config
 from fastai.text.models.core import get_language_model
 from fastai.torch_core import set_seed
+from fastcore.foundation import L
 from fastcore.imports import noop
 
 # %% ../nbs/90_test_utils.ipynb #52179455
@@ -100,19 +101,21 @@ def text_learner(
     learn.recorder.add_time = False
     return learn
 
-# %% ../nbs/90_test_utils.ipynb #f20c0c0f
+# %% ../nbs/90_test_utils.ipynb #cd4974c4
 class PoisonBatch(Callback):
-    "Multiplies the input, the loss or the gradients of one training batch by `value`"
+    "Multiplies the input, the target, a weight, the loss or a gradient of some training batches by `value`"
     order = -20
     def __init__(self,
-        batch:int=5, # Training batch to spoil, counted from 0 over the whole fit
-        where:str='loss', # 'input', 'loss' or 'grad'
+        batch:int|tuple=5, # Training batch to spoil, or several, counted from 0 over the whole fit
+        where:str='loss', # 'input', 'target' (of numbers that are not whole), 'weight', 'loss' or 'grad'
         value:float=float('nan') # Factor
-    ): self.batch,self.where,self.value = batch,where,value
-    def _hit(self, where): return self.training and self.where==where and self.train_iter==self.batch
+    ): self.batch,self.where,self.value = L(batch),where,value
+    def _hit(self, where): return self.training and self.where==where and self.train_iter in self.batch
     def before_batch(self):
-        "Spoil the input"
+        "Spoil the input, the target, or the first weight of the last layer"
         if self._hit('input'): self.learn.xb = tuple(x*self.value for x in self.xb)
+        if self._hit('target'): self.learn.yb = tuple(y*self.value for y in self.yb)
+        if self._hit('weight'): list(self.model.parameters())[-2].data[0,0] *= self.value
     def after_loss(self):
         "Spoil the loss"
         if self._hit('loss'): self.learn.loss_grad,self.learn.loss = self.loss_grad*self.value,self.loss*self.value

@@ -1,0 +1,430 @@
+"Every poison, everywhere: what is left is finite and, where a batch was skipped, what a run without it leaves"
+import contextlib, io, itertools, math
+
+import numpy as np, pytest, torch
+from fastai.basics import Callback, CancelBatchException, CancelFitException, Datasets, ItemGetter, Learner, MSELossFlat, set_seed
+from fastai.callback.all import GradientAccumulation, GradientClip, MixUp, SaveModelCallback
+from fastai.callback.fp16 import MixedPrecision
+from fastai.tabular.all import TabularDataLoaders, tabular_learner
+from hypothesis import given, settings, strategies as st
+from torch import nn
+from fastai_callbacks_ext.all import *
+from fastai_callbacks_ext.core import ExtCallback
+from fastai_callbacks_ext.files import load_state
+from fastai_callbacks_ext.numerics import tensors_in
+from fastai_callbacks_ext.safety import BatchUndo, batch_items, diagnose, robust_limit
+from fastai_callbacks_ext.state import random_state
+from fastai_callbacks_ext.test_utils import PoisonBatch, digits_dls, digits_learner, text_learner
+from common import fit, quiet
+
+nan,inf = float('nan'),math.inf
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch): monkeypatch.chdir(tmp_path)
+
+class CPUMixedPrecision(MixedPrecision):
+    "fastai's, on the CPU"
+    def __init__(self, dtype=torch.bfloat16, scale=0):
+        super().__init__()
+        self.dtype,self.scale = dtype,scale
+    def before_fit(self):
+        self.autocast,self.scales = torch.autocast('cpu', dtype=self.dtype),[]
+        self.learn.scaler = torch.amp.GradScaler('cpu', init_scale=self.scale or 1., growth_interval=10**6, enabled=self.scale>0)
+
+class Without(Callback):
+    "Leaves batches out before anybody sees them"
+    order = -100
+    def __init__(self, *batches): self.batches = batches
+    def before_batch(self):
+        if not (self.training and self.train_iter in self.batches): return
+        self.learn.yb = ()
+        raise CancelBatchException
+
+def regression(cbs=None, **kwargs):
+    "A net with batch norm and dropout for 160 of the diabetes data, whose targets are real numbers"
+    from sklearn.datasets import load_diabetes
+    set_seed(42)
+    x,y = load_diabetes(return_X_y=True)
+    items = list(zip(torch.tensor(x).float()*20, torch.tensor((y-150)/80).float()[:,None]))[:200]
+    dls = Datasets(items, [[ItemGetter(0)], [ItemGetter(1)]], splits=(range(160), range(160,200))).dataloaders(bs=16, num_workers=0)
+    model = nn.Sequential(nn.Linear(10, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.1), nn.Linear(16, 1))
+    learn = Learner(dls, model, MSELossFlat(), lr=1e-2, cbs=cbs, **kwargs)
+    learn.recorder.add_time = False
+    return learn
+
+def digits(cbs=None, **kwargs): return digits_learner(cbs, n=400, bs=32, **kwargs)     # 10 batches an epoch
+
+def state(learn):
+    "Everything that a batch may have changed"
+    opt = [list(learn.opt.state[p].values()) for g in learn.opt.param_lists for p in g if p in learn.opt.state]
+    rec = [[o.item() for o in learn.recorder.losses], list(map(list, learn.recorder.values))]
+    return [t.clone() if isinstance(t, torch.Tensor) else t for t in (*learn.model.state_dict().values(), *[o for s in opt for o in s], torch.get_rng_state(), rec)]
+
+def same(a, b):
+    assert len(a)==len(b)
+    for x,y in zip(a, b): assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x==y
+
+def finite(learn): return all_finite([learn.model.state_dict(), [list(s.values()) for s in learn.opt.state.values()], [p.grad for p in learn.model.parameters() if p.grad is not None]])
+
+def trained(make, *cbs, epochs=2, method='fit', **kwargs):
+    "A fitted learner, and what was printed"
+    learn = make(list(cbs), **kwargs)
+    with quiet(learn), contextlib.redirect_stdout(io.StringIO()) as out: getattr(learn, method)(epochs)
+    return learn,out.getvalue()
+
+settings_ = {'plain': list, 'bf16': lambda: [CPUMixedPrecision()], 'window': lambda: [GradientAccumulation(64)], 'clip': lambda: [GradientClip(0.1)],
+             'fast': lambda: [FastLoop()], 'mixup': lambda: [MixUp()], 'scaler': lambda: [CPUMixedPrecision(torch.float32, 2.**14)],
+             'scaler, window': lambda: [CPUMixedPrecision(torch.float32, 2.**14), GradientAccumulation(64)]}
+wheres = 'input','target','weight','loss','grad'
+# With a scaler, a gradient is the scaler's matter, which drops the whole window
+cases = [(w,s,b) for w,s,b in itertools.product(wheres, settings_, (0,1,7,19)) if not (w=='target' and s=='mixup') and not (w=='grad' and s=='scaler, window')]
+
+@pytest.mark.parametrize('where,setting,batch', cases, ids=str)
+def test_skipped_is_as_if_it_had_never_been_there(where, setting, batch):
+    "Bit for bit: weights, statistics, optimizer, random numbers, recorder"
+    make = regression if where=='target' else digits
+    got,_ = trained(make, SkipNonFinite(snapshot=1), PoisonBatch(batch, where), *settings_[setting]())
+    want,_ = trained(make, Without(batch), *settings_[setting]())
+    assert finite(got)
+    if where=='weight' and 'window' in setting and batch in (1,7,19): return     # the copy is from before the window
+    same(state(got), state(want))
+    scaled = where=='grad' and setting=='scaler'
+    assert [r.iteration for r in got.skip_non_finite.records]==([] if scaled else [batch]) and got.skip_non_finite.skipped==(not scaled)
+
+@pytest.mark.parametrize('setting', ['plain','window'])
+def test_data_that_never_held_the_batch(setting):
+    "The same for a loop that reads the batch and does not train on it: nothing depends on how the reference leaves it out"
+    got,_ = trained(digits, SkipNonFinite(), PoisonBatch(13, 'input'), *settings_[setting]())
+    want = digits(settings_[setting]())
+    real,n = type(want).one_batch,itertools.count()
+    def one_batch(i, b):
+        if not (want.training and next(n)==13): real(want, i, b)
+    want.one_batch = one_batch
+    fit(want, 2)
+    same(state(got), state(want))
+
+@pytest.mark.parametrize('make', [digits, text_learner])
+def test_every_batch_of_an_epoch(make):
+    "Whichever it is; the hidden state of a language model too"
+    cbs = lambda: [ModelResetter(), RNNCallback()] if make is text_learner else []
+    kwargs = dict(n=3000) if make is text_learner else {}
+    n = len(make(cbs(), **kwargs).dls.train)
+    for batch in range(n):
+        got,_ = trained(make, *cbs(), SkipNonFinite(snapshot=None), PoisonBatch(batch, 'grad' if make is text_learner else 'input'), epochs=1, **kwargs)
+        want,_ = trained(make, *cbs(), Without(batch), epochs=1, **kwargs)
+        same(state(got), state(want))
+
+def test_a_language_model_whose_hidden_state_is_poisoned():
+    "Without it put back, all batches that follow are lost"
+    class PoisonHidden(Callback):
+        order = -20
+        def after_pred(self):
+            if self.training and self.train_iter==3:
+                for m in self.model.modules():
+                    if isinstance(vars(m).get('hidden'), list): m.hidden = [(h*nan, c) for h,c in m.hidden]
+                self.learn.pred = (self.pred[0]*nan, *self.pred[1:])
+    cbs = [ModelResetter(), RNNCallback()]
+    got,out = trained(text_learner, *cbs, SkipNonFinite(), PoisonHidden(), epochs=1)
+    assert out.count('\n')==1 and finite(got) and len(got.recorder.losses)==len(got.dls.train)-1
+
+@pytest.mark.parametrize('setting', settings_)
+@pytest.mark.parametrize('where', wheres)
+@pytest.mark.parametrize('batch', [0,7,19])
+@pytest.mark.parametrize('every', [1,8])
+def test_terminate_leaves_what_is_finite(where, setting, batch, every):
+    if where=='target' and setting=='mixup': return
+    learn,out = trained(regression if where=='target' else digits, TerminateOnNaN(every), PoisonBatch(batch, where), *settings_[setting]())
+    scaled = where=='grad' and setting.startswith('scaler')      # the scaler skips it
+    assert finite(learn) and out.count('stopped the fit')==(not scaled) and out.count('\n')==(not scaled), out
+    assert not any(math.isnan(o) for o in learn.recorder.losses) or every>1
+    fit(learn)
+    assert finite(learn)
+
+def test_terminate_is_where_the_batch_before_left_it():
+    class Stop(Callback):
+        order = -100
+        def before_batch(self):
+            if self.training and self.train_iter==13: raise CancelFitException
+    for where in ('input','loss','grad'):
+        got,_ = trained(digits, TerminateOnNaN(), PoisonBatch(13, where))
+        want,_ = trained(digits, Stop())
+        same(state(got), state(want))
+
+@pytest.mark.parametrize('every', [2,3,8,100])
+def test_later_looks_put_the_copy_back(every):
+    "What is left is the state of a batch that was trained, at a copy"
+    class Keep(Callback):
+        order = 100
+        def before_fit(self): self.states = [[t.clone() for t in self.model.state_dict().values()]]
+        def after_batch(self):
+            if self.training: self.states.append([t.clone() for t in self.model.state_dict().values()])
+    learn,out = trained(digits, TerminateOnNaN(every, snapshot=4), PoisonBatch(13, 'input'), keep := Keep())
+    left = list(learn.model.state_dict().values())
+    at = [i for i,s in enumerate(keep.states) if all(map(torch.equal, s, left))]
+    assert at and at[0]<=13 and 'batch 13 of the fit' in out and f'before batch {at[0]} ' in out
+    assert at[0]>=13-4-every or at[0]==0
+
+def test_a_later_look_does_not_wait():
+    "Between the looks no number of the device is asked for"
+    class Waits(torch.overrides.TorchFunctionMode):
+        n = 0
+        def __torch_function__(self, f, types, args=(), kwargs=None):
+            self.n += getattr(f, '__name__', '') in ('item','tolist','__bool__','__float__','__int__','cpu','numpy')
+            return f(*args, **(kwargs or {}))
+    def waits(cb):
+        learn = digits_learner([FastLoop(), cb], n=800, bs=32)
+        with quiet(learn), Waits() as mode: learn.fit(1)
+        return mode.n
+    none = waits(Callback())
+    per_batch,later = [(waits(TerminateOnNaN(e, snapshot=None))-none) for e in (1,10)]
+    assert per_batch==20 and later==2
+
+@pytest.mark.parametrize('valid', [False,True])
+def test_in_validation(valid):
+    class PoisonValid(Callback):
+        order = -20
+        def after_pred(self):
+            if not self.training: self.learn.pred = self.pred*nan
+    plain = trained(digits)[0]
+    for cb in (TerminateOnNaN(valid=valid), SkipNonFinite(), SpikeGuard()):
+        learn,out = trained(digits, cb, PoisonValid())
+        stops = valid and isinstance(cb, TerminateOnNaN)
+        assert finite(learn) and out.count('stopped the fit')==stops
+        if not stops: same(state(learn)[:-1], state(plain)[:-1])
+
+def test_limits():
+    "Five in a row are skipped, the sixth stops; counts are of one fit"
+    for n,stops in ((5,False), (6,True)):
+        learn,out = trained(digits, SkipNonFinite(), PoisonBatch(tuple(range(4,4+n))))
+        assert out.count('skipped a batch')==5 and ('stopped the fit in epoch 0, batch 9: 6 in a row' in out)==stops and finite(learn)
+    alternate = PoisonBatch(tuple(range(0, 20, 2)))
+    learn,out = trained(digits, SkipNonFinite(max_total=10), alternate)
+    assert learn.skip_non_finite.skipped==10 and 'stopped' not in out
+    learn,out = trained(digits, SkipNonFinite(max_total=9), alternate)
+    assert 'stopped the fit in epoch 1, batch 8: 10 in this fit' in out
+    with quiet(learn), contextlib.redirect_stdout(io.StringIO()): learn.fit(1)
+    assert learn.skip_non_finite.skipped==5
+    with contextlib.redirect_stdout(io.StringIO()): _,out = trained(digits, SkipNonFinite(max_consecutive=0), PoisonBatch(3))
+    assert 'stopped the fit' in out
+
+@pytest.mark.parametrize('cls', [TerminateOnNaN,SkipNonFinite])
+def test_a_scaler_at_its_end(cls):
+    "Gradients that are not finite at any scale are no overflow"
+    learn,out = trained(digits, cls(), CPUMixedPrecision(torch.float32, 4.), PoisonBatch(tuple(range(3,30)), 'grad'), epochs=3)
+    assert finite(learn) and out.count('stopped the fit')==1
+    stopped = learn.cbs.filter(lambda o: isinstance(o, cls))[0].records[-1].iteration
+    assert stopped==(6 if cls is TerminateOnNaN else 11)      # 4, 2, 1; then a scale under 1
+
+def test_a_copy_is_never_of_what_is_not_finite():
+    class Damage(Callback):
+        order = 2000
+        def after_batch(self):
+            if self.training and self.train_iter==6: next(self.model.parameters()).data.view(-1)[0] = nan
+    for cb in (TerminateOnNaN(snapshot=1), SkipNonFinite(snapshot=1), SpikeGuard(snapshot=1)):
+        learn,_ = trained(digits, cb, Damage())
+        assert finite(learn)
+
+def test_no_copy():
+    learn,out = trained(digits, TerminateOnNaN(snapshot=None), PoisonBatch(5, 'weight'))
+    assert 'there is no copy' in out and not finite(learn)
+
+# Where it began
+def test_diagnosis_names_the_first():
+    expected = dict(input="the input has 2,048 of 2,048 values", weight='the weight 8.weight has 1 of 1,280 values', loss='the loss is nan', grad='the gradient of 8.bias has 10 of 10 values')
+    for where,text in expected.items():
+        _,out = trained(digits, TerminateOnNaN(), PoisonBatch(5, where))
+        assert text in out, (where, out)
+    _,out = trained(regression, TerminateOnNaN(), PoisonBatch(5, 'target'))
+    assert 'the target has 16 of 16 values' in out
+    class Divide(nn.Module):
+        def forward(self, x): return x/(x-x)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Sequential(nn.ReLU(), Divide()), nn.Linear(32, 10))
+    _,out = trained(digits, TerminateOnNaN(), model=model)
+    assert 'the output of 2.1 (Divide) has 1,024 of 1,024 values' in out
+
+@pytest.mark.parametrize('resumed', [False,True])
+def test_items_are_those_of_the_data(resumed):
+    "One image of the data set is broken: the line names it, also after a resume in mid-epoch"
+    class Note(Callback):
+        def before_batch(self):
+            if self.training and self.train_iter==6: self.items = batch_items(self.learn)
+    item = trained(digits, note := Note())[0] and note.items[3]
+    def make(cbs):
+        learn = digits(cbs)
+        items = learn.dls.train_ds.items
+        items[item] = (items[item][0]*nan, items[item][1])
+        return learn
+    cbs = [TerminateOnNaN()]
+    if resumed:
+        class Kill(Callback):
+            def before_batch(self):
+                if self.training and self.train_iter==4: raise KeyboardInterrupt
+        learn = make([Checkpoint('run', steps=1, background=False), Kill()])
+        with quiet(learn), pytest.raises(KeyboardInterrupt), contextlib.redirect_stdout(io.StringIO()): learn.fit(2)
+        cbs.append(Checkpoint('run', steps=1, background=False))
+    learn,out = trained(make, *cbs)
+    assert f'the input has 64 of 2,048 values that are not finite; item {item} of the training set' in out, out
+    if resumed: assert 'went on in epoch 0' in out
+
+def test_items_of_tables_and_texts():
+    import pandas as pd
+    from sklearn.datasets import load_diabetes
+    from fastai.tabular.all import Normalize
+    df = load_diabetes(as_frame=True).frame
+    df.loc[42+77, 'bmi'] = nan
+    dls = TabularDataLoaders.from_df(df, cont_names=list(df.columns[:10]), y_names='target', procs=[Normalize], valid_idx=list(range(42)), bs=40)
+    learn = tabular_learner(dls, layers=[16], cbs=[TerminateOnNaN()])
+    items = dls.train.dataset.items
+    items.iloc[77, items.columns.get_loc('bmi')] = nan
+    with quiet(learn), contextlib.redirect_stdout(io.StringIO()) as out: learn.fit(1)
+    assert 'of 400 values' in out.getvalue() and '; item 77 of the training set' in out.getvalue(), out.getvalue()
+    learn,out = trained(text_learner, ModelResetter(), RNNCallback(), TerminateOnNaN(), PoisonBatch(2), epochs=1)
+    assert 'the loss is nan' in out and 'item' not in out
+
+def test_diagnosis_changes_nothing():
+    "The forward pass is the same as the first one, and is undone"
+    seen = []
+    class Look(Callback):
+        order = 10
+        def before_step(self):
+            undo = self.learn.skip_non_finite._undo
+            kept = [t.clone() for t in tensors_in([self.model.state_dict(), [p.grad for p in self.model.parameters()]])]
+            rng = torch.get_rng_state()
+            seen.append(diagnose(self.learn, undo))
+            for a,b in zip(kept, tensors_in([self.model.state_dict(), [p.grad for p in self.model.parameters()]])): assert torch.equal(a, b)
+            assert torch.equal(rng, torch.get_rng_state())
+    trained(digits, SkipNonFinite(), Look(), epochs=1)
+    assert seen==[None]*10
+
+def test_report():
+    learn,out = trained(digits, TerminateOnNaN(save='bad/report.pt'), PoisonBatch(5, 'input'))
+    found = load_state('bad/report.pt')
+    assert found['why'] in out and len(found['items'])==32 and found['xb'][0].isnan().all() and found['yb'][0].shape==(32,)
+    again = digits()
+    again.model.load_state_dict(found['model']['weights'])
+    assert again.model(torch.zeros(32,1,8,8)).isfinite().all()
+    (io.open('file','w')).close()
+    _,out = trained(digits, TerminateOnNaN(save='file/report.pt'), PoisonBatch(5))
+    assert 'could not save the report' in out and 'stopped the fit' in out
+
+# Spikes
+class Spike(Callback):
+    "Multiplies the loss of some batches"
+    order = -20
+    def __init__(self, *batches, by=1e4): self.batches,self.by = batches,by
+    def after_loss(self):
+        if self.training and self.train_iter in self.batches: self.learn.loss_grad,self.learn.loss = self.loss_grad*self.by,self.loss*self.by
+
+@pytest.mark.parametrize('watch', ['loss','grad_norm',('loss','grad_norm')], ids=str)
+@pytest.mark.parametrize('setting', ['plain','bf16','clip','fast','mixup','scaler'])
+def test_a_spike_is_skipped(watch, setting):
+    kwargs = dict(epochs=4)
+    got,out = trained(digits, SpikeGuard(watch=watch, warmup=10), Spike(25, by=1e3 if setting=='scaler' else 1e4), *settings_[setting](), **kwargs)
+    want,_ = trained(digits, Without(25), *settings_[setting](), **kwargs)
+    assert [r.iteration for r in got.spike_guard.records]==[25], out
+    same(state(got), state(want))
+
+def test_a_window_with_a_spike_is_dropped():
+    got,out = trained(digits, SpikeGuard(warmup=5), Spike(25), GradientAccumulation(64), epochs=4)
+    assert [r.iteration for r in got.spike_guard.records]==[25] and finite(got)
+    assert got.recorder.values[-1][0]<got.recorder.values[0][0]
+
+def test_a_spike_is_clipped():
+    "To the median norm: what is left is the step of the batch without the factor, to that length"
+    norms = {}
+    class Norm(Callback):
+        order = 10.7
+        def before_step(self): norms[self.train_iter] = step_numbers(self.learn).grad_norm
+    trained(digits, SpikeGuard(action='clip', warmup=10), Norm(), Spike(25), epochs=3)
+    clipped = norms[25]
+    before = [norms[i] for i in range(25)]
+    assert clipped==pytest.approx(np.median(before), rel=1e-5)
+
+@pytest.mark.parametrize('fast', [False,True])
+def test_rollback(fast):
+    "To the older copy; the batches in between are not done again; the schedule goes on"
+    class Keep(Callback):
+        order = 2001
+        def before_fit(self): self.states = {}
+        def after_batch(self):
+            if self.training: self.states[self.train_iter] = state(self.learn)[:-1]
+    learn,out = trained(digits, SpikeGuard(watch='loss', action='rollback', snapshot=8, warmup=10), Spike(29), keep := Keep(), *[FastLoop()]*fast, epochs=4, method='fit_one_cycle')
+    r = learn.spike_guard.records
+    assert len(r)==1 and 'went back to batch 16 of the fit' in r[0].what
+    n = len(keep.states[16])
+    same(keep.states[30], keep.states[16])
+    assert len(learn.recorder.losses)==39 and learn.recorder.lrs[-1]<1e-4
+
+def test_rollback_lowers_the_learning_rate_for_a_while():
+    for method,lrs in (('fit', [1e-2]*40), ('fit_one_cycle', None)):
+        plain,_ = trained(digits, epochs=4, method=method)
+        learn,_ = trained(digits, SpikeGuard(watch='loss', action='rollback', snapshot=8, warmup=10, lr_factor=.5, lr_batches=5), Spike(21,23), epochs=4, method=method)
+        want = [lr*(.5 if i==22 else .25 if 23<i<29 else 1) for i,lr in enumerate(plain.recorder.lrs)]
+        got = learn.recorder.lrs
+        del want[23], want[21]
+        assert got==pytest.approx(want), (got, want)
+        assert [h['lr'] for h in learn.opt.hypers]==[h['lr'] for h in plain.opt.hypers]
+
+def test_rollbacks_are_bounded():
+    learn,out = trained(digits, SpikeGuard(watch='loss', action='rollback', snapshot=5, warmup=10, max_rollbacks=2), Spike(20,25,30), epochs=4)
+    assert out.count('went back')==2 and 'stopped the fit in epoch 3, batch 0: after 2 rollbacks' in out and finite(learn)
+
+def test_a_new_level_is_accepted():
+    learn,out = trained(digits, SpikeGuard(watch='loss', warmup=10, max_consecutive=3), Spike(*range(20,40), by=1e3), epochs=4)
+    assert out.count('skipped a batch')==3 and out.count('takes this for ordinary')==1
+
+def test_spike_guard_stops_for_what_stays_not_finite():
+    for action in ('skip','clip','rollback'):
+        learn,out = trained(digits, SpikeGuard(action=action, max_consecutive=3), PoisonBatch(tuple(range(12,40)), 'input'), epochs=4)
+        assert finite(learn) and out.count('stopped the fit')==1, out
+
+@pytest.mark.parametrize('action', ['skip','clip','rollback'])
+@pytest.mark.parametrize('where', ['input','loss','grad','weight'])
+@pytest.mark.parametrize('batch', [0,7,19])
+def test_spike_guard_against_what_is_not_finite(action, where, batch):
+    learn,out = trained(digits, SpikeGuard(action=action, snapshot=4), PoisonBatch(batch, where))
+    assert finite(learn) and len(learn.spike_guard.records)==1 and not any(math.isnan(o) for o in learn.recorder.losses)
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.floats(.1, 100), min_size=5, max_size=50), st.floats(1, 20))
+def test_robust_limit(values, threshold):
+    "Scales with the values; a minority of wild ones does not move it far"
+    a,b = robust_limit(values, threshold),robust_limit([3*o for o in values], threshold)
+    assert b==pytest.approx(3*a, rel=1e-6) and a>np.median(values)
+    negative = robust_limit([-o for o in values], threshold)
+    assert negative>-np.median(values)
+
+# Resume
+@pytest.mark.parametrize('cb', [lambda: SkipNonFinite(max_total=3), lambda: SpikeGuard(watch='loss', action='rollback', snapshot=6, warmup=10, lr_factor=.5, lr_batches=7),
+                                lambda: SpikeGuard(warmup=10), lambda: TerminateOnNaN(every=4)], ids=['skip','rollback','spike','terminate'])
+@pytest.mark.parametrize('at', [3,14,22,24,31])
+def test_resumes_to_the_same_bits(cb, at):
+    poison = lambda: PoisonBatch((13,23,28)) if isinstance(cb(), SkipNonFinite) else Spike(13,23,28)
+    class Kill(Callback):
+        order = 3000
+        def after_batch(self):
+            if self.training and self.train_iter==at: raise KeyboardInterrupt
+    want,_ = trained(digits, cb(), poison(), epochs=4, method='fit_one_cycle')
+    learn = digits([cb(), poison(), Checkpoint('run', steps=1, background=False), Kill()])
+    with quiet(learn), pytest.raises(KeyboardInterrupt), contextlib.redirect_stdout(io.StringIO()): learn.fit_one_cycle(4)
+    set_seed(1)
+    got = digits([cb(), poison(), Checkpoint('run', steps=1, background=False)])
+    with quiet(got), contextlib.redirect_stdout(io.StringIO()) as out: got.fit_one_cycle(4)
+    assert 'went on' in out.getvalue()
+    same(state(got), state(want))
+    name = cb().name
+    assert getattr(got, name).records==getattr(want, name).records and got.recorder.lrs==want.recorder.lrs
+
+def test_wrong_arguments():
+    for kwargs,match in ((dict(watch='acc'),'watch='), (dict(action='stop'),'action='), (dict(window=2),'window='), (dict(lr_factor=2.),'lr_factor='), (dict(snapshot=None),'snapshot=')):
+        with pytest.raises((ValueError,TypeError), match=match): SpikeGuard(**kwargs)
+    with pytest.raises(ValueError, match='max_consecutive=-1'): SkipNonFinite(max_consecutive=-1)
+    with pytest.raises(TypeError, match='save=3'): TerminateOnNaN(save=3)
+
+def test_shared_numbers(monkeypatch):
+    "All guards together look at the gradients once a batch"
+    import fastai_callbacks_ext.numerics as module
+    n,real = [],module.StepNumbers.__init__
+    monkeypatch.setattr(module.StepNumbers, '__init__', lambda self, *args: (n.append(1), real(self, *args))[1])
+    trained(digits, TerminateOnNaN(), SkipNonFinite(), SpikeGuard(), epochs=1)
+    assert len(n)==10
