@@ -6,10 +6,8 @@
 __all__ = ['TerminateOnNaNCallback', 'BatchUndo', 'batch_items', 'Diagnosis', 'diagnose', 'TerminateOnNaN', 'SkipNonFinite',
            'robust_limit', 'SpikeGuard']
 
-# %% ../nbs/02_safety.ipynb #30e014cc
-from collections import deque
-from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+# %% ../nbs/02_safety.ipynb #03aa1291
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from math import exp, inf, isfinite, log
@@ -22,7 +20,6 @@ from fastai.callback.core import Callback, CancelBatchException, CancelFitExcept
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.tracker import SaveModelCallback
 from fastai.callback.training import GradientClip
-from fastai.data.core import TfmdDL
 from fastai.learner import Learner
 from fastai.text.data import LMDataLoader
 from fastai.torch_core import rank_distrib

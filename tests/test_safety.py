@@ -270,13 +270,14 @@ def test_items_of_tables_and_texts():
     import pandas as pd
     from sklearn.datasets import load_diabetes
     from fastai.tabular.all import Normalize
+    set_seed(0)
     df = load_diabetes(as_frame=True).frame
     df.loc[42+77, 'bmi'] = nan
     dls = TabularDataLoaders.from_df(df, cont_names=list(df.columns[:10]), y_names='target', procs=[Normalize], valid_idx=list(range(42)), bs=40)
     learn = tabular_learner(dls, layers=[16], cbs=[TerminateOnNaN()])
     items = dls.train.dataset.items
     items.iloc[77, items.columns.get_loc('bmi')] = nan
-    with quiet(learn), contextlib.redirect_stdout(io.StringIO()) as out: learn.fit(1)
+    with quiet(learn), contextlib.redirect_stdout(io.StringIO()) as out: learn.fit(5)
     assert 'of 400 values' in out.getvalue() and '; item 77 of the training set' in out.getvalue(), out.getvalue()
     learn,out = trained(text_learner, ModelResetter(), RNNCallback(), TerminateOnNaN(), PoisonBatch(2), epochs=1)
     assert 'the loss is nan' in out and 'item' not in out
