@@ -182,7 +182,7 @@ class _Guard(ExtCallback):
         "Copy model and optimizer, if it is time"
         if self.fitting and self.learn.training and self.learn.train_iter>=self._due and not self._undo.window: self._take(self.train_iter)
 
-# %% ../nbs/02_safety.ipynb #2c6a8e4d
+# %% ../nbs/02_safety.ipynb #7bbe27b0
 @dataclass
 class _Copy:
     at:int # Training batches done; -1 before the first
@@ -215,13 +215,22 @@ def _mend(self:_Guard):
     if not self._copies: return '; the weights are lost, for there is no copy'
     return f'; weights and optimizer are those before {self._put_back()}'
 
+def _from_all(o):
+    "`o` of each process"
+    if not (dist.is_available() and dist.is_initialized()): return [o]
+    dist.all_gather_object(res := [None]*dist.get_world_size(), o)
+    return res
+
+def _first(texts):
+    "The first of the processes' `texts` that is not empty, and the process that says so if there are several"
+    return next((f'process {i}: {o}' if len(texts)>1 else o for i,o in enumerate(texts) if o), '')
+
 @patch
 def _why(self:_Guard):
-    "Diagnosis of the first process that has one"
-    why = str(diagnose(self.learn, self._undo) or '')
-    if not (dist.is_available() and dist.is_initialized()): return why
-    dist.all_gather_object(found := [None]*dist.get_world_size(), why)
-    return next((f'process {i}: {o}' for i,o in enumerate(found) if o), '')
+    "What a process has found. Through the gradients, which are shared, one process spoils those of all: other findings come first"
+    found = _from_all(diagnose(self.learn, self._undo))
+    texts = [str(o or '') for o in found]
+    return _first(['' if o and o.where.startswith('the gradient') else t for o,t in zip(found, texts)]) or _first(texts)
 
 @patch
 def _stop(self:_Guard, why):
@@ -439,10 +448,11 @@ class SpikeGuard(_Guard):
     def _ordinary(self, values):
         for o,v in values.items(): self.history[o] = [*self.history[o], v][-self.window:]
 
-# %% ../nbs/02_safety.ipynb #511e65c6
+# %% ../nbs/02_safety.ipynb #307433fc
 @patch
 def _act(self:SpikeGuard, finite, values, why):
-    finite,why = not self.any_rank(not finite),why or ('another process has a spike' if finite else self._why())
+    finite = not self.any_rank(not finite)
+    why = _first(_from_all(why)) if finite else self._why()
     self._in_a_row,self._last = self._in_a_row+1 if self._last==self.train_iter-1 else 1,self.train_iter
     if self._in_a_row>self.max_consecutive: return self._new_level(finite, values, why)
     if self.action=='clip' and finite: return self._clip(values, why)

@@ -25,7 +25,7 @@ def test_all_stop_in_the_same_batch(where, tmp_path):
 
 def test_fails_without_asking(tmp_path):
     "The test above can fail: a process that decides for itself leaves the other one waiting, until its connection breaks"
-    try: code = torchrun(tmp_path, 'loss', 'alone', seconds=60).returncode
+    try: code = torchrun(tmp_path, 'grad', 'alone', seconds=60).returncode
     except subprocess.TimeoutExpired: code = 'hung'
     assert code!=0
 
