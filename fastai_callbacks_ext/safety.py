@@ -448,7 +448,7 @@ class SpikeGuard(_Guard):
     def _ordinary(self, values):
         for o,v in values.items(): self.history[o] = [*self.history[o], v][-self.window:]
 
-# %% ../nbs/02_safety.ipynb #307433fc
+# %% ../nbs/02_safety.ipynb #ff9b12e7
 @patch
 def _act(self:SpikeGuard, finite, values, why):
     finite = not self.any_rank(not finite)
@@ -479,6 +479,7 @@ def _clip(self:SpikeGuard, values, why):
     torch._foreach_mul_([p.grad for group in self.opt.param_lists for p in group if p.grad is not None], norm/values['grad_norm'])
     self.tell(f'clipped the gradient to {norm:.3g}', why)
 
+# %% ../nbs/02_safety.ipynb #be658fee
 @patch
 def _rollback(self:SpikeGuard, why):
     "Put the copy back; the batches since then are not done again"
@@ -502,9 +503,11 @@ def _lower_lr(self:SpikeGuard):
 
 @patch
 def _restore_lr(self:SpikeGuard):
-    if self._lrs: self.opt.set_hyper('lr', self._lrs)
+    if not self._lrs: return
+    self.opt.set_hyper('lr', self._lrs)
     self._lrs = None
 
+# %% ../nbs/02_safety.ipynb #caf5bcf2
 @patch
 def state_dict(self:SpikeGuard)->dict:
     "With the copies: they are needed to go back after a resume"
