@@ -497,8 +497,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                 'fastai_callbacks_ext/safety.py'),
                                              'fastai_callbacks_ext.safety._Guard.before_train': ( 'safety.html#_guard.before_train',
                                                                                                   'fastai_callbacks_ext/safety.py'),
-                                             'fastai_callbacks_ext.safety._Guard.keep': ( 'safety.html#_guard.keep',
-                                                                                          'fastai_callbacks_ext/safety.py'),
                                              'fastai_callbacks_ext.safety._Keeper': ( 'safety.html#_keeper',
                                                                                       'fastai_callbacks_ext/safety.py'),
                                              'fastai_callbacks_ext.safety._Keeper.__init__': ( 'safety.html#_keeper.__init__',

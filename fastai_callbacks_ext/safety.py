@@ -142,7 +142,7 @@ def _items(items, values):
     ok = rows[0].reshape(len(items), -1).isfinite().all(1).tolist() if rows else [False]*len(items)
     return dict.fromkeys(o for o,fine in zip(items, ok) if not fine)
 
-# %% ../nbs/02_safety.ipynb #20d72987
+# %% ../nbs/02_safety.ipynb #9f2f8002
 class _Guard(ExtCallback):
     "What the guards of this page stand on: it keeps what a batch changes and, every `snapshot` batches, a copy of model and optimizer"
     _undo,_copies,_n_copies = None,(),1
@@ -156,19 +156,14 @@ class _Guard(ExtCallback):
     def _forget(self): self._undo,self._copies = None,()
 
     def before_train(self):
-        "Find what a batch changes"
+        "Find what a batch changes; copy what the fit begins with"
         if not self.fitting: return
         self._undo = self._undo or BatchUndo(self.learn)
-        if self._due==-1: self._take(-1)     # and again with the first batch: a resumed fit is only then where it was
+        if self._due==-1: self._take()
 
     def before_batch(self):
         "Keep what the batch changes"
-        if self.fitting and self.learn.training: self.keep()
-
-    def keep(self):
-        "Keep what the batch changes; a copy before the first"
-        if self._due==-1: self._take(self.train_iter)
-        self._undo.keep()
+        if self.fitting and self.learn.training: self._undo.keep()
 
     def before_backward(self):
         "Keep the gradients of an accumulation window"
@@ -180,24 +175,23 @@ class _Guard(ExtCallback):
 
     def after_batch(self):
         "Copy model and optimizer, if it is time"
-        if self.fitting and self.learn.training and self.learn.train_iter>=self._due and not self._undo.window: self._take(self.train_iter)
+        if self.fitting and self.learn.training and self.learn.train_iter>=self._due and not self._undo.window: self._take()
 
-# %% ../nbs/02_safety.ipynb #7bbe27b0
+# %% ../nbs/02_safety.ipynb #c1023492
 @dataclass
 class _Copy:
-    at:int # Training batches done; -1 before the first
+    at:int # Training batches done
     state:dict
     memory:Snapshot # What the state lies in
 
 @patch
-def _take(self:_Guard, at):
+def _take(self:_Guard):
     "Copy model and optimizer, if they are finite"
     state = dict(model=model_state(self.model), opt=opt_state(self.opt), random=[o.get_rng_state() for o in _generators(self.model)], history=getattr(self, 'history', None))
     if self.any_rank(not all_finite(state)): return
-    if self._due==-1: self._copies = ()
-    self._due = at+self.snapshot if at>=0 else -1
     memory = self._copies[0].memory if len(self._copies)==self._n_copies else Snapshot()
-    self._copies = (*self._copies, _Copy(at, memory.take(state), memory))[-self._n_copies:]
+    self._copies = (*self._copies, _Copy(self.train_iter, memory.take(state), memory))[-self._n_copies:]
+    self._due = self.train_iter+self.snapshot
 
 @patch
 def _put_back(self:_Guard):
@@ -206,7 +200,7 @@ def _put_back(self:_Guard):
     load_model_state(self.model, self._copies[0].state['model'])
     load_opt_state(self.opt, map_state(self._copies[0].state['opt'], Tensor.clone))
     for k in hypers[0]: self.opt.set_hyper(k, [h[k] for h in hypers])
-    return f'batch {max(self._copies[0].at, 0)} of the fit'
+    return f'batch {self._copies[0].at} of the fit'
 
 @patch
 def _mend(self:_Guard):
@@ -379,12 +373,12 @@ def _above(values, threshold, least):
     middle = median(values)
     return middle + threshold*max(1.4826*median(abs(o-middle) for o in values), least)
 
-# %% ../nbs/02_safety.ipynb #753746ee
+# %% ../nbs/02_safety.ipynb #29d166e7
 class _Keeper(Callback):
     "Lets `guard` keep what a batch changes before other callbacks draw random numbers"
     order,run_valid = -9.5,False
     def __init__(self, guard): self.guard = guard
-    def before_batch(self): self.guard.keep()
+    def before_batch(self): self.guard._undo.keep()
 
 class SpikeGuard(_Guard):
     "Finds a batch whose loss or gradient is far out of the ordinary before the optimizer steps on it, and skips it, clips its gradient, or goes back to the last good copy"
@@ -479,11 +473,11 @@ def _clip(self:SpikeGuard, values, why):
     torch._foreach_mul_([p.grad for group in self.opt.param_lists for p in group if p.grad is not None], norm/values['grad_norm'])
     self.tell(f'clipped the gradient to {norm:.3g}', why)
 
-# %% ../nbs/02_safety.ipynb #be658fee
+# %% ../nbs/02_safety.ipynb #91789740
 @patch
 def _rollback(self:SpikeGuard, why):
     "Put the copy back; the batches since then are not done again"
-    if self.rollbacks>=self.max_rollbacks: self._stop(f'after {self.rollbacks} rollbacks; {why}')
+    if self.rollbacks>=self.max_rollbacks or not self._copies: self._stop(f'after {self.rollbacks} rollbacks; {why}')
     self.rollbacks += 1
     where = self._put_back()
     for o,s in zip(_generators(self.model), self._copies[0].state['random']): o.set_rng_state(s)

@@ -1,5 +1,5 @@
 "Every poison, everywhere: what is left is finite and, where a batch was skipped, what a run without it leaves"
-import contextlib, io, itertools, math
+import contextlib, io, itertools, math, shutil
 
 import numpy as np, pytest, torch
 from fastai.basics import Callback, CancelBatchException, CancelFitException, Datasets, ItemGetter, Learner, MSELossFlat, set_seed
@@ -316,6 +316,12 @@ class Spike(Callback):
     def after_loss(self):
         if self.training and self.train_iter in self.batches: self.learn.loss_grad,self.learn.loss = self.loss_grad*self.by,self.loss*self.by
 
+class SetRate(Callback):
+    "Sets the learning rate once, as by hand"
+    def __init__(self, batch): self.batch = batch
+    def before_batch(self):
+        if self.training and self.train_iter==self.batch: self.opt.set_hyper('lr', 1e-3)
+
 @pytest.mark.parametrize('watch', ['loss','grad_norm',('loss','grad_norm')], ids=str)
 @pytest.mark.parametrize('setting', ['plain','bf16','clip','fast','mixup','scaler'])
 def test_a_spike_is_skipped(watch, setting):
@@ -365,6 +371,19 @@ def test_rollback_lowers_the_learning_rate_for_a_while():
         del want[23], want[21]
         assert got==pytest.approx(want), (got, want)
         assert [h['lr'] for h in learn.opt.hypers]==[h['lr'] for h in plain.opt.hypers]
+
+def test_mended_weights_keep_the_schedule():
+    "A copy does not bring the learning rate of its time back"
+    learn,_ = trained(digits, SkipNonFinite(snapshot=8), PoisonBatch(30, 'weight'), epochs=4, method='fit_one_cycle')
+    plain,_ = trained(digits, epochs=4, method='fit_one_cycle')
+    assert learn.opt.hypers[0]['mom']==plain.opt.hypers[0]['mom'] and learn.opt.hypers[0]['lr']==plain.opt.hypers[0]['lr']
+    flat,_ = trained(digits, SpikeGuard(watch='loss', action='rollback', snapshot=8, warmup=10), Spike(29), SetRate(20), epochs=4)
+    assert flat.recorder.lrs[-1]==1e-3
+
+def test_after_a_rollback_the_newer_copy_is_gone():
+    "It may be from within the spike"
+    learn,out = trained(digits, SpikeGuard(watch='loss', action='rollback', snapshot=8, warmup=10), Spike(29,31), epochs=4)
+    assert [r.what for r in learn.spike_guard.records]==['went back to batch 16 of the fit']*2
 
 def test_rollbacks_are_bounded():
     learn,out = trained(digits, SpikeGuard(watch='loss', action='rollback', snapshot=5, warmup=10, max_rollbacks=2), Spike(20,25,30), epochs=4)
@@ -429,3 +448,24 @@ def test_shared_numbers(monkeypatch):
     monkeypatch.setattr(module.StepNumbers, '__init__', lambda self, *args: (n.append(1), real(self, *args))[1])
     trained(digits, TerminateOnNaN(), SkipNonFinite(), SpikeGuard(), epochs=1)
     assert len(n)==10
+
+@pytest.mark.parametrize('cb', [lambda: SkipNonFinite(), lambda: SpikeGuard(action='rollback')], ids=['skip','rollback'])
+def test_a_guard_that_joins_a_resumed_run(cb):
+    "Its first copy is of the weights that the checkpoint has put back, and not of those from before"
+    class Kill(Callback):
+        order = 3000
+        def after_batch(self):
+            if self.training and self.train_iter==14: raise KeyboardInterrupt
+    learn = digits([Checkpoint('run', steps=1, background=False), Kill()])
+    with quiet(learn), pytest.raises(KeyboardInterrupt): learn.fit(4)
+    before = [t.clone() for t in learn.model.state_dict().values()]
+    class Stop(Callback):
+        order = 3000
+        def after_batch(self):
+            if self.training and self.train_iter==16: raise CancelFitException
+    for batch in (14,15):
+        shutil.copytree('run', f'run{batch}')
+        got = digits([Checkpoint(f'run{batch}', background=False), cb(), PoisonBatch(batch, 'weight'), Stop()])
+        with quiet(got), contextlib.redirect_stdout(io.StringIO()) as out: got.fit(4)
+        assert 'went on in epoch 1, batch 4' in out.getvalue() and 'batch 14 of the fit' in out.getvalue(), out.getvalue()
+    for a,b in zip(got.model.state_dict().values(), before): assert torch.equal(a, b)
