@@ -4,8 +4,9 @@ from functools import partial
 warnings.filterwarnings('ignore')
 
 import fastai.callback.rnn as fastai_rnn
-from fastai.callback.all import TerminateOnNaNCallback
-from fastai_callbacks_ext.all import ModelResetter, RNNCallback, RNNRegularizer, TerminateOnNaN
+from fastai.callback.tracker import EarlyStoppingCallback, TerminateOnNaNCallback
+from fastai_callbacks_ext.all import (EarlyStopping, ModelResetter, RNNCallback, RNNRegularizer, SampleLimit, StepLimit, StopFile, TerminateOnNaN,
+                                      TimeLimit)
 from fastai_callbacks_ext.test_utils import digits_learner, text_learner
 from harness import measure, options, report
 
@@ -17,6 +18,14 @@ CASES = {
         "fastai's TerminateOnNaNCallback": lambda: [TerminateOnNaNCallback()],
         'TerminateOnNaN()': lambda: [TerminateOnNaN()],
         'TerminateOnNaN(every=10)': lambda: [TerminateOnNaN(every=10)]}),
+    'stopping': (digits_learner, {
+        'plain fastai': list,
+        "fastai's EarlyStoppingCallback": lambda: [EarlyStoppingCallback(patience=9)],
+        'EarlyStopping(restore_best=True)': lambda: [EarlyStopping(patience=9, restore_best=True)],
+        'StepLimit': lambda: [StepLimit(10**9)],
+        'SampleLimit': lambda: [SampleLimit(10**9)],
+        'TimeLimit(schedule=True)': lambda: [TimeLimit(minutes=10**6, schedule=True)],
+        'StopFile': lambda: [StopFile('stop')]}),
     'AWD-LSTM': (text_learner, {
         "fastai's rnn_cbs()": lambda: rnn(fastai_rnn.ModelResetter, fastai_rnn.RNNCallback),
         "fastai's rnn_cbs(2, 1)": lambda: rnn(fastai_rnn.ModelResetter, fastai_rnn.RNNCallback, fastai_rnn.RNNRegularizer),

@@ -6,11 +6,12 @@
 __all__ = []
 
 # %% ../nbs/all.ipynb #2c1311da
-from . import checkpoint, core, loop, rnn, safety
+from . import checkpoint, core, loop, rnn, safety, stopping
 from .checkpoint import *
 from .core import *
 from .loop import *
 from .rnn import *
 from .safety import *
+from .stopping import *
 
-__all__ = [*checkpoint.__all__, *core.__all__, *loop.__all__, *rnn.__all__, *safety.__all__]
+__all__ = [*checkpoint.__all__, *core.__all__, *loop.__all__, *rnn.__all__, *safety.__all__, *stopping.__all__]
