@@ -1,22 +1,16 @@
-"Cost of a training step with each callback, over the same fit without it, beside fastai's own"
+"Cost of a training step with the callbacks for RNNs, beside fastai's own"
 import time, warnings
 from functools import partial
 warnings.filterwarnings('ignore')
 
 import fastai.callback.rnn as fastai_rnn
-from fastai.callback.all import TerminateOnNaNCallback
-from fastai_callbacks_ext.all import ModelResetter, RNNCallback, RNNRegularizer, TerminateOnNaN
-from fastai_callbacks_ext.test_utils import digits_learner, text_learner
+from fastai_callbacks_ext.all import ModelResetter, RNNCallback, RNNRegularizer
+from fastai_callbacks_ext.test_utils import text_learner
 from harness import measure, options, report
 
 def rnn(resetter, callback, regularizer=None): return [resetter(), callback()] + ([regularizer(alpha=2, beta=1)] if regularizer else [])
 
 CASES = {
-    'digits CNN': (digits_learner, {
-        'plain fastai': list,
-        "fastai's TerminateOnNaNCallback": lambda: [TerminateOnNaNCallback()],
-        'TerminateOnNaN()': lambda: [TerminateOnNaN()],
-        'TerminateOnNaN(every=10)': lambda: [TerminateOnNaN(every=10)]}),
     'AWD-LSTM': (text_learner, {
         "fastai's rnn_cbs()": lambda: rnn(fastai_rnn.ModelResetter, fastai_rnn.RNNCallback),
         "fastai's rnn_cbs(2, 1)": lambda: rnn(fastai_rnn.ModelResetter, fastai_rnn.RNNCallback, fastai_rnn.RNNRegularizer),

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/all.ipynb #d25ca60f
-from . import checkpoint, core, loop, numerics, rnn, safety
+# %% ../nbs/all.ipynb #728a6161
+from . import checkpoint, core, loop, numerics, rnn, safety, stopping
 from .checkpoint import *
 from .core import *
 from .loop import *
 from .numerics import *
 from .rnn import *
 from .safety import *
+from .stopping import *
 
-__all__ = [*checkpoint.__all__, *core.__all__, *loop.__all__, *numerics.__all__, *rnn.__all__, *safety.__all__]
+__all__ = [*checkpoint.__all__, *core.__all__, *loop.__all__, *numerics.__all__, *rnn.__all__, *safety.__all__, *stopping.__all__]

@@ -24,7 +24,8 @@ NEEDS = {ext.ModelResetter: text_learner, ext.RNNCallback: text_learner, ext.RNN
 ARGS = {ext.RNNRegularizer: dict(alpha=2, beta=1)}
 
 # Arguments without a default
-NEW = {ext.Checkpoint: lambda: dict(path=tempfile.mkdtemp(dir='.'))}
+NEW = {ext.Checkpoint: lambda: dict(path=tempfile.mkdtemp(dir='.')), ext.StepLimit: lambda: dict(steps=10**6), ext.SampleLimit: lambda: dict(samples=10**9),
+       ext.TimeLimit: lambda: dict(minutes=60, schedule=True), ext.StopFile: lambda: dict(path='stop')}
 
 def make(cls, **kwargs): return cls(**(NEW.get(cls, dict)() | ARGS.get(cls, {}) | kwargs))
 
