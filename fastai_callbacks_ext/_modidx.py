@@ -312,7 +312,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'fastai_callbacks_ext/numerics.py'),
                                                'fastai_callbacks_ext.numerics.StepNumbers.__init__': ( 'numerics.html#stepnumbers.__init__',
                                                                                                        'fastai_callbacks_ext/numerics.py'),
-                                               'fastai_callbacks_ext.numerics.StepNumbers._values': ( 'numerics.html#stepnumbers._values',
+                                               'fastai_callbacks_ext.numerics.StepNumbers._looked': ( 'numerics.html#stepnumbers._looked',
                                                                                                       'fastai_callbacks_ext/numerics.py'),
                                                'fastai_callbacks_ext.numerics.StepNumbers.finite': ( 'numerics.html#stepnumbers.finite',
                                                                                                      'fastai_callbacks_ext/numerics.py'),

@@ -125,7 +125,9 @@ class Record:
 
     def __str__(self): return f'{self.callback}: {self.what} in epoch {self.epoch}, batch {self.batch}: {self.why}'
 
-# %% ../nbs/00_core.ipynb #f0e6c22f
+# %% ../nbs/00_core.ipynb #6557d8c5
+_inner = frozenset(_inner_loop)
+
 class ExtCallback(Callback):
     "A fastai `Callback` with a working `run_before` and `run_after`, a state, records, and a clean-up however the fit ends"
     run_before,run_after = (),()  # a callback class, or several
@@ -149,6 +151,7 @@ class ExtCallback(Callback):
 
     def __call__(self, event_name:str):
         "As fastai's; a scope is opened before `before_fit` and closed after `after_fit`"
+        if event_name in _inner: return Callback.__call__(self, event_name)
         if event_name=='before_fit': self._open()
         try: return super().__call__(event_name)
         finally:

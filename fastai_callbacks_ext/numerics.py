@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['tensors_in', 'all_finite', 'StepNumbers', 'step_numbers']
 
-# %% ../nbs/08_numerics.ipynb #84a0f85a
+# %% ../nbs/08_numerics.ipynb #07d8479a
 from collections.abc import Sequence
-from functools import cached_property
 from math import hypot, inf, isfinite
 from weakref import WeakKeyDictionary
 
@@ -24,7 +23,7 @@ def tensors_in(
     if isinstance(o, dict): o = list(o.values())
     return [t for x in o for t in tensors_in(x)] if isinstance(o, Sequence) and not isinstance(o, str) else []
 
-# %% ../nbs/08_numerics.ipynb #76eab690
+# %% ../nbs/08_numerics.ipynb #39a511e9
 def all_finite(
     o:object # A tensor, or tensors in tuples, lists and dicts
 )->bool: # A single wait for the device
@@ -39,39 +38,42 @@ def _total(norms, p=2):
 
 def _stack(numbers):
     "In one tensor, on the device of the first"
-    if len({o.device for o in numbers})>1: numbers = [o.to(numbers[0].device) for o in numbers]
-    return torch.stack(numbers)
+    try: return torch.stack(numbers)
+    except RuntimeError: return torch.stack([o.to(numbers[0].device) for o in numbers])
 
-# %% ../nbs/08_numerics.ipynb #a0da0ca5
+# %% ../nbs/08_numerics.ipynb #6fd2c080
 class StepNumbers:
     "Loss and norm of the gradient of one step"
     def __init__(self,
         loss:Tensor, # The loss; its mean is taken if it is one of each item
         grads:list=() # Gradients
     ):
+        self._values = None
         self.grads = [g.coalesce().values() if g.is_sparse else g for g in grads]
         loss = loss.as_subclass(Tensor).detach()     # fastai's tensors are slow
         self.tensor = _stack([loss.mean() if loss.ndim else loss, *(torch._foreach_norm(self.grads) if self.grads else ())])    # of loss and norms
 
-    @cached_property
-    def _values(self): return self.tensor.tolist()
+    def _looked(self):
+        "The numbers; the first look waits for them"
+        if self._values is None: self._values = self.tensor.tolist()
+        return self._values
 
     @property
     def loss(self)->float:
         "The loss"
-        return self._values[0]
+        return self._looked()[0]
 
     @property
     def grad_norm(self)->float:
         "2-norm of all gradients together; 0 without any"
-        return hypot(*self._values[1:])
+        return hypot(*self._looked()[1:])
 
-    @cached_property
+    @property
     def finite(self)->bool:
         "Are loss and gradients finite?"
-        return all(map(isfinite, self._values)) or isfinite(self.loss) and all_finite(self.grads)
+        return all(map(isfinite, self._looked())) or isfinite(self.loss) and all_finite(self.grads)
 
-# %% ../nbs/08_numerics.ipynb #9cb7fbf2
+# %% ../nbs/08_numerics.ipynb #ff38f0e6
 _last = WeakKeyDictionary()
 
 def step_numbers(
@@ -80,7 +82,7 @@ def step_numbers(
 )->StepNumbers:
     "Loss and norm of the gradient of the step that `learn` is about to take, computed once for all who ask"
     gs = [p.grad for group in learn.opt.param_lists for p in group if p.grad is not None] if grads else []
-    key = learn.train_iter,id(learn.loss),[(id(g),g._version) for g in gs]
+    key = learn.train_iter,id(learn.loss),[g._version for g in gs]
     last = _last.get(learn)
     if last is None or last[0]!=key: last = _last[learn] = key,StepNumbers(learn.loss, gs)
     return last[1]

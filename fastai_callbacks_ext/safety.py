@@ -249,14 +249,14 @@ def _would_load_nothing(cb):
     "Would this `SaveModelCallback` load, at the end of the fit, a file that it has not written?"
     return isinstance(cb, SaveModelCallback) and not (cb.every_epoch or cb.at_end) and cb.best in (inf,-inf)
 
-# %% ../nbs/02_safety.ipynb #18d140c5
+# %% ../nbs/02_safety.ipynb #8a7102e5
 class TerminateOnNaN(_Guard):
     "Stops the fit when a loss or a gradient is not finite, before the optimizer steps: what was finite stays finite. Says where it began"
     order = -9
     def __init__(self,
         every:int=1, # Look at every n-th training batch, at all batches since the last look: with more than 1 the device is not waited for in between, and the copy is put back
         valid:bool=False, # Stop also for a loss in validation?
-        snapshot:int=200, # Copy model and optimizer every n batches, to put back if the weights are not finite; None for no copy
+        snapshot:int=500, # Copy model and optimizer every n batches, to put back if the weights are not finite; None for no copy
         save:str|Path=None # File for a report: the batch, the model and the optimizer, to be read with `load_state`; None for no report
     ):
         self.every,self.valid = check_number('every', every, low=1, integer=True),check_type('valid', valid, bool)
@@ -319,14 +319,14 @@ def _look_back(self:TerminateOnNaN, last):
     first = last-len(finite)+1+finite.index(False) if not all(finite) else None
     self._stop(f'loss or gradient of batch {first} of the fit is not finite' if first is not None else 'loss or gradient of another process is not finite')
 
-# %% ../nbs/02_safety.ipynb #18d707f0
+# %% ../nbs/02_safety.ipynb #4d16a071
 class SkipNonFinite(_Guard):
     "Drops a batch whose loss or gradient is not finite, as if it had never been in the data, while the schedule goes on; past a limit it stops the fit"
     run_after,run_before,state_attrs = TrainEvalCallback,TerminateOnNaN,('skipped','_in_a_row','_last')
     def __init__(self,
         max_consecutive:int=5, # Batches to skip in a row; one more stops the fit
         max_total:int=None, # Batches to skip in a fit; one more stops it. None for any number
-        snapshot:int=200 # Copy model and optimizer every n batches, to put back if the weights are not finite; None for no copy
+        snapshot:int=500 # Copy model and optimizer every n batches, to put back if the weights are not finite; None for no copy
     ):
         self.max_consecutive = check_number('max_consecutive', max_consecutive, low=0, integer=True)
         self.max_total,self.snapshot = [None if v is None else check_number(k, v, low=low, integer=True) for k,v,low in (('max_total',max_total,0),('snapshot',snapshot,1))]
