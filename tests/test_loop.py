@@ -1,5 +1,5 @@
 "A fit with `FastLoop` is the fit without it: the same calls, the same bits"
-import contextlib, copy, io, pickle, warnings
+import contextlib, copy, io, os, pickle, warnings
 
 import pytest, torch
 from fastai.callback.all import (BnFreeze, CSVLogger, CutMix, EarlyStoppingCallback, FetchPredsCallback, GradientAccumulation, GradientClip, MixUp,
@@ -23,6 +23,13 @@ from fastai_callbacks_ext.test_utils import digits_learner, text_learner
 
 cancels = [CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException, CancelValidException]
 events = [e for e in vars(event) if e[0]!='_' and e!='after_create']
+
+@pytest.fixture(autouse=True, scope='module')
+def in_a_folder_of_its_own(tmp_path_factory):
+    before = os.getcwd()
+    os.chdir(tmp_path_factory.mktemp('loop'))
+    yield
+    os.chdir(before)
 
 class Spy(Callback):
     "Logs every event that it is called for, with what can be seen of the learner's state"
