@@ -151,7 +151,8 @@ class ExtCallback(Callback):
 
     def __call__(self, event_name:str):
         "As fastai's; a scope is opened before `before_fit` and closed after `after_fit`"
-        if event_name in _inner: return Callback.__call__(self, event_name)
+        if event_name in _inner:    # fastai would search the learner for a method that is not there
+            return Callback.__call__(self, event_name) if _runs_in(self, event_name) else None
         if event_name=='before_fit': self._open()
         try: return super().__call__(event_name)
         finally:
