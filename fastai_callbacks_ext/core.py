@@ -127,6 +127,7 @@ class Record:
 
 # %% ../nbs/00_core.ipynb #6557d8c5
 _inner = frozenset(_inner_loop)
+def _runs_in(cb, event_name): return event_name in vars(cb) or hasattr(type(cb), event_name)
 
 class ExtCallback(Callback):
     "A fastai `Callback` with a working `run_before` and `run_after`, a state, records, and a clean-up however the fit ends"
@@ -272,7 +273,6 @@ def show_order(
     return CallbackOrder(learn.cbs.sorted('order'))
 
 # %% ../nbs/00_core.ipynb #b0f553ec
-def _runs_in(cb, event_name): return event_name in vars(cb) or hasattr(type(cb), event_name)
 def _name(cb): return type(cb).__name__
 
 class CallbackOrder:
