@@ -21,8 +21,8 @@ def module_of(fn):
         if 'default_exp' in c.directives_: return f"{cfg.lib_path.name}.{c.directives_['default_exp'].strip()}"
 
 def name(fn): return fn.relative_to(cfg.nbs_path).as_posix()
-params = [pytest.param(f, None, id=f'{name(f)}-cells') for f in notebooks]
-params += [pytest.param(f, m, id=f'{name(f)}-module') for f in notebooks if (m := module_of(f))]
+def param(f, mod, how): return pytest.param(f, mod, id=f'{name(f)}-{how}', marks=pytest.mark.xdist_group(name(f)))     # not at the same time: some write files
+params = [param(f, None, 'cells') for f in notebooks] + [param(f, m, 'module') for f in notebooks if (m := module_of(f))]
 
 @pytest.mark.notebook
 @pytest.mark.parametrize('fn,mod', params)
