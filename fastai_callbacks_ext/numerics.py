@@ -51,11 +51,16 @@ class StepNumbers:
         self._values = None
         self.grads = [g.coalesce().values() if g.is_sparse else g for g in grads]
         loss = loss.as_subclass(Tensor).detach()     # fastai's tensors are slow
-        self.tensor = _stack([loss.mean() if loss.ndim else loss, *(torch._foreach_norm(self.grads) if self.grads else ())])    # of loss and norms
+        self._parts = [loss.mean() if loss.ndim else loss, *(torch._foreach_norm(self.grads) if self.grads else ())]
+
+    @property
+    def tensor(self)->Tensor:
+        "Loss and norm of each gradient, on the device"
+        return _stack(self._parts)
 
     def _looked(self):
         "The numbers; the first look waits for them"
-        if self._values is None: self._values = self.tensor.tolist()
+        if self._values is None: self._values = [o.item() for o in self._parts] if self._parts[0].is_cpu else self.tensor.tolist()
         return self._values
 
     @property

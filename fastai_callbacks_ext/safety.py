@@ -32,7 +32,7 @@ from .numerics import all_finite, step_numbers, tensors_in
 from .rnn import unwrap_model
 from .state import load_model_state, load_opt_state, model_state, opt_state
 
-# %% ../nbs/02_safety.ipynb #d233e0f8
+# %% ../nbs/02_safety.ipynb #1e772ecb
 class BatchUndo:
     "What a batch changes before the optimizer steps: statistics of batch norm, hidden states, PyTorch's random numbers, and the gradients of an accumulation window"
     def __init__(self,
@@ -51,10 +51,15 @@ class BatchUndo:
         self._random = [o.get_rng_state() for o in self._generators]
 
     def keep_grads(self):
-        "Before the backward pass; `window` is then true until somebody sets it to false after a step"
+        "Before a batch, too; `window` is then true until somebody sets it to false after a step"
         self._params = [p for group in self.opt.param_lists for p in group if p.grad is not None] if self.window else []
         self._grads = torch._foreach_mul([p.grad for p in self._params], 1) if self._params else []
         self.window = True
+
+    def keep_all(self):
+        "Before a batch"
+        self.keep()
+        self.keep_grads()
 
     def rewind(self):
         "To before the forward pass"
@@ -142,7 +147,7 @@ def _items(items, values):
     ok = rows[0].reshape(len(items), -1).isfinite().all(1).tolist() if rows else [False]*len(items)
     return dict.fromkeys(o for o,fine in zip(items, ok) if not fine)
 
-# %% ../nbs/02_safety.ipynb #9f2f8002
+# %% ../nbs/02_safety.ipynb #f126aa6b
 class _Guard(ExtCallback):
     "What the guards of this page stand on: it keeps what a batch changes and, every `snapshot` batches, a copy of model and optimizer"
     _undo,_copies,_n_copies = None,(),1
@@ -163,11 +168,7 @@ class _Guard(ExtCallback):
 
     def before_batch(self):
         "Keep what the batch changes"
-        if self.fitting and self.learn.training: self._undo.keep()
-
-    def before_backward(self):
-        "Keep the gradients of an accumulation window"
-        if self.fitting: self._undo.keep_grads()
+        if self.fitting and self.learn.training: self._undo.keep_all()
 
     def after_step(self):
         "The window is closed"
@@ -249,7 +250,7 @@ def _would_load_nothing(cb):
     "Would this `SaveModelCallback` load, at the end of the fit, a file that it has not written?"
     return isinstance(cb, SaveModelCallback) and not (cb.every_epoch or cb.at_end) and cb.best in (inf,-inf)
 
-# %% ../nbs/02_safety.ipynb #8a7102e5
+# %% ../nbs/02_safety.ipynb #a45f7456
 class TerminateOnNaN(_Guard):
     "Stops the fit when a loss or a gradient is not finite, before the optimizer steps: what was finite stays finite. Says where it began"
     order = -9
@@ -263,15 +264,15 @@ class TerminateOnNaN(_Guard):
         self.snapshot = None if snapshot is None else check_number('snapshot', snapshot, low=1, integer=True)
         self.save = check_type('save', save, str, Path, type(None))
         self._looks = []
+        if self.valid: self.after_loss = self._look_at_validation     # nobody calls a method that is not there
 
     def before_train(self):
         "Find what a batch changes"
         super().before_train()
         self._looks = []
 
-    def after_loss(self):
-        "In validation: look at the loss"
-        if self.valid and self.fitting and not self.training and self.any_rank(not all_finite(self.loss)): self._stop('the loss in validation is not finite')
+    def _look_at_validation(self):
+        if self.fitting and not self.training and self.any_rank(not all_finite(self.loss)): self._stop('the loss in validation is not finite')
 
     def before_step(self):
         "Look at the loss, and at the gradients unless a `GradScaler` does"
@@ -373,12 +374,12 @@ def _above(values, threshold, least):
     middle = median(values)
     return middle + threshold*max(1.4826*median(abs(o-middle) for o in values), least)
 
-# %% ../nbs/02_safety.ipynb #29d166e7
+# %% ../nbs/02_safety.ipynb #dddc9a24
 class _Keeper(Callback):
     "Lets `guard` keep what a batch changes before other callbacks draw random numbers"
     order,run_valid = -9.5,False
     def __init__(self, guard): self.guard = guard
-    def before_batch(self): self.guard._undo.keep()
+    def before_batch(self): self.guard._undo.keep_all()
 
 class SpikeGuard(_Guard):
     "Finds a batch whose loss or gradient is far out of the ordinary before the optimizer steps on it, and skips it, clips its gradient, or goes back to the last good copy"
