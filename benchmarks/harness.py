@@ -56,21 +56,35 @@ def report(name, tables, rounds, device='cpu', packages=(), **facts):
     for title in tables: print(f'\n{title}\n\n{table(results, title)}')
     return results
 
-def about(results):
+def facts(results):
     "When and on what it was measured"
     versions,threads = ', '.join(f'{k} {v}' for k,v in results['versions'].items()),results['threads']
-    return (f"{results['date']}, {versions}, {results['machine']}, {threads} thread{'s'*(threads>1)}; "
-            f"medians and quartiles of {results['rounds']} interleaved rounds")
+    return f"{results['date']}, {versions}, {results['machine']}, {threads} thread{'s'*(threads>1)}"
+
+def about(results):
+    "When, on what and how it was measured"
+    return f"{facts(results)}; medians and quartiles of {results['rounds']} interleaved rounds"
 
 def num(v): return f'{v:.2g}' if abs(v)<0.1 else f'{v:.2f}' if abs(v)<100 else f'{v:,.0f}'
 
 def table(results, title):
     "A table of `results` as Markdown"
     t = results['tables'][title]
-    rows = [('', t['unit'], 'quartiles', 'ratio')]
-    rows += [(k, num(r['median']), f"{num(r['low'])} to {num(r['high'])}", num(ratio(results, title, k))) for k,r in t['rows'].items()]
-    w = [max(map(len, column)) for column in zip(*rows)]
-    lines = ['| '+' | '.join([row[0].ljust(w[0]), *(o.rjust(n) for o,n in zip(row[1:], w[1:]))])+' |' for row in rows]
+    rows = [(k, num(r['median']), f"{num(r['low'])} to {num(r['high'])}", num(ratio(results, title, k))) for k,r in t['rows'].items()]
+    return _markdown(('', t['unit'], 'quartiles', 'ratio'), rows)
+
+def seeds_table(t, names):
+    "Mean and standard deviation over seeds of the rows `names` of `t`, the first of all rows on top, and in how many seeds each was better than that one"
+    base,sign = next(iter(t['rows'].values())),1 if t['larger_is_better'] else -1
+    digits = 3 if t['larger_is_better'] else 2
+    better = lambda values: sum(sign*(v-b)>0 for v,b in zip(values, base))
+    rows = [(k, f'{np.mean(v):.{digits}f}', f'{np.std(v, ddof=1):.{digits}f}', '' if v is base else f'{better(v)} of {len(v)}')
+            for k,v in t['rows'].items() if v is base or k in names]
+    return _markdown(('', t['unit'], 'standard deviation', 'better in'), rows)
+
+def _markdown(head, rows):
+    w = [max(map(len, column)) for column in zip(head, *rows)]
+    lines = ['| '+' | '.join([row[0].ljust(w[0]), *(o.rjust(n) for o,n in zip(row[1:], w[1:]))])+' |' for row in (head, *rows)]
     return '\n'.join([lines[0], '|'+'|'.join(['-'*(w[0]+2), *('-'*(n+1)+':' for n in w[1:])])+'|', *lines[1:]])
 
 def plot(results, titles, fig=None, mark=None):

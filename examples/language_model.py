@@ -134,14 +134,19 @@ class ActivationNorms(Callback):
         self.squares.append(h.pow(2).mean().item())
         self.changes.append(h.diff(dim=1).pow(2).mean().item())
 
-def train(corpus, size, epochs, seed, alpha, beta):
-    "A learner that has learned `corpus`, and the norms it had on the way"
+def language_learner(corpus, size, seed, cbs):
+    "A learner that has learned nothing yet"
     set_seed(seed)
     dl = partial(LMDataLoader, bs=BS, seq_len=SEQ_LEN)
     model = get_language_model(AWD_LSTM, len(corpus.vocab), awd_lstm_lm_config | SIZES[size])
     learn = Learner(DataLoaders(dl(corpus.train, shuffle=True), dl([corpus.valid])), model, loss_func=CrossEntropyLossFlat(),
-                    metrics=Perplexity(), wd=0.1, moms=(0.8,0.7,0.8), cbs=rnn_cbs(alpha, beta))
+                    metrics=Perplexity(), wd=0.1, moms=(0.8,0.7,0.8), cbs=cbs)
     learn.remove_cb(ProgressCallback)
+    return learn
+
+def train(corpus, size, epochs, seed, alpha, beta):
+    "A learner that has learned `corpus`, and the norms it had on the way"
+    learn = language_learner(corpus, size, seed, rnn_cbs(alpha, beta))
     norms = ActivationNorms()
     print(f'\nAWD-LSTM with alpha={alpha:g}, beta={beta:g}')
     learn.fit_one_cycle(epochs, LR, cbs=[norms, EpochTable()])

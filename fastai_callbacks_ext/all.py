@@ -6,13 +6,15 @@
 __all__ = []
 
 # %% ../nbs/all.ipynb #728a6161
-from . import checkpoint, core, loop, numerics, rnn, safety, stopping
+from . import averaging, checkpoint, core, gradients, loop, numerics, rnn, safety, stopping
+from .averaging import *
 from .checkpoint import *
 from .core import *
+from .gradients import *
 from .loop import *
 from .numerics import *
 from .rnn import *
 from .safety import *
 from .stopping import *
 
-__all__ = [*checkpoint.__all__, *core.__all__, *loop.__all__, *numerics.__all__, *rnn.__all__, *safety.__all__, *stopping.__all__]
+__all__ = [*averaging.__all__, *checkpoint.__all__, *core.__all__, *gradients.__all__, *loop.__all__, *numerics.__all__, *rnn.__all__, *safety.__all__, *stopping.__all__]

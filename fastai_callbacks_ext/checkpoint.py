@@ -454,4 +454,7 @@ def refresh_batchnorm(
         for b in learn.dls.train:
             learn._split(b)
             yield [learn.xb]
-    update_bn(inputs(), _Splat(learn.model))
+    modes = [(m, m.training) for m in learn.model.modules()]
+    try: update_bn(inputs(), _Splat(learn.model))
+    finally:
+        for m,mode in modes: m.training = mode

@@ -1,0 +1,100 @@
+"""Final metric with and without each technique of the pages on gradients and averaging: digits and the demo's language model, five seeds
+
+Results are noted in results/techniques.jsonl as they are found: a run that was stopped goes on from there.
+"""
+import argparse, json, platform, sys, time, warnings
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import cache
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+warnings.filterwarnings('ignore')
+
+import torch
+from fastai.callback.all import *
+from fastai_callbacks_ext.all import EMA, LAWA, SAM, SWA, GradientCentralization, GradientClip, GradientNoise, Lookahead, rnn_cbs
+from fastai_callbacks_ext.test_utils import digits_learner
+from harness import facts, seeds_table
+sys.path.insert(0, str(Path(__file__).parents[1]/'examples'))
+import language_model
+
+FILE,NOTES = [Path(__file__).parent/f'results/techniques.{o}' for o in ('json','jsonl')]
+PLAIN = 'plain'
+GRADIENTS = {
+    'SAM(0.05)': lambda: SAM(), 'SAM(1, adaptive=True)': lambda: SAM(1., adaptive=True), 'GradientCentralization()': GradientCentralization,
+    'GradientNoise(1e-6)': lambda: GradientNoise(1e-6), 'GradientNoise(0.01)': GradientNoise, 'Lookahead()': Lookahead, 'GradientClip(1)': GradientClip,
+    'GradientClip(adaptive=0.1)': lambda: GradientClip(adaptive=0.1), 'GradientClip(auto=50)': lambda: GradientClip(auto=50)}
+raw = dict(validate='raw', final='raw')
+AVERAGING = {     # these leave the training alone: one run for all
+    'EMA(0.9)': lambda: EMA(0.9, **raw), 'EMA(0.98)': lambda: EMA(0.98, **raw), 'EMA(0.995)': lambda: EMA(0.995, **raw),
+    'SWA(0.5, every=10)': lambda: SWA(0.5, every=10, **raw), 'LAWA(5, every=10)': lambda: LAWA(5, every=10, **raw)}
+
+@cache
+def corpus():
+    language_model.set_seed(42)
+    return language_model.Corpus(None)
+
+def digits(seed, cbs): return digits_learner(cbs, seed=seed)
+def language(seed, cbs): return language_model.language_learner(corpus(), 'small', seed, rnn_cbs(language_model.ALPHA, language_model.BETA)+cbs)
+
+TASKS = {   # title: unit, larger is better, learner, fit
+    'Digits, 8 epochs, one cycle': ('accuracy', True, digits, lambda o: o.fit_one_cycle(8, 1e-2)),
+    'Digits, 8 epochs, constant learning rate': ('accuracy', True, digits, lambda o: o.fit(8, 1e-2)),
+    'Language model, 3 epochs, one cycle': ('perplexity', False, language, lambda o: o.fit_one_cycle(3, language_model.LR))}
+
+def value(learn):
+    "The metric of `learn` on the validation set"
+    with learn.no_bar(): return learn.validate()[1]
+
+def train(task, seed, cbs):
+    _,_,make,fit = TASKS[task]
+    learn = make(seed, cbs)
+    with learn.no_bar(), learn.no_logging(): fit(learn)
+    return learn
+
+def found(task, seed, technique):
+    "The metric by technique; for the plain run, with that of each average of it"
+    if technique!=PLAIN: return {technique: value(train(task, seed, [GRADIENTS[technique]()]))}
+    cbs = {k: f() for k,f in AVERAGING.items()}
+    learn,res = train(task, seed, list(cbs.values())),{}
+    res[PLAIN] = value(learn)
+    for k,cb in cbs.items():
+        with cb.using(cb.average_name): res[k] = value(learn)
+    return res
+
+def notes():
+    "What was found so far"
+    return [json.loads(o) for o in NOTES.read_text().splitlines()] if NOTES.exists() else []
+
+def run(jobs, processes):
+    "Do the `jobs`, and note what they find"
+    with ProcessPoolExecutor(processes, get_context('spawn'), torch.set_num_threads, (1,)) as pool:
+        futures = {pool.submit(found, *job): job for job in jobs}
+        for future in as_completed(futures):
+            line = json.dumps([*futures[future], future.result()])
+            with NOTES.open('a') as f: f.write(line+'\n')
+            print(line, flush=True)
+
+def report(seeds):
+    "Print the tables, and write them"
+    tables = {task: dict(unit=unit, larger_is_better=larger, rows={k: [None]*seeds for k in (PLAIN, *GRADIENTS, *AVERAGING)}) for task,(unit,larger,*_) in TASKS.items()}
+    for task,seed,_,values in notes():
+        for k,v in values.items(): tables[task]['rows'][k][seed] = v
+    versions = {'Python':platform.python_version()} | {p:version(p) for p in ('torch','fastai')}
+    results = dict(date=time.strftime('%Y-%m-%d'), versions=versions, machine=f'{platform.machine()} CPU', threads=1, here=dict(gradients=list(GRADIENTS), averaging=list(AVERAGING)), tables=tables)
+    FILE.write_text(json.dumps(results, indent=1)+'\n')
+    NOTES.unlink()
+    print(facts(results))
+    for title,t in tables.items(): print(f'\n{title}\n\n{seeds_table(t, list(t["rows"]))}')
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--seeds', type=int, default=5, help='(default: %(default)s)')
+    parser.add_argument('--processes', type=int, default=2, help='(default: %(default)s)')
+    args = parser.parse_args()
+    done = [o[:3] for o in notes()]
+    jobs = [(task, seed, technique) for seed in range(args.seeds) for task in TASKS for technique in (PLAIN, *GRADIENTS)]
+    run([o for o in jobs if list(o) not in done], args.processes)
+    report(args.seeds)
+
+if __name__=='__main__': main()
