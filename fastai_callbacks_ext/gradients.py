@@ -40,7 +40,7 @@ def loss_weight(
     counted = target!=ignore
     return counted.sum() if weights is None else (weights[(target*counted).long()]*counted).sum()
 
-# %% ../nbs/10_gradients.ipynb #e5dd7837
+# %% ../nbs/10_gradients.ipynb #247ca7b3
 class GradientAccumulation(ExtCallback):
     "A step for every `n_acc` items, equal to that of one batch of all of them"
     order,run_valid = 6,False    # as fastai's: before `MixedPrecision` and clipping
@@ -103,7 +103,7 @@ class GradientAccumulation(ExtCallback):
             for k,v in zip(('items','weight','loss'), self._batch): self._window[k] += v
             self._batch = None
             if not self._closes(): self._skip_step()
-        self._close()
+        self._close_window()
 
 # %% ../nbs/10_gradients.ipynb #6aa6b10b
 @patch
@@ -124,19 +124,21 @@ def _restore(self:GradientAccumulation):
 def _set_hypers(opt, hypers):
     for k in hypers[0]: opt.set_hyper(k, [h[k] for h in hypers])
 
-# %% ../nbs/10_gradients.ipynb #c12a6444
+# %% ../nbs/10_gradients.ipynb #6d05440d
 @patch
-def _close(self:GradientAccumulation):
+def _close_window(self:GradientAccumulation):
     win,self._window = self._window,None
     self._steps += 1
-    total,divisor = (1,1) if self._adds() else (win['weight'],self._per_process(win['weight'])/win['unit'])
     grads = [p.grad for p in _params(self.opt) if p.grad is not None]
-    if grads and not self._adds(): torch._foreach_div_(grads, _not_zero(divisor))
-    self.learn.loss = win['loss']/_not_zero(total)
+    if grads and not self._adds(): torch._foreach_div_(grads, _not_zero(self._per_process(win['weight'])/win['unit']))
+    self.learn.loss = self._loss(win)
     own = [dict(h) for h in self.opt.hypers]
     if own!=win['hypers']:
         self._own = own
         _set_hypers(self.opt, win['hypers'])
+
+@patch
+def _loss(self:GradientAccumulation, win): return win['loss']/(1 if self._adds() else _not_zero(win['weight']))
 
 def _params(opt): return [p for group in opt.param_lists for p in group]
 def _is_ddp(model): return hasattr(model, 'require_backward_grad_sync')
@@ -150,7 +152,7 @@ def _per_process(self:GradientAccumulation, weight):
     dist.all_reduce(weight)
     return weight/dist.get_world_size()
 
-# %% ../nbs/10_gradients.ipynb #6006cd67
+# %% ../nbs/10_gradients.ipynb #b9cde90a
 @patch
 def after_train(self:GradientAccumulation):
     "Close the window that is still open, or drop it"
@@ -163,7 +165,7 @@ def _flush(self:GradientAccumulation):
     if _is_ddp(self.model) and not self.model.require_backward_grad_sync:
         for p in _params(self.opt):
             if p.grad is not None: dist.all_reduce(p.grad.div_(dist.get_world_size()))
-    self._batch = None
+    self._batch,self.learn.loss = None,self._loss(self._window)
     try: self.learn._with_events(self.learn._step, 'step', CancelStepException)
     except CancelBatchException: pass
 
@@ -286,7 +288,7 @@ def plot(self:GradientClip,
     ax.legend()
     return ax
 
-# %% ../nbs/10_gradients.ipynb #96a85451
+# %% ../nbs/10_gradients.ipynb #400be37e
 class SAM(ExtCallback):
     "Sharpness-aware minimization: steps by the gradient at the worst weights nearby, in twice the time"
     order,run_valid = 45,False      # after all that prepares a batch
@@ -314,9 +316,9 @@ class SAM(ExtCallback):
         before.keep()
         loss = self._first_pass()
         after.keep()
-        before.rewind()
         self._loss = self.loss.detach()
         self._move(loss)
+        before.rewind()
 
     def after_loss(self):
         "The loss to show is that at the weights"
