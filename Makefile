@@ -4,7 +4,7 @@ BIN = .venv/bin
 # notebooks' stored outputs and test runs are free of other packages' warnings; one thread per process is fastest for small models
 RUN = PYTHONWARNINGS=ignore $(BIN)
 
-.PHONY: help demo test docs bench soak-loop soak-crash soak-ranks notebooks clean
+.PHONY: help demo test docs bench techniques soak-loop soak-crash soak-ranks notebooks clean
 
 help:          ## Show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +34,11 @@ bench: .venv/bench-ready ## Measure the callbacks and the loop beside their peer
 	$(RUN)/python benchmarks/loop.py
 	$(RUN)/python benchmarks/checkpoint.py
 	$(RUN)/python benchmarks/safety.py
+	$(RUN)/python benchmarks/gradients.py
+	$(RUN)/python benchmarks/averaging.py
+
+techniques: .venv/ready ## Train digits and a language model with and without each technique, five seeds (an hour)
+	OMP_NUM_THREADS=1 $(RUN)/python benchmarks/techniques.py
 
 soak-loop: .venv/bench-ready ## Train for a million batches with FastLoop; memory must not grow (10 minutes)
 	$(RUN)/python benchmarks/loop.py --batches 1000000

@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['EMA', 'SWA', 'LAWA', 'soup']
 
-# %% ../nbs/09_averaging.ipynb #beb7b33b
-from contextlib import contextmanager
+# %% ../nbs/09_averaging.ipynb #458aa5c7
+import codecs
 from collections.abc import Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.tracker import TrackerCallback
@@ -325,13 +327,16 @@ def soup(
         raise
     return kept
 
-# %% ../nbs/09_averaging.ipynb #dbc23444
+# %% ../nbs/09_averaging.ipynb #114dcd04
 def _weights(learn, file):
     "State of the model in `file`"
     path = Path(file)
     if not path.is_file(): path = Path(learn.path)/learn.model_dir/f'{file}.pth'
-    with torch.serialization.safe_globals([L]): state = load_state(path)
+    with torch.serialization.safe_globals(_in_hypers): state = load_state(path)
     return state['model'] if state.keys()=={'model','opt'} else state
+
+# what numbers of numpy are made of, as a schedule leaves them in the optimizer's hyper-parameters
+_in_hypers = [L, codecs.encode, np.dtype, type(np.dtype(float)), np.float64(0).__reduce__()[0]]
 
 def _mix(mean, state, n):
     "Mean of `n` states, of which `mean` is that of all but `state`"

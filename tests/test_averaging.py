@@ -387,7 +387,7 @@ def saved(learn, n=4, with_opt=False):
     fit(learn, 2); learn.save('start')
     for i in range(n):
         learn.load('start', with_opt=False); learn.opt = None; set_seed(i)
-        with quiet(learn): learn.fit(1, [1e-3, 1e-2, 5e-3, 0.5][i%4])
+        with quiet(learn): (learn.fit_one_cycle if with_opt else learn.fit)(1, [1e-3, 1e-2, 5e-3, 0.5][i%4])
         learn.save(f'm{i}', with_opt=with_opt)
     return [f'm{i}' for i in range(n)]
 
