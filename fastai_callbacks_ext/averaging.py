@@ -132,7 +132,7 @@ class _AfterEpoch(Callback):
     def after_train(self): self.averager._validate_others()
     def after_epoch(self): self.averager._give_back()
 
-# %% ../nbs/09_averaging.ipynb #158b1966
+# %% ../nbs/09_averaging.ipynb #37b86024
 @patch
 def _others(self:_Averager):
     "By the prefix of their columns, the weights to validate with beside those in the usual columns: None for the trained ones, or the number of an average"
@@ -148,7 +148,7 @@ def _add_columns(self:_Averager):
 
 @patch
 def _validate_others(self:_Averager):
-    if not self.fitting: return
+    if not (self.fitting and self._others()): return
     learn,usual,state = self.learn,self._shown,random_state(self.dls)
     for self._shown in self._others().values():
         learn._do_epoch_validate()

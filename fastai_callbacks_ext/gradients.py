@@ -152,7 +152,7 @@ def _per_process(self:GradientAccumulation, weight):
     dist.all_reduce(weight)
     return weight/dist.get_world_size()
 
-# %% ../nbs/10_gradients.ipynb #b9cde90a
+# %% ../nbs/10_gradients.ipynb #63ebd31d
 @patch
 def after_train(self:GradientAccumulation):
     "Close the window that is still open, or drop it"
@@ -162,7 +162,7 @@ def after_train(self:GradientAccumulation):
 
 @patch
 def _flush(self:GradientAccumulation):
-    if _is_ddp(self.model) and not self.model.require_backward_grad_sync:
+    if _is_ddp(self.model):     # its last batch was not there to share them
         for p in _params(self.opt):
             if p.grad is not None: dist.all_reduce(p.grad.div_(dist.get_world_size()))
     self._batch,self.learn.loss = None,self._loss(self._window)

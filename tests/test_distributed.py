@@ -2,7 +2,11 @@
 import json, os, subprocess, sys
 from pathlib import Path
 
-import pytest
+import pytest, torch
+import torch.nn.functional as F
+from fastai.torch_core import set_seed
+from torch import nn
+from distributed_gradients import batches, cases
 from distributed_safety import check, launch
 
 here = Path(__file__).parent
@@ -38,3 +42,40 @@ def test_faults_on_one_process(world, n):
 def test_check_can_fail():
     a = dict(seed=0, finite=True, weights='a', told=[], lines=0)
     for other in (dict(finite=False), dict(weights='b'), dict(told=[1]), dict(lines=1)): assert list(check([[a], [a | other]]))
+
+@pytest.fixture(scope='module')
+def gradients(tmp_path_factory):
+    "What two processes saw, by case"
+    out = tmp_path_factory.mktemp('gradients')
+    cmd = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', here/'distributed_gradients.py', out]
+    res = subprocess.run(cmd, env=os.environ | {'OMP_NUM_THREADS':'1', 'PYTHONWARNINGS':'ignore'}, capture_output=True, text=True, timeout=180)
+    assert res.returncode==0, res.stderr[-3000:]
+    a,b = [json.loads((out/f'{r}.json').read_text()) for r in (0,1)]
+    return {k: (a[k], b[k]) for k in cases}
+
+@pytest.mark.parametrize('case', cases)
+def test_same_weights(case, gradients):
+    a,b = gradients[case]
+    assert a['weights']==b['weights'] and a['grads']==b['grads'] and a['syncs'] and b['syncs']
+
+@pytest.mark.parametrize('case,windows', [('windows',[0,12,24,36,48]), ('left_over',[0,18,36,48]), ('cut_short',[0,30,42])])
+def test_windows_of_all_processes(case, windows, gradients):
+    "The gradient is that of one batch of the targets of all; it is shared once a window"
+    found,_ = gradients[case]
+    xs,ys = zip(*([torch.cat(o) for o in zip(*batches(rank))] for rank in (0,1)))
+    set_seed(0)
+    model = nn.Linear(5, 4)
+    for got,i,j in zip(found['grads'], windows[:-1], windows[1:], strict=True):
+        loss = F.cross_entropy(model(torch.cat([x[i:j] for x in xs])), torch.cat([y[i:j] for y in ys]))
+        want = torch.cat([o.flatten() for o in torch.autograd.grad(loss, list(model.parameters()))])
+        torch.testing.assert_close(torch.tensor(got), want, rtol=1e-4, atol=1e-6)
+    assert found['shared']==len(windows)-1 - (case=='cut_short')
+
+def test_sam_of_each_process(gradients):
+    "Each process goes its own way; the gradient is the mean"
+    from test_sam import published
+    set_seed(0)
+    model = nn.Linear(5, 4)
+    each = [[published(model, x, y, 0.5, False, 0)[0] for x,y in batches(rank)] for rank in (0,1)]
+    for got,a,b in zip(gradients['sam'][0]['grads'], *each, strict=True):
+        torch.testing.assert_close(torch.tensor(got), torch.cat([((a[n]+b[n])/2).flatten() for n,_ in model.named_parameters()]), rtol=1e-4, atol=1e-6)

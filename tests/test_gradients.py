@@ -37,7 +37,7 @@ def batched(x, y, sizes):
     return Batches(zip(x.split(sizes), y.split(sizes)))
 
 def learner(train, model, loss_func, *cbs, opt_func=SGD, lr=0., **kwargs):
-    learn = Learner(DataLoaders(train, train[:1]), model, loss_func, opt_func=opt_func, lr=lr, cbs=[Grads(), *cbs], **kwargs)
+    learn = Learner(DataLoaders(train, Batches(train[:1])), model, loss_func, opt_func=opt_func, lr=lr, cbs=[Grads(), *cbs], **kwargs)
     learn.recorder.add_time = False
     return learn
 
