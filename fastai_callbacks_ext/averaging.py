@@ -35,11 +35,11 @@ def _clone(tensors):
     "Copies, in float32 at least"
     return [t.detach().to(torch.promote_types(t.dtype, torch.float32), copy=True) for t in tensors]
 
-# %% ../nbs/09_averaging.ipynb #59811daa
+# %% ../nbs/09_averaging.ipynb #ea71c12c
 class _Averager(ExtCallback):
     "Lends averaged weights to the model for validation, and leaves it with those of `final`"
     order,average_name = 52,'ema'       # after the recorder, before those that look at its rows
-    raw,_learner,_lent,_shown = None,None,False,0    # the trained weights and buffers, while the model has averaged ones
+    raw,_learner,_lent,_shown,_in_use = None,None,False,0,('raw',0)     # `raw`: the trained weights and buffers, while the model has averaged ones
     def _choose(self, validate, buffers, final):
         names = self.average_name,'raw','both'
         if validate not in names: raise ValueError(f"validate={validate!r}: expected {', '.join(map(repr, names))}")
@@ -48,7 +48,7 @@ class _Averager(ExtCallback):
         self.validate,self.buffers,self.final = validate,buffers,final
         self._reset()
 
-    def _reset(self): self._kept,self._t,self._n,self.raw,self._skipped = [],0,0,None,False
+    def _reset(self): self._kept,self._t,self._n,self.raw,self._skipped,self._in_use = [],0,0,None,False,('raw',0)
 
     def before_fit(self):
         "Begin anew"
@@ -86,6 +86,27 @@ class _Averager(ExtCallback):
         if self.final!='raw': self._lend()
         self._lent = False
 
+    def use(self,
+        which:str, # 'raw' for the trained weights, or the name of the average: 'ema', 'swa', 'lawa'
+        i:int=0 # Of several averages, which one?
+    ):
+        "Give the model other weights, after a fit"
+        if which not in (self.average_name,'raw'): raise ValueError(f"which={which!r}: expected {self.average_name!r} or 'raw'")
+        if self._scopes: raise RuntimeError(f"{self.name}.use({which!r}): a fit is running, which has its own plan for the weights")
+        if self._learner is None or not self._n: raise RuntimeError(f'{self.name}.use({which!r}): there is no average; it is made in a fit, and is not in an export')
+        self._give_back() if which=='raw' else self._lend(i)
+
+    @contextmanager
+    def using(self,
+        which:str, # As for `use`
+        i:int=0 # As for `use`
+    ):
+        "Give the model other weights inside a `with` block"
+        before = self._in_use
+        self.use(which, i)
+        try: yield
+        finally: self.use(*before)
+
     def _on_error(self):
         if self._lent: self._give_back()
 
@@ -93,7 +114,7 @@ class _Averager(ExtCallback):
 
     def __getstate__(self): return super().__getstate__() | dict(_learner=None, _kept=[], _n=0, raw=None)    # an export has the weights in use, and no others
 
-# %% ../nbs/09_averaging.ipynb #49fdb3ad
+# %% ../nbs/09_averaging.ipynb #1b21d92e
 @patch
 def _tensors(self:_Averager):
     "What is averaged"
@@ -107,7 +128,7 @@ def _lend(self:_Averager, i=0):
     if not self._n: return
     model = unwrap_model(self._learner.model)
     self.raw = self.raw or [t.detach().clone() for t in (*model.parameters(), *model.buffers())]
-    self._lent = True
+    self._lent,self._in_use = True,(self.average_name,i)
     torch._foreach_copy_(self._tensors(), self._average(i))
     if self.buffers=='refresh': _refresh(self._learner)
 
@@ -117,7 +138,7 @@ def _give_back(self:_Averager):
     if self.raw is None: return
     model = unwrap_model(self._learner.model)
     torch._foreach_copy_([t.detach() for t in (*model.parameters(), *model.buffers())], self.raw)
-    self.raw,self._lent = None,False
+    self.raw,self._lent,self._in_use = None,False,('raw',0)
 
 def _refresh(learn):
     "Statistics of batch norm for the weights as they are; no random number is used up"
@@ -156,35 +177,10 @@ def _validate_others(self:_Averager):
         load_random_state(learn.dls, state)
     self._shown = usual
 
-# %% ../nbs/09_averaging.ipynb #76dc0a13
-@patch
-def use(self:_Averager,
-    which:str, # 'raw' for the trained weights, or the name of the average: 'ema', 'swa', 'lawa'
-    i:int=0 # Of several averages, which one?
-):
-    "Give the model other weights, after a fit"
-    if which not in (self.average_name,'raw'): raise ValueError(f"which={which!r}: expected {self.average_name!r} or 'raw'")
-    if self._scopes: raise RuntimeError(f"{self.name}.use({which!r}): a fit is running, which has its own plan for the weights")
-    if self._learner is None or not self._n: raise RuntimeError(f'{self.name}.use({which!r}): there is no average; it is made in a fit, and is not in an export')
-    self._give_back() if which=='raw' else self._lend(i)
-    self._in_use = which,i
-
-@patch
-@contextmanager
-def using(self:_Averager,
-    which:str, # As for `use`
-    i:int=0 # As for `use`
-):
-    "Give the model other weights inside a `with` block"
-    before = 'raw' if self.raw is None else self.average_name,getattr(self, '_in_use', (0,0))[1]
-    self.use(which, i)
-    try: yield
-    finally: self.use(*before)
-
-# %% ../nbs/09_averaging.ipynb #799707fa
+# %% ../nbs/09_averaging.ipynb #d97e3224
 class EMA(_Averager):
     "Exponential moving average of the weights"
-    state_attrs = '_kept','_t','_n','raw'
+    state_attrs = '_kept','_t','_n','raw','_in_use'
     def __init__(self,
         decay:float|Sequence=0.999, # Share of the past in the average, for a step; of several, the first is the one to validate with
         half_life:float|Sequence=None, # Instead of `decay`: steps after which a weight counts half
@@ -230,7 +226,7 @@ def _several(name, o):
     if isinstance(o, (list,tuple)) and not o: raise ValueError(f'{name}={o!r}: expected a number, or several')
     return list(o) if isinstance(o, (list,tuple)) else [o]
 
-# %% ../nbs/09_averaging.ipynb #01fbe355
+# %% ../nbs/09_averaging.ipynb #ca6a74ae
 class _Every(_Averager):
     "Looks at the weights at the end of each epoch, or every `every` steps"
     def _stepped(self):
@@ -244,7 +240,7 @@ class _Every(_Averager):
 
 class SWA(_Every):
     "Mean of the weights from a point of the fit on"
-    average_name,state_attrs = 'swa',('_kept','_t','_n','raw')
+    average_name,state_attrs = 'swa',('_kept','_t','_n','raw','_in_use')
     def __init__(self,
         start:float=0.75, # Share of the fit after which it begins
         every:int=None, # Take the weights every n-th step; None for at the end of each epoch
@@ -270,10 +266,10 @@ class SWA(_Every):
 
     def _average(self, i): return self._kept
 
-# %% ../nbs/09_averaging.ipynb #19e065b2
+# %% ../nbs/09_averaging.ipynb #a94d5f11
 class LAWA(_Every):
     "Mean of the latest `k` sets of weights"
-    average_name,state_attrs = 'lawa',('_kept','_t','_n','raw')
+    average_name,state_attrs = 'lawa',('_kept','_t','_n','raw','_in_use')
     def __init__(self,
         k:int=5, # Sets of weights
         every:int=None, # Take the weights every n-th step; None for at the end of each epoch

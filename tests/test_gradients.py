@@ -194,6 +194,16 @@ def test_a_phase_cut_short_flushes():
     assert len(learn.grads.grads)==2
     torch.testing.assert_close(learn.grads.grads[1], torch.cat([o.flatten() for o in want]))
 
+def test_a_left_over_window_that_is_refused():
+    "A callback that cancels the batch when the last window closes ends only that step"
+    class Refuse(Callback):
+        order = 20
+        def before_step(self):
+            if len(self.grads.grads)==1: raise CancelBatchException
+    learn = learner(batched(*data(48), [6]*8), nn.Linear(5, 4), CrossEntropyLossFlat(), GradientAccumulation(30), Refuse(), ShortEpochCallback(0.7), lr=0.1)
+    with quiet(learn): learn.fit(1)
+    assert len(learn.grads.grads)==1 and len(learn.recorder.values)==1 and not any(p.grad.any() for p in learn.model.parameters())
+
 @pytest.mark.parametrize('batch', [0,3,4,7])
 def test_a_skipped_batch_was_never_there(batch):
     "In the middle of a window, closing it, or the last one of the epoch"
