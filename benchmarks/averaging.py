@@ -14,14 +14,15 @@ from harness import measure, options, ratio, report
 from loop import NETS, fastai, net, seconds
 
 LERP = 'one lerp of a flat buffer'
+MODELS = {'MLP of 25 M parameters in 10 tensors': lambda: nn.Sequential(*(nn.Linear(2236, 2236) for _ in range(5))), 'ResNet-50, 25.6 M parameters in 161 tensors': resnet50}
 
-def repeated(update, n):
-    "Seconds of one update, the mean of `n`"
-    def case():
-        start = perf_counter()
-        for _ in range(n): update()
-        return (perf_counter()-start)/n
-    return case
+def repeated(make, model, n=10):
+    "Seconds of one update, the mean of `n`; model and average are new each time, for where they lie in memory matters"
+    update = make(model())
+    update()
+    start = perf_counter()
+    for _ in range(n): update()
+    return (perf_counter()-start)/n
 
 def flat(model):
     average,weights = (torch.rand(sum(p.numel() for p in model.parameters())) for _ in range(2))
@@ -40,14 +41,12 @@ def timms(model):
 
 def lightnings(model):
     "The update of Lightning's callback at the end of a step"
+    from lightning.pytorch import LightningModule
     from lightning.pytorch.callbacks import EMAWeightAveraging
-    callback = EMAWeightAveraging(decay=0.999)
-    callback.setup(SimpleNamespace(), model, 'fit')
-    return lambda: callback._average_model.update_parameters(model)
-
-def models():
-    "Models of 25 million parameters: in few large tensors, and in many"
-    return {'MLP of 25 M parameters in 10 tensors': nn.Sequential(*(nn.Linear(2236, 2236) for _ in range(5))), 'ResNet-50, 25.6 M parameters in 161 tensors': resnet50()}
+    module,callback = LightningModule(),EMAWeightAveraging(decay=0.999)
+    module.model = model
+    callback.setup(SimpleNamespace(), module, 'fit')
+    return lambda: callback._average_model.update_parameters(module)
 
 STEPS = {
     'plain fastai': list, 'EMA()': lambda: [EMA()], 'EMA(every=10)': lambda: [EMA(every=10)], 'SWA(every=10)': lambda: [SWA(every=10, buffers='copy')], 'LAWA(every=10)': lambda: [LAWA(every=10)]}
@@ -55,15 +54,14 @@ STEPS = {
 def main():
     args = options(__doc__).parse_args()
     tables = {}
-    for title,model in models().items():
-        updates = {LERP: flat(model), "EMA(), buffers='copy'": ours(model, 'copy'), 'EMA()': ours(model, 'average'),
-                   "torch's AveragedModel": torchs(model), "timm's ModelEmaV3": timms(model), "Lightning's EMAWeightAveraging": lightnings(model)}
-        tables[title] = measure({k: repeated(f, 10) for k,f in updates.items()}, args.rounds, 'ms an update')
+    updates = {LERP: flat, "EMA(), buffers='copy'": partial(ours, buffers='copy'), 'EMA()': partial(ours, buffers='average'),
+               "torch's AveragedModel": torchs, "timm's ModelEmaV3": timms, "Lightning's EMAWeightAveraging": lightnings}
+    for title,model in MODELS.items(): tables[title] = measure({k: partial(repeated, f, model) for k,f in updates.items()}, args.rounds, 'ms an update')
     steps = list(NETS)[:2]
     tables |= {f'A training batch. {title}': measure({k: partial(seconds, partial(fastai, cbs=cbs, bar=False), net(title, 'cpu')) for k,cbs in STEPS.items()}, args.rounds, 'µs a batch') for title in steps}
     results = report('averaging', tables, args.rounds, packages=('timm','lightning'))
     print('\nTargets: at most 1.15 x one lerp; at most 1 x each peer')
-    for title in models():
+    for title in MODELS:
         for row in list(tables[title]['rows'])[3:]: print(f"{ratio(results, title, 'EMA()', row):.2f}  EMA() / {row} ({title.split(',')[0]})")
         print(f"{ratio(results, title, list(tables[title]['rows'])[1]):.2f}  over one lerp, {ratio(results, title, 'EMA()'):.2f} with buffers")
 
