@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.models import resnet50
 from fastai_callbacks_ext.all import EMA, LAWA, SWA
+from gradients import memory
 from harness import measure, options, ratio, report
 from loop import NETS, fastai, net, seconds
 
@@ -51,6 +52,9 @@ def lightnings(model):
 STEPS = {
     'plain fastai': list, 'EMA()': lambda: [EMA()], 'EMA(every=10)': lambda: [EMA(every=10)], 'SWA(every=10)': lambda: [SWA(every=10, buffers='copy')], 'LAWA(every=10)': lambda: [LAWA(every=10)]}
 
+COPIES = {
+    'EMA()': lambda: [EMA()], 'EMA([0.9, 0.99])': lambda: [EMA([0.9, 0.99])], 'SWA(0.)': lambda: [SWA(0., every=1)], 'LAWA(5)': lambda: [LAWA(5, every=1)]}
+
 def main():
     args = options(__doc__).parse_args()
     tables = {}
@@ -59,7 +63,8 @@ def main():
     for title,model in MODELS.items(): tables[title] = measure({k: partial(repeated, f, model) for k,f in updates.items()}, args.rounds, 'ms an update')
     steps = list(NETS)[:2]
     tables |= {f'A training batch. {title}': measure({k: partial(seconds, partial(fastai, cbs=cbs, bar=False), net(title, 'cpu')) for k,cbs in STEPS.items()}, args.rounds, 'µs a batch') for title in steps}
-    results = report('averaging', tables, args.rounds, packages=('timm','lightning'))
+    results = report('averaging', tables, args.rounds, packages=('timm','lightning'), copies=memory(COPIES))
+    print('\nCopies of the model in memory:', results['copies'])
     print('\nTargets: at most 1.15 x one lerp; at most 1 x each peer')
     for title in MODELS:
         for row in list(tables[title]['rows'])[3:]: print(f"{ratio(results, title, 'EMA()', row):.2f}  EMA() / {row} ({title.split(',')[0]})")

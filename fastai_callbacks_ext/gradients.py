@@ -180,7 +180,7 @@ def _leave(self:GradientAccumulation):
     if self._window: self._drop()
     if _is_ddp(self.model): self.model.require_backward_grad_sync = True
 
-# %% ../nbs/10_gradients.ipynb #b8e68f98
+# %% ../nbs/10_gradients.ipynb #d2474db5
 class GradientClip(ExtCallback):
     "Shortens gradients that are too long: by their norm, by value, by the norms of the weights, or by what was usual so far. A step whose norm is not finite is not taken"
     order,run_valid = 11,False      # as fastai's: after `MixedPrecision`
@@ -217,7 +217,7 @@ class GradientClip(ExtCallback):
         params = [p for p in _params(self.opt) if p.grad is not None]
         norm = self._norm(params)
         if not isfinite(norm): self._skip(norm)
-        limit = self.limit if self.by!='auto' else np.percentile([*self.norms, norm][-self.window:], self.limit).item() if self.fitting else inf
+        limit = self.limit if self.by!='auto' else np.percentile((self.norms[-self.window:]+[norm])[-self.window:], self.limit).item() if self.fitting else inf
         if norm>limit: self._clip(params, limit, norm)
         if not self.fitting: return
         self.norms.append(norm)
