@@ -89,10 +89,10 @@ def test_as_timm():
     class Timms(Callback):
         order,run_valid = 49,False
         def before_train(self):
-            if not hasattr(self, 'ema'): self.ema = timm.ModelEmaV3(self.model, decay=0.9)
-        def after_step(self): self.ema.update(self.model)
+            if not hasattr(self, 'v3'): self.v3 = timm.ModelEmaV3(self.model, decay=0.9)
+        def after_step(self): self.v3.update(self.model)
     learn = run(EMA(0.9, warmup=False), Timms())
-    assert_close({k: v for k,v in state(learn).items() if 'num_batches' not in k}, {k: v for k,v in learn.timms.ema.module.state_dict().items() if 'num_batches' not in k}, rtol=1e-5, atol=1e-7)
+    assert_close({k: v for k,v in state(learn).items() if 'num_batches' not in k}, {k: v for k,v in learn.timms.v3.module.state_dict().items() if 'num_batches' not in k}, rtol=1e-5, atol=1e-7)
 
 @settings(max_examples=6, deadline=None, derandomize=True)
 @given(st.sampled_from([0., 0.3, 0.5, 1.]), st.sampled_from([None, 1, 3]))
