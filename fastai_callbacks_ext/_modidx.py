@@ -562,6 +562,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                    'fastai_callbacks_ext/numerics.py'),
                                                'fastai_callbacks_ext.numerics.StepNumbers.tensor': ( 'numerics.html#stepnumbers.tensor',
                                                                                                      'fastai_callbacks_ext/numerics.py'),
+                                               'fastai_callbacks_ext.numerics._read': ( 'numerics.html#_read',
+                                                                                        'fastai_callbacks_ext/numerics.py'),
                                                'fastai_callbacks_ext.numerics._stack': ( 'numerics.html#_stack',
                                                                                          'fastai_callbacks_ext/numerics.py'),
                                                'fastai_callbacks_ext.numerics._total': ( 'numerics.html#_total',

@@ -60,7 +60,7 @@ class StepNumbers:
 
     def _looked(self):
         "The numbers; the first look waits for them"
-        if self._values is None: self._values = [o.item() for o in self._parts] if self._parts[0].is_cpu else self.tensor.tolist()
+        if self._values is None: self._values = _read(self._parts)
         return self._values
 
     @property
@@ -77,6 +77,10 @@ class StepNumbers:
     def finite(self)->bool:
         "Are loss and gradients finite?"
         return all(map(isfinite, self._looked())) or isfinite(self.loss) and all_finite(self.grads)
+
+def _read(numbers):
+    "The `numbers`, with one wait for a GPU; on the CPU it is quicker to take them one by one"
+    return [o.item() for o in numbers] if numbers[0].is_cpu else _stack(numbers).tolist()
 
 # %% ../nbs/08_numerics.ipynb #ff38f0e6
 _last = WeakKeyDictionary()

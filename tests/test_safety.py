@@ -3,11 +3,13 @@ import contextlib, io, itertools, math, shutil
 
 import numpy as np, pytest, torch
 from fastai.basics import Callback, CancelBatchException, CancelFitException, Datasets, ItemGetter, Learner, MSELossFlat, set_seed
-from fastai.callback.all import GradientAccumulation, GradientClip, MixUp, SaveModelCallback
+from fastai.callback import training
+from fastai.callback.all import MixUp, SaveModelCallback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.tabular.all import TabularDataLoaders, tabular_learner
 from hypothesis import given, settings, strategies as st
 from torch import nn
+from fastai_callbacks_ext import numerics
 from fastai_callbacks_ext.all import *
 from fastai_callbacks_ext.core import ExtCallback
 from fastai_callbacks_ext.files import load_state
@@ -72,9 +74,9 @@ def trained(make, *cbs, epochs=2, method='fit', **kwargs):
     with quiet(learn), contextlib.redirect_stdout(io.StringIO()) as out: getattr(learn, method)(epochs)
     return learn,out.getvalue()
 
-settings_ = {'plain': list, 'bf16': lambda: [CPUMixedPrecision()], 'window': lambda: [GradientAccumulation(64)], 'clip': lambda: [GradientClip(0.1)],
+settings_ = {'plain': list, 'bf16': lambda: [CPUMixedPrecision()], 'window': lambda: [training.GradientAccumulation(64)], 'clip': lambda: [training.GradientClip(0.1)], 'own window': lambda: [GradientAccumulation(64)],
              'fast': lambda: [FastLoop()], 'mixup': lambda: [MixUp()], 'scaler': lambda: [CPUMixedPrecision(torch.float32, 2.**14)],
-             'scaler, window': lambda: [CPUMixedPrecision(torch.float32, 2.**14), GradientAccumulation(64)]}
+             'scaler, window': lambda: [CPUMixedPrecision(torch.float32, 2.**14), training.GradientAccumulation(64)]}
 wheres = 'input','target','weight','loss','grad'
 # With a scaler, a gradient is the scaler's matter, which drops the whole window
 cases = [(w,s,b) for w,s,b in itertools.product(wheres, settings_, (0,1,7,19)) if not (w=='target' and s=='mixup') and not (w=='grad' and s=='scaler, window')]
@@ -164,8 +166,9 @@ def test_later_looks_put_the_copy_back(every):
     assert at and at[0]<=13 and 'batch 13 of the fit' in out and f'before batch {at[0]} ' in out
     assert at[0]>=13-4-every or at[0]==0
 
-def test_a_later_look_does_not_wait():
-    "Between the looks no number of the device is asked for"
+def test_a_later_look_does_not_wait(monkeypatch):
+    "Between the looks no number of the device is asked for; read as from a GPU"
+    monkeypatch.setattr(numerics, '_read', lambda numbers: numerics._stack(numbers).tolist())
     class Waits(torch.overrides.TorchFunctionMode):
         n = 0
         def __torch_function__(self, f, types, args=(), kwargs=None):

@@ -488,7 +488,7 @@ CASES = {
     'early': case(lambda: [EarlyStopping(patience=2, restore_best=True)], 12),
     'smooth': case(lambda: [EarlyStopping('accuracy', patience=2, min_delta=.05, smooth=.5, restore_best=True)], 12),
     'steps': case(lambda: [EarlyStopping('accuracy', patience=8, min_delta=.3, unit='steps', restore_best=True)], 12),
-    'best': case(lambda: [EarlyStopping(patience=99, restore_best=True)], 11, 'fit'),
+    'best': case(lambda: [EarlyStopping('train_loss', np.greater, patience=99, restore_best=True)], 11, 'fit'),
     'step limit': case(lambda: [StepLimit(18)]),
     'skipped': case(lambda: [StepLimit(12), Skip(CancelStepException())]),
     'samples': case(lambda: [SampleLimit(18*32)])}
