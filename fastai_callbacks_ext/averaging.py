@@ -35,11 +35,11 @@ def _clone(tensors):
     "Copies, in float32 at least"
     return [t.detach().to(torch.promote_types(t.dtype, torch.float32), copy=True) for t in tensors]
 
-# %% ../nbs/09_averaging.ipynb #ea71c12c
+# %% ../nbs/09_averaging.ipynb #02a37c9f
 class _Averager(ExtCallback):
     "Lends averaged weights to the model for validation, and leaves it with those of `final`"
     order,average_name = 52,'ema'       # after the recorder, before those that look at its rows
-    raw,_learner,_lent,_shown,_in_use = None,None,False,0,('raw',0)     # `raw`: the trained weights and buffers, while the model has averaged ones
+    raw,_learner,_peers,_lent,_shown,_in_use = None,None,(),False,0,('raw',0)     # `raw`: the trained weights and buffers, while the model has averaged ones
     def _choose(self, validate, buffers, final):
         names = self.average_name,'raw','both'
         if validate not in names: raise ValueError(f"validate={validate!r}: expected {', '.join(map(repr, names))}")
@@ -55,6 +55,9 @@ class _Averager(ExtCallback):
         if not self.fitting: return
         self._reset()
         self._learner,self._lent = self.learn,False
+        self._peers = [cb for cb in self.learn.cbs if isinstance(cb, _Averager) and cb is not self]
+        if self._others() and any(cb.validate!='raw' for cb in self._peers):
+            raise ValueError(f"validate={self.validate!r}: beside this, expected validate='raw' in every other average, since validation is with one at a time")
         self._add_columns()
         self.learn.add_cb(helper := _AfterEpoch(self))
         self.at_end(self.learn.remove_cb, helper)
@@ -94,7 +97,8 @@ class _Averager(ExtCallback):
         if which not in (self.average_name,'raw'): raise ValueError(f"which={which!r}: expected {self.average_name!r} or 'raw'")
         if self._scopes: raise RuntimeError(f"{self.name}.use({which!r}): a fit is running, which has its own plan for the weights")
         if self._learner is None or not self._n: raise RuntimeError(f'{self.name}.use({which!r}): there is no average; it is made in a fit, and is not in an export')
-        self._give_back() if which=='raw' else self._lend(i)
+        if which!='raw': return self._lend(i)
+        for cb in (self, *self._peers): cb._give_back()
 
     @contextmanager
     def using(self,
@@ -112,9 +116,9 @@ class _Averager(ExtCallback):
 
     def _stepped(self): "A step was taken"
 
-    def __getstate__(self): return super().__getstate__() | dict(_learner=None, _kept=[], _n=0, raw=None)    # an export has the weights in use, and no others
+    def __getstate__(self): return super().__getstate__() | dict(_learner=None, _peers=(), _kept=[], _n=0, raw=None)    # an export has the weights in use, and no others
 
-# %% ../nbs/09_averaging.ipynb #1b21d92e
+# %% ../nbs/09_averaging.ipynb #02110259
 @patch
 def _tensors(self:_Averager):
     "What is averaged"
@@ -126,6 +130,7 @@ def _tensors(self:_Averager):
 def _lend(self:_Averager, i=0):
     "Give the model its `i`th average, if there is one yet"
     if not self._n: return
+    for cb in self._peers: cb._give_back()      # one at a time
     model = unwrap_model(self._learner.model)
     self.raw = self.raw or [t.detach().clone() for t in (*model.parameters(), *model.buffers())]
     self._lent,self._in_use = True,(self.average_name,i)
@@ -177,7 +182,7 @@ def _validate_others(self:_Averager):
         load_random_state(learn.dls, state)
     self._shown = usual
 
-# %% ../nbs/09_averaging.ipynb #d97e3224
+# %% ../nbs/09_averaging.ipynb #4ea72e53
 class EMA(_Averager):
     "Exponential moving average of the weights"
     state_attrs = '_kept','_t','_n','raw','_in_use'
@@ -212,7 +217,8 @@ class EMA(_Averager):
         self._n += 1
         if self._n==1: self._kept = [_clone(self._tensors()) for _ in self.decays]
         else:
-            for d,average in zip(self.decays, self._kept): _move(average, self._tensors(), self._part(d**self.every))
+            tensors = self._tensors()
+            for d,average in zip(self.decays, self._kept): _move(average, tensors, self._part(d**self.every))
 
     def _part(self, d):
         if not self.warmup: return 1-d

@@ -40,7 +40,7 @@ def loss_weight(
     counted = target!=ignore
     return counted.sum() if weights is None else (weights[(target*counted).long()]*counted).sum()
 
-# %% ../nbs/10_gradients.ipynb #247ca7b3
+# %% ../nbs/10_gradients.ipynb #9389482b
 class GradientAccumulation(ExtCallback):
     "A step for every `n_acc` items, equal to that of one batch of all of them"
     order,run_valid = 6,False    # as fastai's: before `MixedPrecision` and clipping
@@ -56,7 +56,7 @@ class GradientAccumulation(ExtCallback):
         self.n_acc,self.last,self.weight = n_acc,last,weight
         self._reset()
 
-    def _reset(self): self._window,self._steps,self._own,self._hidden = None,0,None,False
+    def _reset(self): self._window,self._batch,self._steps,self._own,self._hidden = None,None,0,None,False
 
     def before_fit(self):
         "No window is open"
@@ -76,7 +76,8 @@ class GradientAccumulation(ExtCallback):
 
     def _closes(self, bs=0):
         "Does a batch of `bs` more items close the window?"
-        return self._window['items']+bs>=self._window['n_acc'] or self.last=='flush' and self.iter==self.n_iter-1
+        items = self._window['items']+bs
+        return items>0 and (items>=self._window['n_acc'] or self.last=='flush' and self.iter==self.n_iter-1)
 
     def before_backward(self):
         "Multiply the loss by the weight of the batch"
@@ -99,11 +100,9 @@ class GradientAccumulation(ExtCallback):
     def before_step(self):
         "Go on to the next batch, or close the window"
         if not self.fitting: return
-        if self._batch:
-            for k,v in zip(('items','weight','loss'), self._batch): self._window[k] += v
-            self._batch = None
-            if not self._closes(): self._skip_step()
-        self._close_window()
+        for k,v in zip(('items','weight','loss'), self._batch or ()): self._window[k] += v     # nothing if the backward pass was cancelled
+        self._batch = None
+        self._close_window() if self._closes() else self._skip_step()
 
 # %% ../nbs/10_gradients.ipynb #6aa6b10b
 @patch
@@ -152,7 +151,7 @@ def _per_process(self:GradientAccumulation, weight):
     dist.all_reduce(weight)
     return weight/dist.get_world_size()
 
-# %% ../nbs/10_gradients.ipynb #63ebd31d
+# %% ../nbs/10_gradients.ipynb #1f79d730
 @patch
 def after_train(self:GradientAccumulation):
     "Close the window that is still open, or drop it"
@@ -165,7 +164,7 @@ def _flush(self:GradientAccumulation):
     if _is_ddp(self.model):     # its last batch was not there to share them
         for p in _params(self.opt):
             if p.grad is not None: dist.all_reduce(p.grad.div_(dist.get_world_size()))
-    self._batch,self.learn.loss = None,self._loss(self._window)
+    self._batch,self._window['n_acc'],self.learn.loss = None,0,self._loss(self._window)
     try: self.learn._with_events(self.learn._step, 'step', CancelStepException)
     except CancelBatchException: pass
 

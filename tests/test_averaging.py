@@ -373,6 +373,21 @@ def test_several_averagers():
         with cb.using(cb.average_name): assert any(not torch.equal(v, learn.steps.steps[-1][k]) for k,v in state(learn).items())
         assert_equal(state(learn), learn.steps.steps[-1])
 
+@pytest.mark.parametrize('validate', ['avg','raw'])
+def test_averagers_that_both_lend(validate):
+    "The last one is in use; no average is ever taken for the trained weights"
+    cbs = EMA(0.8),LAWA(2, validate='lawa' if validate=='avg' else 'raw')
+    a,b = run(epochs=3),run(*cbs, epochs=3)
+    for s,t in zip(a.steps.steps, b.steps.steps, strict=True): assert_equal(s, t)
+    alone = [state(run(o, epochs=3)) for o in (EMA(0.8), LAWA(2))]
+    assert_equal(state(b), alone[1])
+    for cb,want in zip(cbs, alone): cb.use(cb.average_name); assert_equal(state(b), want)
+    cbs[0].use('raw'); assert_equal(state(b), a.steps.steps[-1])
+
+def test_columns_of_two_that_lend():
+    with pytest.raises(ValueError, match="validate='both'.*validate='raw'"): run(EMA(0.8, validate='both'), LAWA(2))
+    assert 'raw_valid_loss' in values(run(EMA(0.8, validate='both'), LAWA(2, validate='raw')))
+
 def test_short_fits():
     "An average that never began is none"
     learn = run(cb := EMA(0.9, start=1000))

@@ -6,7 +6,7 @@ from math import inf, isfinite, nan
 import pytest, torch
 import torch.nn.functional as F
 from fastai.callback.all import GradientAccumulation as Fastais, MixedPrecision, MixUp, ReduceLROnPlateau, ShortEpochCallback
-from fastai.callback.core import Callback, CancelBatchException, CancelStepException
+from fastai.callback.core import Callback, CancelBackwardException, CancelBatchException, CancelStepException
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
@@ -216,6 +216,21 @@ def test_a_skipped_batch_was_never_there(batch):
         return learn
     a,b = run(True, SkipNonFinite(), PoisonBatch(batch)),run(False)
     assert [torch.equal(p, q) for p,q in zip(a.model.parameters(), b.model.parameters())]==[True, True]
+
+@pytest.mark.parametrize('batch', [0,3,7])
+def test_a_cancelled_backward_pass_adds_nothing(batch):
+    class Cancel(Callback):
+        order = -20
+        def before_backward(self):
+            if self.iter==batch: raise CancelBackwardException
+    def run(batches, *cbs):
+        set_seed(0)
+        learn = learner(Batches(batches), nn.Linear(5, 4), CrossEntropyLossFlat(), GradientAccumulation(24), *cbs, lr=0.1)
+        with quiet(learn): learn.fit(1)
+        return learn
+    batches = batched(*data(48), [6]*8)
+    a,b = run(batches, Cancel()),run([o for i,o in enumerate(batches) if i!=batch])
+    for p,q in zip(a.grads.grads, b.grads.grads, strict=True): assert torch.equal(p, q)
 
 def test_all_targets_ignored():
     "A batch, or a window, without a target does nothing, and shows no NaN"
