@@ -15,8 +15,8 @@ from fastai.basics import Adam, Callback, DataLoader, DataLoaders, Learner, defa
 from torch import nn
 from torch.utils.data import TensorDataset
 from fastai_callbacks_ext.checkpoint import Checkpoint
-from fastai_callbacks_ext.files import Snapshot, map_state
-from fastai_callbacks_ext.state import learner_state
+from fastai_callbacks_ext.base.files import Snapshot, map_state
+from fastai_callbacks_ext.base.state import learner_state
 from harness import apart, measure, options, ratio, report
 
 STEPS,LR = 3,1e-3       # steps before the first save

@@ -6,15 +6,19 @@
 __all__ = []
 
 # %% ../nbs/all.ipynb #728a6161
-from . import averaging, checkpoint, core, gradients, loop, numerics, rnn, safety, stopping
+from . import averaging, best, checkpoint, gradients, loop, rnn, safety, stopping, tracing
+from .base import core, model, step
 from .averaging import *
+from .base.core import *
+from .base.model import *
+from .base.step import *
+from .best import *
 from .checkpoint import *
-from .core import *
 from .gradients import *
 from .loop import *
-from .numerics import *
 from .rnn import *
 from .safety import *
 from .stopping import *
+from .tracing import *
 
-__all__ = [*averaging.__all__, *checkpoint.__all__, *core.__all__, *gradients.__all__, *loop.__all__, *numerics.__all__, *rnn.__all__, *safety.__all__, *stopping.__all__]
+__all__ = [o for m in (averaging, best, checkpoint, gradients, loop, rnn, safety, stopping, tracing, core, model, step) for o in m.__all__]

@@ -19,11 +19,10 @@ from fastai.learner import Learner
 from fastcore.basics import patch
 from fastcore.foundation import L
 from torch import Tensor
-from .checkpoint import refresh_batchnorm
-from .core import ExtCallback, check_number, check_type
-from .files import load_state
-from .rnn import unwrap_model
-from .state import load_random_state, random_state
+from .base.core import ExtCallback, check_number, check_type
+from .base.files import load_state
+from .base.model import refresh_batchnorm, unwrap_model
+from .base.state import load_random_state, random_state
 
 # %% ../nbs/09_averaging.ipynb #f3434176
 def _move(average, tensors, part):

@@ -22,10 +22,9 @@ from fastai.torch_core import find_bs
 from fastcore.basics import patch
 from fastcore.foundation import L
 from torch import Tensor
-from .core import ExtCallback, check_number, check_type
-from .numerics import step_numbers
-from .rnn import unwrap_model
-from .safety import BatchUndo
+from .base.core import ExtCallback, check_number, check_type
+from .base.model import is_ddp, unwrap_model
+from .base.step import BatchUndo, opt_params, set_hypers, step_numbers
 
 # %% ../nbs/10_gradients.ipynb #9ca4bd9b
 def loss_weight(
@@ -69,7 +68,7 @@ class GradientAccumulation(ExtCallback):
         if not self.fitting: return
         self._restore()
         if self._window is None: self._window = dict(n_acc=self._size(), items=0, weight=0, loss=0)
-        if _is_ddp(self.model): self.model.require_backward_grad_sync = self._closes(find_bs(self.yb))
+        if is_ddp(self.model): self.model.require_backward_grad_sync = self._closes(find_bs(self.yb))
 
     def _size(self):
         return check_number('n_acc(epoch, step)', self.n_acc(self.epoch, self._steps), low=1, integer=True) if callable(self.n_acc) else self.n_acc
@@ -117,36 +116,31 @@ def _skip_step(self:GradientAccumulation):
 def _restore(self:GradientAccumulation):
     "The recorder sees the next batch, and the hyper-parameters are those of now"
     if self._hidden: self.recorder.run_train,self._hidden = True,False
-    if self._own: _set_hypers(self.opt, self._own)
+    if self._own: set_hypers(self.opt, self._own)
     self._own = None
-
-def _set_hypers(opt, hypers):
-    for k in hypers[0]: opt.set_hyper(k, [h[k] for h in hypers])
 
 # %% ../nbs/10_gradients.ipynb #6d05440d
 @patch
 def _close_window(self:GradientAccumulation):
     win,self._window = self._window,None
     self._steps += 1
-    grads = [p.grad for p in _params(self.opt) if p.grad is not None]
+    grads = [p.grad for p in opt_params(self.opt) if p.grad is not None]
     if grads and not self._adds(): torch._foreach_div_(grads, _not_zero(self._per_process(win['weight'])/win['unit']))
     self.learn.loss = self._loss(win)
     own = [dict(h) for h in self.opt.hypers]
     if own!=win['hypers']:
         self._own = own
-        _set_hypers(self.opt, win['hypers'])
+        set_hypers(self.opt, win['hypers'])
 
 @patch
 def _loss(self:GradientAccumulation, win): return win['loss']/(1 if self._adds() else _not_zero(win['weight']))
 
-def _params(opt): return [p for group in opt.param_lists for p in group]
-def _is_ddp(model): return hasattr(model, 'require_backward_grad_sync')
 def _not_zero(n): return torch.where(n>0, n, 1) if isinstance(n, Tensor) else n or 1
 
 @patch
 def _per_process(self:GradientAccumulation, weight):
     "Mean of `weight` over the processes, as the gradients are means over them"
-    if not _is_ddp(self.model): return weight
+    if not is_ddp(self.model): return weight
     weight = torch.as_tensor(weight, dtype=torch.float64, device=self.loss.device).clone()
     dist.all_reduce(weight)
     return weight/dist.get_world_size()
@@ -161,8 +155,8 @@ def after_train(self:GradientAccumulation):
 
 @patch
 def _flush(self:GradientAccumulation):
-    if _is_ddp(self.model):     # its last batch was not there to share them
-        for p in _params(self.opt):
+    if is_ddp(self.model):     # its last batch was not there to share them
+        for p in opt_params(self.opt):
             if p.grad is not None: dist.all_reduce(p.grad.div_(dist.get_world_size()))
     self._batch,self._window['n_acc'],self.learn.loss = None,0,self._loss(self._window)
     try: self.learn._with_events(self.learn._step, 'step', CancelStepException)
@@ -177,12 +171,12 @@ def _drop(self:GradientAccumulation):
 def _leave(self:GradientAccumulation):
     self._restore()
     if self._window: self._drop()
-    if _is_ddp(self.model): self.model.require_backward_grad_sync = True
+    if is_ddp(self.model): self.model.require_backward_grad_sync = True
 
 # %% ../nbs/10_gradients.ipynb #d2474db5
 class GradientClip(ExtCallback):
     "Shortens gradients that are too long: by their norm, by value, by the norms of the weights, or by what was usual so far. A step whose norm is not finite is not taken"
-    order,run_valid = 11,False      # as fastai's: after `MixedPrecision`
+    order,run_valid,run_outside = 11,False,True      # as fastai's: after `MixedPrecision`
     state_attrs = 'norms','limits','clipped','skipped'
     def __init__(self,
         max_norm:float=None, # Largest norm of the whole gradient; 1 if no limit of any kind is given, as fastai's
@@ -213,7 +207,7 @@ class GradientClip(ExtCallback):
 
     def before_step(self):
         "Look at the gradient; clip it, or do not take the step"
-        params = [p for p in _params(self.opt) if p.grad is not None]
+        params = [p for p in opt_params(self.opt) if p.grad is not None]
         norm = self._norm(params)
         if not isfinite(norm): self._skip(norm)
         limit = self.limit if self.by!='auto' else np.percentile((self.norms[-self.window:]+[norm])[-self.window:], self.limit).item() if self.fitting else inf
@@ -350,7 +344,7 @@ def _send(self:SAM, event_name):
 # %% ../nbs/10_gradients.ipynb #6fd183ab
 @patch
 def _move(self:SAM, loss):
-    scaler,params = vars(self.learn).get('scaler'),[p for p in _params(self.opt) if p.requires_grad]
+    scaler,params = vars(self.learn).get('scaler'),[p for p in opt_params(self.opt) if p.requires_grad]
     grads = torch.autograd.grad(scaler.scale(loss) if scaler else loss, params, allow_unused=True)    # its length does not matter
     params,way = map(list, zip(*((p,g) for p,g in zip(params, grads) if g is not None)))
     self._keep(params)
@@ -396,7 +390,7 @@ class GradientCentralization(ExtCallback):
     def before_step(self):
         "Subtract the means"
         if not self.fitting: return
-        grads = [p.grad for p in _params(self.opt) if p.grad is not None and p.ndim>=self.least]
+        grads = [p.grad for p in opt_params(self.opt) if p.grad is not None and p.ndim>=self.least]
         if grads: torch._foreach_sub_(grads, [g.mean(tuple(range(1, g.ndim)), keepdim=True) for g in grads])
 
 # %% ../nbs/10_gradients.ipynb #6ee7dc5c
@@ -417,7 +411,7 @@ class GradientNoise(ExtCallback):
 
     def before_step(self):
         "Add the noise"
-        grads = [p.grad for p in _params(self.opt) if p.grad is not None]
+        grads = [p.grad for p in opt_params(self.opt) if p.grad is not None]
         if not self.fitting or not grads: return
         generator = torch.Generator(grads[0].device).manual_seed(1_000_003*self.seed+self._t)
         noise = torch.randn(sum(g.numel() for g in grads), generator=generator, device=grads[0].device)
@@ -444,7 +438,7 @@ class Lookahead(ExtCallback):
 
     def before_train(self):
         "Keep the first slow weights"
-        if self.fitting and self._slow is None: self._slow = [p.detach().clone() for p in _params(self.opt)]
+        if self.fitting and self._slow is None: self._slow = [p.detach().clone() for p in opt_params(self.opt)]
 
     def after_cancel_step(self):
         "This step was not taken"
@@ -456,6 +450,6 @@ class Lookahead(ExtCallback):
         if not (self.fitting and taken): return
         self._t += 1
         if self._t%self.k: return
-        params = [p.detach() for p in _params(self.opt)]
+        params = [p.detach() for p in opt_params(self.opt)]
         torch._foreach_lerp_(self._slow, params, self.alpha)
         torch._foreach_copy_(params, self._slow)

@@ -20,7 +20,7 @@ from fastai.torch_core import find_bs, num_distrib, to_detach
 from fastcore.foundation import L
 from fastcore.xtras import modify_exception
 from torch import Tensor
-from .core import ExtCallback
+from .base.core import ExtCallback
 
 # %% ../nbs/03_loop.ipynb #f3d246db
 _cancel = (CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException,
@@ -169,6 +169,7 @@ def _replaced(learn):
 
 class FastLoop(ExtCallback):
     "Callbacks cost what they do, and no batch waits for the device; the calls and the results are those of a fit without it"
+    run_outside = True
     order = 1000    # what the others replace when the fit starts is in place
 
     def before_fit(self):

@@ -14,14 +14,12 @@ from pathlib import Path
 from time import monotonic
 
 import numpy as np
-import torch
-import torch.distributed as dist
 from fastai.callback.core import CancelFitException, CancelTrainException
 from fastai.torch_core import find_bs, num_distrib, rank_distrib
 from fastcore.basics import patch
-from .core import ExtCallback, check_number, check_type
-from .files import map_state
-from .rnn import unwrap_model
+from .base.core import ExtCallback, check_number, check_type, rank_mean
+from .base.files import map_state
+from .base.model import unwrap_model
 
 # %% ../nbs/07_stopping.ipynb #b1b0894d
 class StopReason(Enum):
@@ -105,7 +103,7 @@ class EarlyStopping(_Timed):
         if not (self.fitting and self._whole): return
         self._tick()
         self._epochs += 1
-        value,warming = self._smoothed(_over_processes(float(self.metric(self.monitor)))),self.epoch<self.warmup
+        value,warming = self._smoothed(rank_mean(float(self.metric(self.monitor)))),self.epoch<self.warmup
         better = self._better(value)
         if better: self._keep(value)
         if better or warming: self._mark = self._position()
@@ -118,14 +116,6 @@ class EarlyStopping(_Timed):
         self._mean,self._values = 0.,0
 
 EarlyStoppingCallback = EarlyStopping
-
-# %% ../nbs/07_stopping.ipynb #0b4dbae2
-def _over_processes(value):
-    "Mean of `value` over all processes"
-    if not (dist.is_available() and dist.is_initialized()): return value
-    value = torch.tensor(value, dtype=torch.float64, device='cuda' if dist.get_backend()=='nccl' else 'cpu')
-    dist.all_reduce(value)
-    return value.item()/dist.get_world_size()
 
 # %% ../nbs/07_stopping.ipynb #21cdaeb6
 @patch
@@ -341,7 +331,7 @@ def _why(self:TimeLimit):
 def _advance(self:TimeLimit, seconds):
     if not self.schedule: return
     left,own = self._left()*(self._trained/self.used if self.used else 1.),self.pct_train-self._ahead
-    self._pct = _over_processes(max(own, self._pct + (1-self._pct)*(seconds/(seconds+left) if left>0 else 1.)))
+    self._pct = rank_mean(max(own, self._pct + (1-self._pct)*(seconds/(seconds+left) if left>0 else 1.)))
     self._ahead,self.learn.pct_train = self._pct-own,self._pct
 
 # %% ../nbs/07_stopping.ipynb #829bf48d

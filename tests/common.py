@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import torch
 import fastai.callback.all   # for what it adds to `Learner`: `fit_one_cycle`, `lr_find`, `no_bar`, ...
 import fastai_callbacks_ext.all as ext
-from fastai_callbacks_ext.core import ExtCallback
+from fastai_callbacks_ext.base.core import ExtCallback
 from fastai_callbacks_ext.test_utils import digits_learner, text_learner
 
 warnings.filterwarnings('ignore')

@@ -13,7 +13,7 @@ from fastai.tabular.all import Categorify, FillMissing, Normalize, TabularDataLo
 from fastai.text.data import LMDataLoader
 from torch.nn.parallel import DistributedDataParallel
 from fastai_callbacks_ext.all import *
-from fastai_callbacks_ext.files import StateFiles
+from fastai_callbacks_ext.base.files import StateFiles
 from fastai_callbacks_ext.test_utils import digits_learner, text_dls, text_learner, words
 
 # What is trained
@@ -124,7 +124,7 @@ def kill_at_disk_step(n):
             return res
         return g
     for o,name in ((os,'fsync'), (os,'replace'), (Path,'unlink'), (Path,'exists')): setattr(o, name, counted(getattr(o, name), n%2))
-    import fastai_callbacks_ext.files as files
+    import fastai_callbacks_ext.base.files as files
     files._Sink.write = counted(files._Sink.write, n%2)
 
 def plan(r, events, seconds):

@@ -9,7 +9,7 @@ from fastai.basics import *
 from fastai.callback.all import *
 from torch.nn.parallel import DistributedDataParallel
 from fastai_callbacks_ext.all import *
-from fastai_callbacks_ext.core import ExtCallback
+from fastai_callbacks_ext.base.core import ExtCallback
 from fastai_callbacks_ext.test_utils import PoisonBatch, digits_learner
 
 out,where,alone = Path(sys.argv[1]),sys.argv[2],len(sys.argv)>3

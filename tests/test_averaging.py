@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from common import fit, quiet
 from fastai_callbacks_ext.all import (EMA, LAWA, SWA, Checkpoint, EarlyStopping, FastLoop, GradientAccumulation, Lookahead, SaveTopK, SkipNonFinite, StepLimit, TerminateOnNaN,
                                       refresh_batchnorm, soup)
-from fastai_callbacks_ext.files import DamagedFile
+from fastai_callbacks_ext.base.files import DamagedFile
 from fastai_callbacks_ext.test_utils import PoisonBatch, digits_learner, text_learner
 
 @pytest.fixture(autouse=True)

@@ -11,9 +11,9 @@ from fastai.text.data import SortedDL
 from torch import nn
 import fastai_callbacks_ext.checkpoint as module
 from fastai_callbacks_ext.all import Checkpoint, PreemptionGuard, SaveTopK
-from fastai_callbacks_ext.checkpoint import refresh_batchnorm
-from fastai_callbacks_ext.core import ExtCallback
-from fastai_callbacks_ext.state import batches_from, load_random_state, random_state, skips_exactly
+from fastai_callbacks_ext.base.model import refresh_batchnorm
+from fastai_callbacks_ext.base.core import ExtCallback
+from fastai_callbacks_ext.base.state import batches_from, load_random_state, random_state, skips_exactly
 from fastai_callbacks_ext.test_utils import digits_learner
 import crash
 
@@ -297,7 +297,7 @@ def test_facts_are_the_same_in_another_process():
     "Whatever the optimizer: no address of a function is among them"
     code = """
 from fastai.basics import *
-from fastai_callbacks_ext.checkpoint import run_facts
+from fastai_callbacks_ext.base.state import run_facts
 from fastai_callbacks_ext.test_utils import digits_learner
 for f in (Adam, SGD, RMSProp, QHAdam, Larc, Lamb, RAdam, ranger, partial(OptimWrapper, opt=torch.optim.AdamW)):
     learn = digits_learner(n=100, bs=16, opt_func=f)

@@ -10,7 +10,7 @@ from fastai.torch_core import TensorImage
 from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
-from fastai_callbacks_ext.files import BackgroundWriter, DamagedFile, Snapshot, StateFiles, load_state, map_state, replacing, save_state
+from fastai_callbacks_ext.base.files import BackgroundWriter, DamagedFile, Snapshot, StateFiles, load_state, map_state, replacing, save_state
 
 torch.set_num_threads(1)     # a child that is forked beside a pool of threads hangs in its first large operation
 STATE = {'model': OrderedDict(w=torch.arange(600.).view(20,30), b=torch.ones(7).half()), 'rng': (3, (1, 2**200), None), 'name': 'é', 'ids': [1j, True, float('inf')]}
@@ -276,7 +276,7 @@ def test_interrupted(tmp_path, error):
 
 def test_interrupted_inside_torch(tmp_path, monkeypatch):
     "PyTorch hides what a file raises behind a RuntimeError"
-    import fastai_callbacks_ext.files as files
+    import fastai_callbacks_ext.base.files as files
     class Hash:
         n = 0
         def update(self, data):
@@ -516,7 +516,7 @@ def test_background_error_surfaces_once(tmp_path):
     assert (tmp_path/'fine').exists()
 
 def test_background_job_survives_the_end_of_the_program(tmp_path):
-    code = (f"import sys, time; from fastai_callbacks_ext.files import *; w = BackgroundWriter()\n"
+    code = (f"import sys, time; from fastai_callbacks_ext.base.files import *; w = BackgroundWriter()\n"
             f"def job(): time.sleep(.5); save_state({str(tmp_path/'a')!r}, {{'x': 1}})\n"
             f"w.submit(job); sys.argv.append(w)")
     subprocess.run([sys.executable, '-c', code], check=True)

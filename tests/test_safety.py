@@ -9,13 +9,14 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.tabular.all import TabularDataLoaders, tabular_learner
 from hypothesis import given, settings, strategies as st
 from torch import nn
-from fastai_callbacks_ext import numerics
+from fastai_callbacks_ext.base import step
 from fastai_callbacks_ext.all import *
-from fastai_callbacks_ext.core import ExtCallback
-from fastai_callbacks_ext.files import load_state
-from fastai_callbacks_ext.numerics import tensors_in
-from fastai_callbacks_ext.safety import BatchUndo, batch_items, diagnose, robust_limit
-from fastai_callbacks_ext.state import random_state
+from fastai_callbacks_ext.base.core import ExtCallback
+from fastai_callbacks_ext.base.files import load_state
+from fastai_callbacks_ext.base.step import tensors_in
+from fastai_callbacks_ext.base.step import BatchUndo, batch_items
+from fastai_callbacks_ext.safety import diagnose, robust_limit
+from fastai_callbacks_ext.base.state import random_state
 from fastai_callbacks_ext.test_utils import PoisonBatch, digits_dls, digits_learner, text_learner
 from common import fit, quiet
 
@@ -445,7 +446,7 @@ def test_wrong_arguments():
 
 def test_shared_numbers(monkeypatch):
     "All guards together look at the gradients once a batch"
-    import fastai_callbacks_ext.numerics as module
+    import fastai_callbacks_ext.base.step as module
     n,real = [],module.StepNumbers.__init__
     monkeypatch.setattr(module.StepNumbers, '__init__', lambda self, *args: (n.append(1), real(self, *args))[1])
     trained(digits, TerminateOnNaN(), SkipNonFinite(), SpikeGuard(), epochs=1)

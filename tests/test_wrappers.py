@@ -3,7 +3,7 @@ import pytest, torch, torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 import fastai_callbacks_ext.all as ext
-from fastai_callbacks_ext.rnn import resettable, unwrap_model
+from fastai_callbacks_ext.base.model import resettable, unwrap_model
 from fastai_callbacks_ext.test_utils import PoisonBatch, digits_learner, text_learner
 from common import fit
 
