@@ -36,17 +36,19 @@ def parity(cbs):
     net = nn.Sequential(nn.Linear(20, 128), nn.ReLU(), nn.Linear(128, 2))
     learner(x, (x[:,:3].prod(1)>0).long(), 32, net, nn.CrossEntropyLoss(), SGD, cbs=cbs).fit(8, 0.1)
 
-def one_cycle(cbs): digits_learner(cbs, n=1797, bs=16).fit_one_cycle(5, 2e-2)
-def tiny_batches(cbs): digits_learner(cbs, n=700, bs=2, opt_func=RMSProp, lr=1e-3, model=nn.Sequential(nn.Flatten(), nn.Linear(64,32), nn.ReLU(), nn.Linear(32,10))).fit(2)
-def to_the_end(cbs): digits_learner(cbs, n=500, bs=16, model=nn.Sequential(nn.Flatten(), nn.Linear(64,128), nn.ReLU(), nn.Linear(128,10))).fit(25, 1e-2)
+def seed(): return random.randrange(10**6)
+
+def one_cycle(cbs): digits_learner(cbs, seed=seed(), n=1797, bs=16).fit_one_cycle(5, 2e-2)
+def tiny_batches(cbs): digits_learner(cbs, seed=seed(), n=700, bs=2, opt_func=RMSProp, lr=1e-3, model=nn.Sequential(nn.Flatten(), nn.Linear(64,32), nn.ReLU(), nn.Linear(32,10))).fit(2)
+def to_the_end(cbs): digits_learner(cbs, seed=seed(), n=500, bs=16, model=nn.Sequential(nn.Flatten(), nn.Linear(64,128), nn.ReLU(), nn.Linear(128,10))).fit(25, 1e-2)
 def language(cbs):
-    learn = text_learner(bs=8, n=9_000, opt_func=SGD, seed=random.randrange(10**6))
+    learn = text_learner(bs=8, n=9_000, opt_func=SGD, seed=seed())
     learn.add_cbs(cbs)
-    learn.fit_one_cycle(3, 10, moms=None)
+    learn.fit_one_cycle(3, 5, moms=None)
 
 def fine_tuning(cbs):
     "Trained on five digits, then tuned on all of them"
-    learn = digits_learner(n=800, bs=16, splitter=lambda m: [list(m[:6].parameters()), list(m[6:].parameters())])
+    learn = digits_learner(seed=seed(), n=800, bs=16, splitter=lambda m: [list(m[:6].parameters()), list(m[6:].parameters())])
     learn.fit_one_cycle(2, 1e-2)
     learn.model[-1].reset_parameters()
     learn.add_cbs(cbs)
@@ -60,7 +62,7 @@ def contrastive(cbs):
             self.net = nn.Sequential(nn.Flatten(), nn.Linear(64,64), nn.ReLU(), nn.Linear(64,32))
         def forward(self, x): return torch.stack([F.normalize(self.net(x+.3*torch.randn_like(x)), dim=1) for _ in range(2)])
     def nce(z, y): return F.cross_entropy(z[0]@z[1].T/.1, torch.arange(len(y), device=y.device))
-    digits_learner(cbs, n=1500, bs=32, model=Views(), loss_func=nce, metrics=[]).fit_one_cycle(5, 5e-3)
+    digits_learner(cbs, seed=seed(), n=1500, bs=32, model=Views(), loss_func=nce, metrics=[]).fit_one_cycle(5, 5e-3)
 
 def triplets(cbs):
     "A margin loss of which most batches are soon exactly 0"
@@ -120,7 +122,7 @@ def regression(cbs):
     learner(x, 1000+x@torch.randn(8), 16, nn.Linear(8,1), lambda o,t: F.mse_loss(o[:,0], t), SGD, cbs=cbs).fit(3, 1e-2)
 
 RUNS = {'an RNN leaves a plateau': adding, 'parity: plateau, then sharp descent': parity, 'one-cycle at a high learning rate': one_cycle,
-        'language model, SGD at 10': language, 'fine-tuning': fine_tuning, 'batches of two, RMSProp': tiny_batches,
+        'language model, SGD at 5': language, 'fine-tuning': fine_tuning, 'batches of two, RMSProp': tiny_batches,
         'training until nothing is left': to_the_end, 'contrastive (InfoNCE)': contrastive, 'triplets, mostly 0': triplets,
         'hinge loss, wrong labels': hinge, 'generator and critic': adversarial, 'heavy-tailed errors': heavy_tails,
         'loss falls by a million': regression}
@@ -148,10 +150,10 @@ def main():
     found = {}
     for name,f in RUNS.items():
         guards,counts = [],[]
-        for seed in range(args.seeds):
-            guards.append(SpikeGuard(watch=('loss','grad_norm')))
+        for s in range(args.seeds):
+            guards.append(SpikeGuard())
             counts.append(Count())
-            run(f, seed, [guards[-1], counts[-1]])
+            run(f, s, [guards[-1], counts[-1]])
         found[name] = dict(batches=[c.batches for c in counts], acted=[len(g.records) for g in guards])
         print(f'{name:40} {found[name]}', flush=True)
         for g in guards: print(*[f'    {r}' for r in g.records[:3]], sep='\n', end='')

@@ -916,6 +916,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                      'fastai_callbacks_ext/safety.py'),
                                              'fastai_callbacks_ext.safety.SpikeGuard._roll_back': ( 'safety.html#spikeguard._roll_back',
                                                                                                     'fastai_callbacks_ext/safety.py'),
+                                             'fastai_callbacks_ext.safety.SpikeGuard.after_cancel_batch': ( 'safety.html#spikeguard.after_cancel_batch',
+                                                                                                            'fastai_callbacks_ext/safety.py'),
                                              'fastai_callbacks_ext.safety.SpikeGuard.after_cancel_step': ( 'safety.html#spikeguard.after_cancel_step',
                                                                                                            'fastai_callbacks_ext/safety.py'),
                                              'fastai_callbacks_ext.safety.SpikeGuard.before_batch': ( 'safety.html#spikeguard.before_batch',

@@ -145,7 +145,7 @@ def spike_limit(
     "The larger of two limits: `threshold` deviations above the median, and `factor` times the third largest; in logarithms if all are positive"
     if min(values)>0: return exp(min(_above([log(o) for o in values], threshold, log(factor)), 700))
     third = nlargest(3, values)[-1]
-    return _above(values, threshold, (factor-1)*max(third-median(values), 0.01*max(map(abs, values))))
+    return _above(values, threshold, (factor-1)*max(third-median(values), 0.01*median(map(abs, values))))
 
 def _above(values, threshold, beyond):
     middle = median(values)
@@ -209,6 +209,12 @@ class SpikeGuard(Guard):
         if self.any_rank(bad): return self._act(False, {}, '')
         self._undo.rewind()
         skip_record(self.learn)
+
+    def after_cancel_batch(self):
+        "A batch in an accumulation window does not come to `before_step` here: drop it if it is not finite"
+        if not self.learn.training: return
+        finite = step_numbers(self.learn, not scaler_skips(self.learn)).finite
+        if self.any_rank(not finite): self._act(False, {}, '')
 
     def _limit(self, name, value):
         "The largest value that is no spike"
