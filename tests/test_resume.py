@@ -34,6 +34,8 @@ def train(make, fits, *cbs, stop=None, forget=True, bar=False):
         with contextlib.suppress(KeyboardInterrupt): fits(learn, list(cbs))
     return learn,out.getvalue()
 
+def weights(learn): return torch.cat([p.detach().flatten() for p in learn.model.parameters()]).tolist()
+
 def goes_on(make, fits, stops, path='run', numbers=lambda learn: crash.digests(learn), **args):
     "Stopped at `stops` and begun again, it ends as without; all that was printed"
     args = dict(steps=2, background=False) | args
@@ -72,7 +74,7 @@ def test_with_everything_that_fastai_shows(fits, monkeypatch):
     if learn.n_epoch==8:
         at = out.split('went on in epoch ')[1]
         epochs = [int(o) for o in re.findall(r'Epoch (\d+)/8', at)]
-        assert min(epochs)==6 and max(epochs)==8, sorted(set(epochs))
+        assert min(epochs)==7 and max(epochs)==8, sorted(set(epochs))
 
 def test_finished_with_bar():
     train(small, fit(), Checkpoint('run'), bar=True)
@@ -222,7 +224,7 @@ class Temperature(nn.Module):
 def test_a_loss_that_is_trained():
     def make():
         loss = Temperature()
-        return small(loss_func=loss, splitter=lambda m: [list(m.parameters()), list(loss.parameters())]).to(default_device())
+        return small(loss_func=loss, splitter=lambda m: [list(m.parameters()), list(loss.parameters())])
     goes_on(make, fit(), [(0,2), (2,1)], numbers=lambda l: (crash.digests(l), l.loss_func.t.item(), l.loss_func.n, l.loss_func.mean.item()))
 
 class Head(Callback):
@@ -245,8 +247,10 @@ class Counting(nn.Module):
         if self.training: self.calls,self.last = self.calls+1,x.mean(0, keepdim=True).detach()
         return x+self.calls/100 if self.last is None else x+.1*self.last+self.calls/100
 def test_a_module_that_counts():
-    model = lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 10), Counting())
-    goes_on(lambda: small(model=model()), fit(), [(0,2), (2,1)], numbers=lambda l: (crash.digests(l), l.model[2].calls))
+    def make():
+        torch.manual_seed(0)
+        return small(model=nn.Sequential(nn.Flatten(), nn.Linear(64, 10), Counting()))
+    goes_on(make, fit(), [(0,2), (2,1)], numbers=lambda l: (crash.digests(l), l.model[2].calls))
 
 # What callbacks own
 class Teachers(Callback):
@@ -254,6 +258,7 @@ class Teachers(Callback):
     def before_fit(self):
         self.slow,self.both = deepcopy(self.learn.model),[deepcopy(self.learn.model) for _ in range(2)]
         self.w = nn.Parameter(torch.zeros(1, device=self.dls.device))
+        self.params,self.stats = list(self.learn.model.parameters()),list(self.learn.model.buffers())
         self.opt2 = torch.optim.Adam([self.w], 1e-2)
         self.rng,self.np,self.queue,self.seen = seeded(),np.random.default_rng(0),deque(maxlen=3),defaultdict(int)
     def after_loss(self):
@@ -267,7 +272,8 @@ class Teachers(Callback):
         self.opt2.step()
         self.opt2.zero_grad()
         for t,d in zip((self.slow, *self.both), (.1,.2,.3)):
-            for p,q in zip(self.learn.model.parameters(), t.parameters()): q.data.lerp_(p.data, d)
+            for p,q in zip(self.params, t.parameters()): q.data.lerp_(p.data, d)
+        self.stats[0].add_(.01)
 
 def test_callbacks_that_own_things():
     out = goes_on(lambda: small([Teachers()], opt_func=SGD), fit(), [(0,2), (2,1)], numbers=lambda l: (crash.digests(l), l.teachers.w.item()))
@@ -347,7 +353,7 @@ def test_complex_parameters():
     class Waves(nn.Module):
         def __init__(self): super().__init__(); self.w = nn.Parameter(torch.randn(64, 10, dtype=torch.complex64))
         def forward(self, x): return (x.flatten(1).to(torch.complex64)@self.w.conj()).abs()
-    make = lambda: small(model=Waves(), opt_func=partial(OptimWrapper, opt=torch.optim.SGD))
+    make = lambda: torch.manual_seed(0) and small(model=Waves(), opt_func=partial(OptimWrapper, opt=torch.optim.SGD))
     goes_on(make, fit(), [(0,2)], steps=1)
 
 def test_metrics_do_not_fill_the_checkpoint():
@@ -368,7 +374,6 @@ def test_save_model_beside_an_average():
     make = lambda: small([SaveModelCallback(fname='best'), EMA(.9, final='raw')], path=Path('.'))
     goes_on(make, lambda l,cbs: l.fine_tune(3, 1e-2, cbs=cbs), [(0,2), (1,1), (2,3)])
     Checkpoint._finished.clear()
-    weights = lambda l: torch.cat([p.detach().flatten() for p in l.model.parameters()]).tolist()
     want = weights(train(make, lambda l,cbs: l.fine_tune(3, 1e-2, cbs=cbs))[0])
     assert weights(train(make, lambda l,cbs: l.fine_tune(3, 1e-2, cbs=cbs), Checkpoint('run'))[0])==want
 

@@ -29,7 +29,7 @@ from torch.utils.hooks import RemovableHandle
 from .core import n_ranks
 from .files import map_state, plain_types
 from .model import modules_own, stateful_modules, unwrap_model
-from .plain import NotPlain, attributes, from_plain, set_attributes, to_plain
+from .plain import NotPlain, attributes, from_plain, is_trained, set_attributes, to_plain
 from .position import generator_kinds, kind_of, load_random_state, random_state
 from .step import opt_params, tensors_in
 
@@ -56,11 +56,7 @@ def module_attributes(
     return {n: attributes(m, modules_own) for n,m in modules if not type(m).__module__.startswith('torch.')}
 
 def _changed_attributes(model, first):
-    modules = dict(model.named_modules())
-    trained = {n: {k for k,v in vars(m).items() if any(t.is_leaf and t.requires_grad for t in tensors_in(v))}
-               for n,m in modules.items()}
-    res = {n: {k:v for k,v in now.items() if k not in trained[n] and _differs(v, first.get(n, {}), k)}
-           for n,now in module_attributes(model).items()}
+    res = {n: {k:v for k,v in now.items() if _differs(v, first.get(n, {}), k)} for n,now in module_attributes(model).items()}
     return {n:s for n,s in res.items() if s}
 
 def _differs(value, first, k):
@@ -144,11 +140,14 @@ _owned = {nn.Module: (lambda o,lost,where: model_state(o, None, lost, where), lo
           Metric: (lambda o,*_: attributes(o), lambda o,s: set_attributes(o, s)),
           defaultdict: (lambda o,lost,where: to_plain(dict(o), lost, where), lambda o,s: (o.clear(), o.update(from_plain(s)))),
           **{k: (lambda o,*_,get=get: get(o), put) for k,(get,put) in generator_kinds.items()}}
+_trained = (lambda o,*_: [o.detach(), o.grad]),lambda o,s: _load_trained(o, *s)
+@torch.no_grad()
+def _load_trained(o, value, grad): o.copy_(value).grad = grad
 _by_states = lambda o,lost,where: to_plain(o.state_dict(), lost, where),lambda o,s: o.load_state_dict(from_plain(s))
 
 def _in_place(o):
     "How the state of `o` is got, and put back in place; None if it has none"
-    return kind_of(o, _owned) or (_by_states if _has_states(o) else None)
+    return kind_of(o, _owned) or (_by_states if _has_states(o) else _trained if is_trained(o) else None)
 
 def _leaves(o, path):
     "All in `o` that is not plain, by path, and the way to put it back in place"
@@ -156,16 +155,18 @@ def _leaves(o, path):
     inside = dict(enumerate(o)) if type(o) in (list,tuple,L) else o if type(o) in (dict,OrderedDict) else None
     if inside is None: yield path,o,_in_place(o)
     for k,v in (inside or {}).items():
-        if isinstance(v, (int,float,Tensor)): yield f'{path}[{k!r}]',v,None      # beside something that is not plain
+        if isinstance(v, (int,float,Tensor)) and not is_trained(v): yield f'{path}[{k!r}]',v,None      # beside something that is not plain
         else: yield from _leaves(v, f'{path}[{k!r}]')
 
 def _is_plain(o):
-    try: return to_plain(o) is o or True
+    try: to_plain(o)
     except NotPlain: return False
+    return not any(map(is_trained, tensors_in(o)))
 
 # %% ../../nbs/base/state.ipynb #5d1f3c02
 _functions = FunctionType,BuiltinFunctionType,MethodType,partial
-_fixed = (*_functions, ModuleType, type, np.ufunc, RemovableHandle, Learner, DataLoaders, DataLoader, TorchLoader, Callback)
+_fixed = (*_functions, ModuleType, type, np.ufunc, RemovableHandle, torch.autocast, Learner, DataLoaders, DataLoader, TorchLoader,
+          Callback)
 
 class Look:
     "What an object was like when a fit began, to see what has changed since"
@@ -200,17 +201,22 @@ def callback_state(
     cb, # A callback, or a loss function
     look:Look=None, # At `cb`, when the fit began; None if nobody looked
     lost:list=None, # What of `cb` has no plain form is added to this list
-    learners:set=() # Ids of what is kept elsewhere: the model and its modules, the optimizer
+    learners:set=() # Ids of what is kept elsewhere: the model, its modules, parameters and buffers, the optimizer
 )->dict:
     "What `cb` must remember"
     name,lost = type(cb).__name__,[] if lost is None else lost
     if isinstance(cb, Callback) and _has_states(cb): return to_plain(cb.state_dict(), lost, name)
-    first = look.plain if look else {}
-    res = {k:v for k,v in attributes(cb, _left_out | modules_own).items() if _differs(v, first, k)}
+    first,but = look.plain if look else {},_left_out | modules_own | {k for k,v in vars(cb).items() if _is_kept(v, learners)}
+    res = {k:v for k,v in attributes(cb, but).items() if _differs(v, first, k)}
     if isinstance(cb, Recorder): return res | _recorder_state(cb)
     if isinstance(cb, CSVLogger) and 'file' in vars(cb): res['lines'] = _lines(cb)
     if owned := dict(_owned_states(cb, look, lost, learners)): res['owned'] = owned
     return res
+
+def _is_kept(o, learners):
+    "Are these tensors of the model?"
+    ts = tensors_in(o)
+    return bool(ts) and all(id(t) in learners for t in ts)
 
 def _owned_states(cb, look, lost, learners):
     "States of what `cb` owns and is not plain, by path; what has none is lost, and said but for fastai's own callbacks"
@@ -307,9 +313,10 @@ def learner_state(
     "What the rest of a run depends on, but the position in the data"
     start,lost = start or FitStart(learn, but),[]
     model = model_state(learn.model, start.modules, lost)
-    ids = {id(o) for o in (learn.model, *unwrap_model(learn.model).modules(), learn.opt)}
+    inner = unwrap_model(learn.model)
+    ids = {id(o) for o in (learn.model, learn.opt, *inner.modules(), *inner.parameters(), *inner.buffers())}
     own = dict(model={k: model.pop(k) for k in ('buffers','hidden','grads')}, random=random_state(learn.dls),
-               learner={k:v for k,v in attributes(learn, vars(learn).keys()-set(_attrs)).items()},
+               learner=attributes(learn, vars(learn).keys()-set(_attrs)),
                callbacks={n: callback_state(o, start.look(n, o), lost, ids) for n,o in _by_name(learn, but).items()},
                others=_others_state(learn, lost))
     scaler = vars(learn).get('scaler')
