@@ -402,3 +402,25 @@ def test_a_signal_to_the_whole_group(when, number, times, batch):
     assert res.returncode==-getattr(signal, number), res.stderr[-2000:]
     at = json.loads(next(Path('run').rglob('*.json')).read_text())['about']['at']
     assert at['batch']==batch and at['finished'] is False, at
+
+# Several processes
+@pytest.fixture(scope='module')
+def distributed(tmp_path_factory):
+    "What two processes saw under fastai's `distrib_ctx`"
+    pytest.importorskip('accelerate')
+    out = tmp_path_factory.mktemp('distributed')
+    cmd = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2',
+           Path(__file__).parent/'distributed_checkpoint.py', out]
+    env = os.environ | {'OMP_NUM_THREADS':'1', 'PYTHONWARNINGS':'ignore', 'CUDA_VISIBLE_DEVICES':''}
+    res = subprocess.run(cmd, env=env, capture_output=True, text=True, timeout=300)
+    assert res.returncode==0, res.stderr[-3000:]
+    return [json.loads((out/f'{r}.json').read_text()) for r in (0,1)]
+
+@pytest.mark.parametrize('how', ['fit','fine_tune'])
+def test_two_processes_go_on(how, distributed):
+    "In later epochs too, whose order the loader inside the distributed one draws"
+    for rank,cases in enumerate(distributed):
+        found = cases[how]
+        assert found['got']==found['want']==found['again'] and not found['lock']
+        assert [o.count('went on') for o in found['said']]==([1]*2 if rank==0 else [0]*2), found['said']
+        assert found['finished'].count('found the fit finished')==(rank==0)*(1+(how=='fine_tune'))
