@@ -50,9 +50,11 @@ def case(method, epochs, stops):
     said = [train(method, epochs, path, stop)[1] for stop in stops]
     got,last = train(method, epochs, path)
     again,finished = train(method, epochs, path)
-    return dict(want=want, got=got, again=again, said=[*said[1:], last], finished=finished, lock=(path/'lock').exists())
+    return dict(want=want, got=got, again=again, said=[*said[1:], last], finished=finished,
+                lock=(path/'lock').exists())
 
 dist.init_process_group('gloo')
-cases = dict(fit=case('fit_one_cycle', 3, [(3,1,0), (3,2,3)]), fine_tune=case('fine_tune', 2, [(1,0,3), (2,1,2)]))
+cases = dict(fit=case('fit_one_cycle', 3, [(3,1,0), (3,2,3)]),
+             fine_tune=case('fine_tune', 2, [(1,0,3), (2,1,2)]))
 (out/f'{rank}.json').write_text(json.dumps(cases))
 dist.destroy_process_group()

@@ -55,7 +55,8 @@ class Board(Callback):
     "Writes numbers to an object of another package, as fastai's `TensorBoardCallback` does"
     def before_fit(self): self.writer = type('SummaryWriter', (), {'lines': property(lambda s: iter(()))})()
 
-@pytest.mark.parametrize('fits', [fit(8), lambda l,cbs: l.fine_tune(2, 1e-2, cbs=cbs)], ids=['fit','fine_tune'])
+@pytest.mark.parametrize('fits', [fit(8), lambda l,cbs: l.fine_tune(2, 1e-2, cbs=cbs)],
+                         ids=['fit','fine_tune'])
 def test_with_everything_that_fastai_shows(fits, monkeypatch):
     "In epoch 0 and later, within and between; the bar says the right epoch"
     def make():
@@ -156,7 +157,8 @@ def test_two_processes_in_one_folder():
         def after_batch(self):
             if self.training and self.train_iter==2:
                 before = sorted(Path('run').rglob('*'))
-                said.append(subprocess.run([sys.executable, '-c', SECOND], capture_output=True, text=True).stdout)
+                said.append(subprocess.run([sys.executable, '-c', SECOND], capture_output=True,
+                                           text=True).stdout)
                 assert sorted(Path('run').rglob('*'))==before
     learn,_ = train(lambda: small([Other()]), fit(), Checkpoint('run'))
     assert f'run is in use by process {os.getpid()} on ' in said[0] and 'Use another path' in said[0]
@@ -194,9 +196,11 @@ def seeded(): return torch.Generator().manual_seed(5)
 def batches_of(items):
     return torch.utils.data.BatchSampler(torch.utils.data.RandomSampler(items, generator=seeded()), 32, False)
 
-LOADERS = dict(generator=lambda o: TorchDL(o, 32, shuffle=True, generator=seeded()), epochs=lambda o: TorchDL(o, 32, sampler=Epochs(len(o))),
+LOADERS = dict(generator=lambda o: TorchDL(o, 32, shuffle=True, generator=seeded()),
+               epochs=lambda o: TorchDL(o, 32, sampler=Epochs(len(o))),
                sampler=lambda o: TorchDL(o, 32, sampler=torch.utils.data.RandomSampler(o, generator=seeded())),
-               batch_sampler=lambda o: TorchDL(o, batch_sampler=batches_of(o)), stream=lambda o: TorchDL(Stream(o), 32),
+               batch_sampler=lambda o: TorchDL(o, batch_sampler=batches_of(o)),
+               stream=lambda o: TorchDL(Stream(o), 32),
                weighted=lambda o: TorchDL(o, 32, sampler=torch.utils.data.WeightedRandomSampler(torch.rand(len(o)), 96, generator=seeded())))
 
 @pytest.mark.parametrize('name', LOADERS)
@@ -225,7 +229,9 @@ def test_a_loss_that_is_trained():
     def make():
         loss = Temperature()
         return small(loss_func=loss, splitter=lambda m: [list(m.parameters()), list(loss.parameters())])
-    goes_on(make, fit(), [(0,2), (2,1)], numbers=lambda l: (crash.digests(l), l.loss_func.t.item(), l.loss_func.n, l.loss_func.mean.item()))
+    goes_on(make, fit(), [(0,2), (2,1)],
+            numbers=lambda l: (crash.digests(l), l.loss_func.t.item(), l.loss_func.n,
+                               l.loss_func.mean.item()))
 
 class Head(Callback):
     "A layer of its own, trained with the model; gradients of two batches are gathered for a step"
@@ -235,10 +241,12 @@ def test_a_callback_that_is_trained():
     def make():
         torch.manual_seed(1)
         head = Head()
-        learn = small([head, GradientAccumulation(64)], splitter=lambda m: [list(m.parameters()), list(head.layer.parameters())])
+        learn = small([head, GradientAccumulation(64)],
+                      splitter=lambda m: [list(m.parameters()), list(head.layer.parameters())])
         head.layer.weight.requires_grad_(False)
         return learn
-    goes_on(make, fit(), [(0,2), (2,1)], steps=1, numbers=lambda l: (crash.digests(l), l.head.layer.bias.tolist()))
+    goes_on(make, fit(), [(0,2), (2,1)], steps=1,
+            numbers=lambda l: (crash.digests(l), l.head.layer.bias.tolist()))
 
 class Counting(nn.Module):
     "Remembers something in an attribute that is no buffer"
@@ -276,7 +284,8 @@ class Teachers(Callback):
         self.stats[0].add_(.01)
 
 def test_callbacks_that_own_things():
-    out = goes_on(lambda: small([Teachers()], opt_func=SGD), fit(), [(0,2), (2,1)], numbers=lambda l: (crash.digests(l), l.teachers.w.item()))
+    out = goes_on(lambda: small([Teachers()], opt_func=SGD), fit(), [(0,2), (2,1)],
+                  numbers=lambda l: (crash.digests(l), l.teachers.w.item()))
     assert 'no plain form' not in out
 
 class Item: pass
@@ -303,9 +312,12 @@ def test_what_cannot_be_saved_is_named_once():
     assert out.count('no plain form')==1 and out.index('went on')<out.index('no plain form')
 
 def test_no_noise_about_fastais_own():
-    cbs = lambda: [ShowGraphCallback(), CSVLogger(), MixUp(), SaveModelCallback(fname='m'), EarlyStoppingCallback(patience=9), ReduceLROnPlateau(),
-                   GradientAccumulation(64), GradientClip(), crash.CPUMixedPrecision(), TerminateOnNaNCallback(), ParamScheduler({'wd': SchedCos(1e-2, 1e-3)})]
-    _,out = train(lambda: small(cbs(), path=Path('.'), metrics=[accuracy, F1Score(average='macro')]), fit(), Checkpoint('run', steps=1), bar=True)
+    cbs = lambda: [ShowGraphCallback(), CSVLogger(), MixUp(), SaveModelCallback(fname='m'),
+                   EarlyStoppingCallback(patience=9), ReduceLROnPlateau(),
+                   GradientAccumulation(64), GradientClip(), crash.CPUMixedPrecision(),
+                   TerminateOnNaNCallback(), ParamScheduler({'wd': SchedCos(1e-2, 1e-3)})]
+    _,out = train(lambda: small(cbs(), path=Path('.'), metrics=[accuracy, F1Score(average='macro')]), fit(),
+                  Checkpoint('run', steps=1), bar=True)
     assert 'checkpoint' not in out
 
 # Helping never harms
@@ -332,7 +344,8 @@ HARD = dict(opt=(dict(opt_func=partial(OptimWrapper, opt=Hist)), "optimizer['sta
 @pytest.mark.parametrize('name', HARD)
 def test_what_has_no_plain_form_is_said_at_the_first_save(name):
     kwargs,path = HARD[name]
-    learn,out = train(lambda: small(**kwargs), fit(), Checkpoint('run', steps=1, background=False), stop=(0,2))
+    learn,out = train(lambda: small(**kwargs), fit(), Checkpoint('run', steps=1, background=False),
+                      stop=(0,2))
     assert out.count('no plain form')==1 and path in out
     learn,out = train(lambda: small(**kwargs), fit(), Checkpoint('run'))
     assert 'went on in epoch 0, batch 3' in out and len(learn.recorder.values)==3
@@ -359,12 +372,15 @@ def test_complex_parameters():
 def test_metrics_do_not_fill_the_checkpoint():
     "A metric that gathers all predictions; with `train_metrics` it is kept in mid-epoch, where it is needed"
     def make(train_metrics=False):
-        learn = small(metrics=[accuracy, F1Score(average='macro'), skm_to_fastai(lambda t,p: len(p), flatten=False)], model=nn.Sequential(nn.Flatten(), nn.Linear(64, 10)))
+        learn = small(metrics=[accuracy, F1Score(average='macro'),
+                               skm_to_fastai(lambda t,p: len(p), flatten=False)],
+                               model=nn.Sequential(nn.Flatten(), nn.Linear(64, 10)))
         learn.recorder.train_metrics = train_metrics
         return learn
     train(make, fit(), Checkpoint('run', steps=3))
     states = [torch.load(f)['state']['own'][0]['state']['callbacks']['Recorder']['metrics'] for f in Path('run').rglob('*.pt')]
-    assert states and all('preds' in m or i!=3 for s in states for i,m in enumerate(s)) and all(len(str(s))<3000 for s in states)
+    assert states and all('preds' in m or i!=3 for s in states for i,
+                          m in enumerate(s)) and all(len(str(s))<3000 for s in states)
     goes_on(partial(make, True), fit(), [(1,2)], path='other', steps=1)
 
 # Files of other callbacks
@@ -393,12 +409,15 @@ class Send(Callback):
 learn = Learner(DataLoaders(*[dl.new(num_workers=2) for dl in digits_dls(bs=16, n=240).loaders]), digits_model(), loss_func=CrossEntropyLossFlat())
 with learn.no_bar(): learn.fit(2, cbs=[Checkpoint(path, epochs=None, background=False), PreemptionGuard(), Send()])
 '''
-@pytest.mark.parametrize('when,number,times,batch', [('after_pred','SIGTERM',1,9), ('before_step','SIGUSR1',2,9), ('after_train','SIGTERM',2,None)])
+@pytest.mark.parametrize('when,number,times,batch',
+                         [('after_pred','SIGTERM',1,9), ('before_step','SIGUSR1',2,9),
+                          ('after_train','SIGTERM',2,None)])
 def test_a_signal_to_the_whole_group(when, number, times, batch):
     "Data workers live on; the batch, or the validation, ends; the process ends by the signal"
     if when=='after_train': times = 1
     code = GROUP.replace('self.train_iter==8', 'self.train_iter==12') if when=='after_train' else GROUP
-    res = subprocess.run([sys.executable, '-c', code, when, number, str(times), 'run'], capture_output=True, text=True, timeout=120)
+    res = subprocess.run([sys.executable, '-c', code, when, number, str(times), 'run'], capture_output=True,
+                         text=True, timeout=120)
     assert res.returncode==-getattr(signal, number), res.stderr[-2000:]
     at = json.loads(next(Path('run').rglob('*.json')).read_text())['about']['at']
     assert at['batch']==batch and at['finished'] is False, at

@@ -281,7 +281,8 @@ class Snapshot:
         old,self._buffers = self._buffers,defaultdict(list)
         for t in sources:
             kind = t.dtype,t.shape,t.is_cuda
-            self._buffers[kind].append(old[kind].pop() if old[kind] else torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda))
+            self._buffers[kind].append(old[kind].pop() if old[kind] else torch.empty(t.shape, dtype=t.dtype,
+                                                                                     pin_memory=t.is_cuda))
             yield self._buffers[kind][-1]
 
 def _copy(targets, sources):
@@ -294,7 +295,8 @@ def _pieces(tensors):
     "What to copy for `tensors`, by key: whole storages, and single tensors, whose key is their number; and the key of each of `tensors`"
     used = Counter()
     for t in tensors: used[_storage(t)] += t.nbytes
-    keys = [_storage(t) if used[_storage(t)]>=t.untyped_storage().nbytes() else i for i,t in enumerate(tensors)]
+    keys = [_storage(t) if used[_storage(t)]>=t.untyped_storage().nbytes() else i for i,
+            t in enumerate(tensors)]
     return {k: t if k==i else _whole(t) for i,(k,t) in enumerate(zip(keys, tensors))},keys
 
 def _dense(t): return t.layout is torch.strided and not t.is_quantized

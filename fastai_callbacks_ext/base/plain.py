@@ -28,7 +28,7 @@ _named = {cls.__name__: back for cls,(_,back) in _forms.items()}
 
 def to_plain(
     o:object, # Anything
-    lost:list=None, # Entries of dicts that have no plain form are left out, and added to this list; None for an error
+    lost:list=None, # Entries of dicts without a plain form are left out, and added to this list; None for an error
     where:str='' # What `o` is called in that list
 )->object: # Plain values, and tensors that share memory with those in `o`
     "`o` in plain values and tensors; `NotPlain` if that cannot be"
@@ -39,19 +39,20 @@ def to_plain(
     if cls in (dict,OrderedDict): return dict(_entries(o, lost, where))
     if isinstance(o, Tensor): return _plain_tensor(o)
     if isinstance(o, np.generic): return to_plain(o.item())
-    if cls not in _forms or cls is np.ndarray and o.dtype.kind not in 'biufc': raise NotPlain(cls.__qualname__)
+    if cls not in _forms or cls is np.ndarray and o.dtype.kind not in 'biufc':
+        raise NotPlain(cls.__qualname__)
     return {'is': cls.__name__, 'from': to_plain(_forms[cls][0](o), lost, where)}
 
 def _entries(o, lost, where):
     for k,v in o.items():
-        try: yield to_plain(k),v if type(v) in plain_types else to_plain(v, lost, lost is not None and f'{where}[{k!r}]')
+        try: yield to_plain(k),v if type(v) in plain_types else to_plain(v, lost, f'{where}[{k!r}]')
         except NotPlain as e:
             if lost is None: raise
             lost.append(f'{where}[{k!r}] ({e})')
 
 def _plain_tensor(t):
     try: return map_state(t, lambda t: t)
-    except Exception: raise NotPlain(type(t).__qualname__) from None      # one that only stands for other tensors
+    except Exception: raise NotPlain(type(t).__qualname__) from None      # it only stands for other tensors
 
 def from_plain(
     o:object # From `to_plain`

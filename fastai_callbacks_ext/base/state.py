@@ -44,9 +44,9 @@ def model_state(
     model = unwrap_model(model)
     hidden = {n: attributes(m, modules_own) for n,m in stateful_modules(model).items()}
     if first is not None: hidden = _changed_attributes(model, first) | hidden
-    return dict(weights=to_plain(model.state_dict(), lost, where), buffers=to_plain(dict(model.named_buffers()), lost, where),
-                hidden=hidden, grads=_grads(dict(model.named_parameters())),
-                frozen=[n for n,p in model.named_parameters() if not p.requires_grad])
+    params,buffers = dict(model.named_parameters()),to_plain(dict(model.named_buffers()), lost, where)
+    return dict(weights=to_plain(model.state_dict(), lost, where), buffers=buffers, hidden=hidden,
+                grads=_grads(params), frozen=[n for n,p in params.items() if not p.requires_grad])
 
 def module_attributes(
     model:nn.Module # A model, maybe wrapped
@@ -56,11 +56,12 @@ def module_attributes(
     return {n: attributes(m, modules_own) for n,m in modules if not type(m).__module__.startswith('torch.')}
 
 def _changed_attributes(model, first):
-    res = {n: {k:v for k,v in now.items() if _differs(v, first.get(n, {}), k)} for n,now in module_attributes(model).items()}
+    res = {n: {k:v for k,v in now.items() if _differs(v, first.get(n, {}), k)}
+           for n,now in module_attributes(model).items()}
     return {n:s for n,s in res.items() if s}
 
 def _differs(value, first, k):
-    "Is the plain `value` of the attribute `k` another one than at `first`? Tensors may have been changed in place"
+    "Is the plain `value` of attribute `k` another one than at `first`? Tensors may have changed in place"
     return k not in first or bool(tensors_in([value, first[k]])) or value!=first[k]
 
 def _grads(params):
@@ -102,8 +103,10 @@ def opt_state(
     "State, hyper-parameters and frozen groups of `opt`"
     if not isinstance(opt, Optimizer):
         return dict(torch=to_plain(opt.state_dict(), lost, 'optimizer'), frozen_idx=opt.frozen_idx)
-    states = [to_plain(opt.state.get(p, {}), lost, f'optimizer.state[{i}]') for i,p in enumerate(opt_params(opt))]
-    return dict(state=states, hypers=to_plain([dict(h) for h in opt.hypers], lost, 'optimizer.hypers'), frozen_idx=opt.frozen_idx)
+    each = enumerate(opt_params(opt))
+    states = [to_plain(opt.state.get(p, {}), lost, f'optimizer.state[{i}]') for i,p in each]
+    hypers = to_plain([dict(h) for h in opt.hypers], lost, 'optimizer.hypers')
+    return dict(state=states, hypers=hypers, frozen_idx=opt.frozen_idx)
 
 def load_opt_state(
     opt:Optimizer, # The same optimizer
@@ -113,7 +116,8 @@ def load_opt_state(
     if 'torch' in state: opt.load_state_dict(from_plain(state['torch']))
     else:
         for p,s in zip(opt_params(opt), from_plain(state['state'])):
-            if s or p in opt.state: opt.state[p] = {k: v.to(p.device) if isinstance(v, Tensor) else v for k,v in s.items()}
+            on_device = {k: v.to(p.device) if isinstance(v, Tensor) else v for k,v in s.items()}
+            if s or p in opt.state: opt.state[p] = on_device
         opt.hypers = L(from_plain(state['hypers']))
     opt.frozen_idx = state['frozen_idx']
 
@@ -138,12 +142,14 @@ def _load_others_state(learn, state):
 def _has_states(o): return hasattr(type(o), 'state_dict') and hasattr(type(o), 'load_state_dict')
 _owned = {nn.Module: (lambda o,lost,where: model_state(o, None, lost, where), load_model_state),
           Metric: (lambda o,*_: attributes(o), lambda o,s: set_attributes(o, s)),
-          defaultdict: (lambda o,lost,where: to_plain(dict(o), lost, where), lambda o,s: (o.clear(), o.update(from_plain(s)))),
+          defaultdict: (lambda o,lost,where: to_plain(dict(o), lost, where),
+                        lambda o,s: (o.clear(), o.update(from_plain(s)))),
           **{k: (lambda o,*_,get=get: get(o), put) for k,(get,put) in generator_kinds.items()}}
 _trained = (lambda o,*_: [o.detach(), o.grad]),lambda o,s: _load_trained(o, *s)
 @torch.no_grad()
 def _load_trained(o, value, grad): o.copy_(value).grad = grad
-_by_states = lambda o,lost,where: to_plain(o.state_dict(), lost, where),lambda o,s: o.load_state_dict(from_plain(s))
+_by_states = ((lambda o,lost,where: to_plain(o.state_dict(), lost, where)),
+              lambda o,s: o.load_state_dict(from_plain(s)))
 
 def _in_place(o):
     "How the state of `o` is got, and put back in place; None if it has none"
@@ -155,8 +161,9 @@ def _leaves(o, path):
     inside = dict(enumerate(o)) if type(o) in (list,tuple,L) else o if type(o) in (dict,OrderedDict) else None
     if inside is None: yield path,o,_in_place(o)
     for k,v in (inside or {}).items():
-        if isinstance(v, (int,float,Tensor)) and not is_trained(v): yield f'{path}[{k!r}]',v,None      # beside something that is not plain
-        else: yield from _leaves(v, f'{path}[{k!r}]')
+        where = f'{path}[{k!r}]'
+        if isinstance(v, (int,float,Tensor)) and not is_trained(v): yield where,v,None      # beside what is not plain
+        else: yield from _leaves(v, where)
 
 def _is_plain(o):
     try: to_plain(o)
@@ -165,8 +172,9 @@ def _is_plain(o):
 
 # %% ../../nbs/base/state.ipynb #5d1f3c02
 _functions = FunctionType,BuiltinFunctionType,MethodType,partial
-_fixed = (*_functions, ModuleType, type, np.ufunc, RemovableHandle, torch.autocast, Learner, DataLoaders, DataLoader, TorchLoader,
-          Callback)
+_fixed = (*_functions, ModuleType, type, np.ufunc, RemovableHandle, torch.autocast, Learner, DataLoaders,
+          DataLoader, TorchLoader, Callback)
+_contents = '__next__','__setitem__'     # an iterator or a container, which may be another inside
 
 class Look:
     "What an object was like when a fit began, to see what has changed since"
@@ -181,9 +189,9 @@ class Look:
     def same(self)->bool: # False if that cannot be seen
         "Is the object as it was?"
         now,plain = vars(self.of),attributes(self.of, modules_own)
-        return now.keys()==self.attrs.keys() and all(
-            not _differs(plain[k], self.plain, k) if k in plain else isinstance(v, _fixed) and v is self.attrs[k]
-            for k,v in now.items())
+        fixed = lambda k,v: isinstance(v, _fixed) and v is self.attrs[k]
+        alike = lambda k,v: not _differs(plain[k], self.plain, k) if k in plain else fixed(k, v)
+        return now.keys()==self.attrs.keys() and all(alike(k, v) for k,v in now.items())
 
 def _can_be_seen(o):
     if not hasattr(o, '__dict__') or isinstance(o, (*_fixed, Tensor)) or _in_place(o): return False
@@ -193,7 +201,7 @@ def _matters(o, path, k, look):
     "May `o`, which is in the attribute `k`, be other than it was when the fit began?"
     same = k in look.attrs and vars(look.of)[k] is look.attrs[k]
     if isinstance(o, _fixed): return isinstance(o, _functions) and not same
-    if not same or path!=k or isinstance(o, IOBase) or hasattr(type(o), '__next__') or hasattr(type(o), '__setitem__'): return True
+    if not same or path!=k or isinstance(o, IOBase) or any(hasattr(type(o), m) for m in _contents): return True
     return hasattr(o, '__dict__') and not (k in look.within and look.within[k].same())
 
 # %% ../../nbs/base/state.ipynb #5d1f3c03
@@ -201,13 +209,13 @@ def callback_state(
     cb, # A callback, or a loss function
     look:Look=None, # At `cb`, when the fit began; None if nobody looked
     lost:list=None, # What of `cb` has no plain form is added to this list
-    learners:set=() # Ids of what is kept elsewhere: the model, its modules, parameters and buffers, the optimizer
+    learners:set=() # Ids of what is kept elsewhere: the model and all in it, the optimizer
 )->dict:
     "What `cb` must remember"
     name,lost = type(cb).__name__,[] if lost is None else lost
     if isinstance(cb, Callback) and _has_states(cb): return to_plain(cb.state_dict(), lost, name)
-    first,but = look.plain if look else {},_left_out | modules_own | {k for k,v in vars(cb).items() if _is_kept(v, learners)}
-    res = {k:v for k,v in attributes(cb, but).items() if _differs(v, first, k)}
+    first,kept = look.plain if look else {},{k for k,v in vars(cb).items() if _is_kept(v, learners)}
+    res = {k:v for k,v in attributes(cb, _left_out | modules_own | kept).items() if _differs(v, first, k)}
     if isinstance(cb, Recorder): return res | _recorder_state(cb)
     if isinstance(cb, CSVLogger) and 'file' in vars(cb): res['lines'] = _lines(cb)
     if owned := dict(_owned_states(cb, look, lost, learners)): res['owned'] = owned
@@ -219,14 +227,16 @@ def _is_kept(o, learners):
     return bool(ts) and all(id(t) in learners for t in ts)
 
 def _owned_states(cb, look, lost, learners):
-    "States of what `cb` owns and is not plain, by path; what has none is lost, and said but for fastai's own callbacks"
+    "States of what `cb` owns and is not plain, by path; what has none is lost, but for that of fastai's callbacks"
     name,known = type(cb).__name__,type(cb).__module__.startswith('fastai.')
-    leaves = [(k,*leaf) for k,v in vars(cb).items() if k!='learn' and k not in modules_own for leaf in _leaves(v, k)]
+    own = {k:v for k,v in vars(cb).items() if k!='learn' and k not in modules_own}
+    leaves = [(k,*leaf) for k,v in own.items() for leaf in _leaves(v, k)]
     if isinstance(cb, nn.Module): leaves.append(('', '', cb, _in_place(cb)))
     for k,path,o,way in leaves:
         if id(o) in learners: continue
-        if way and (look is None or path in look.owned or not path): yield path,way[0](o, lost, f'{name}.{path}')
-        elif not known and look and (way or _matters(o, path, k, look)): lost.append(f'{name}.{path} ({type(o).__qualname__})')
+        where = f'{name}.{path}'
+        if way and (look is None or path in look.owned or not path): yield path,way[0](o, lost, where)
+        elif look and not known and (way or _matters(o, path, k, look)): lost.append(f'{where} ({type(o).__qualname__})')
 
 def load_callback_state(
     cb, # The same callback
@@ -239,7 +249,8 @@ def load_callback_state(
     if isinstance(cb, Recorder): _load_recorder_state(cb, state)
     owned = state.pop('owned', {})
     set_attributes(cb, state)
-    ways = {'': (cb, _in_place(cb))} | {path: (o, way) for k,v in vars(cb).items() for path,o,way in _leaves(v, k)}
+    ways = {path: (o, way) for k,v in vars(cb).items() for path,o,
+            way in _leaves(v, k)} | {'': (cb, _in_place(cb))}
     for path,s in owned.items():
         o,way = ways.get(path, (None, None))
         if way: way[1](o, s)
@@ -250,8 +261,9 @@ def _metrics(rec): return [rec.smooth_loss, rec.loss, *rec.learn.metrics]
 def _recorder_state(rec):
     losses,lrs = (getattr(rec, o, []) for o in ('losses','lrs'))
     gathering = rec.train_metrics and rec.learn.training
-    return dict(losses=torch.stack([o.detach().cpu() for o in losses]) if losses else None,
-                lrs=torch.tensor(lrs, dtype=torch.float64), metrics=[_metric_state(m, gathering) for m in _metrics(rec)])
+    losses = torch.stack([o.detach().cpu() for o in losses]) if losses else None
+    return dict(losses=losses, lrs=torch.tensor(lrs, dtype=torch.float64),
+                metrics=[_metric_state(m, gathering) for m in _metrics(rec)])
 
 def _metric_state(m, gathering):
     "All of it while values are gathered for the table; later what is small"
@@ -311,16 +323,17 @@ def learner_state(
     start:FitStart=None # Of this fit; None keeps all attributes
 )->dict: # `shared` by all processes of a run, and `own`; plain values and tensors, which are not copied
     "What the rest of a run depends on, but the position in the data"
-    start,lost = start or FitStart(learn, but),[]
+    start,lost,by_name = start or FitStart(learn, but),[],_by_name(learn, but)
     model = model_state(learn.model, start.modules, lost)
     inner = unwrap_model(learn.model)
     ids = {id(o) for o in (learn.model, learn.opt, *inner.modules(), *inner.parameters(), *inner.buffers())}
     own = dict(model={k: model.pop(k) for k in ('buffers','hidden','grads')}, random=random_state(learn.dls),
                learner=attributes(learn, vars(learn).keys()-set(_attrs)),
-               callbacks={n: callback_state(o, start.look(n, o), lost, ids) for n,o in _by_name(learn, but).items()},
+               callbacks={n: callback_state(o, start.look(n, o), lost, ids) for n,o in by_name.items()},
                others=_others_state(learn, lost))
     scaler = vars(learn).get('scaler')
-    shared = dict(model=model, opt=opt_state(learn.opt, lost), scaler=scaler and to_plain(scaler.state_dict()))
+    scaler = scaler and to_plain(scaler.state_dict())
+    shared = dict(model=model, opt=opt_state(learn.opt, lost), scaler=scaler)
     devices = []
     map_state(own, lambda t: devices.append(str(t.device)))
     return dict(shared=shared, own=own | dict(devices=devices, lost=lost))
@@ -353,10 +366,12 @@ def run_facts(
     "What must be the same when a run goes on"
     dl,opt = learn.dls.train,learn.opt
     steps = [_function(o) for o in opt.cbs] if isinstance(opt, Optimizer) else []
-    return {'optimizer': f"{type(getattr(opt, 'opt', opt)).__name__}({', '.join(steps)})", 'parameter groups': [len(o) for o in opt.param_lists],
+    return {'optimizer': f"{type(getattr(opt, 'opt', opt)).__name__}({', '.join(steps)})",
+            'parameter groups': [len(o) for o in opt.param_lists],
             'hyper-parameters': [{k: v for k,v in h.items() if isinstance(v, (int,float,bool))} for h in map(_numbers, opt.hypers)],
             'schedule': {p: [_numbers(f(pct)) for pct in (0., .3, .6, 1.)] for cb in _schedulers(learn) for p,f in cb.scheds.items()},
-            'training items': _len(dl.dataset), 'batch size': getattr(dl, 'bs', None) or getattr(dl, 'batch_size', None), 'batches': len(dl),
+            'training items': _len(dl.dataset),
+            'batch size': getattr(dl, 'bs', None) or getattr(dl, 'batch_size', None), 'batches': len(dl),
             'epochs': learn.n_epoch, 'seed': torch.initial_seed(), 'processes': n_ranks()}
 
 def _function(f): return f'{f.func.__name__}({f.keywords})' if isinstance(f, partial) else getattr(f, '__name__', type(f).__name__)
@@ -370,6 +385,7 @@ def _numbers(o):
     return float(f'{o:.6g}') if isinstance(o, float) else o
 
 def model_differences(model, weights):
-    shapes = [{n: tuple(t.shape) for n,t in w.items() if isinstance(t, Tensor)} for w in (unwrap_model(model).state_dict(), weights)]
+    shapes = [{n: tuple(t.shape) for n,
+               t in w.items() if isinstance(t, Tensor)} for w in (unwrap_model(model).state_dict(), weights)]
     names = [n for n in {**shapes[0], **shapes[1]} if shapes[0].get(n)!=shapes[1].get(n)]
     return [f"model: {n} has the shape {shapes[0].get(n, 'of nothing')}, and there {shapes[1].get(n, 'it is not')}" for n in names[:3]] + ([f'model: {len(names)-3} more']*(len(names)>3))
