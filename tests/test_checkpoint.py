@@ -13,7 +13,7 @@ import fastai_callbacks_ext.checkpoint as module
 from fastai_callbacks_ext.all import Checkpoint, PreemptionGuard, SaveTopK
 from fastai_callbacks_ext.base.model import refresh_batchnorm
 from fastai_callbacks_ext.base.core import ExtCallback
-from fastai_callbacks_ext.base.state import batches_from, load_random_state, random_state, skips_exactly
+from fastai_callbacks_ext.base.position import batches_from, load_random_state, random_state, skips_exactly
 from fastai_callbacks_ext.test_utils import digits_learner
 import crash
 
@@ -42,6 +42,7 @@ def leave_autocast():
 def run(case, cb=None, stop=None):
     "Checksums of a run of `case`, what it printed, and how many events there were; None for the first where it was stopped"
     StopAt.sent = 0
+    Checkpoint._finished.clear()     # as in a process of its own
     learn,fits = crash.CASES[case](Path('.')) if isinstance(case, str) else case()
     learn.add_cb(StopAt(stop))
     with contextlib.redirect_stdout(io.StringIO()) as out, learn.no_bar():
@@ -110,7 +111,7 @@ def test_goes_on_after_interruption():
     want = run(digits())[0]
     cb,threads = Checkpoint('run', steps=3),threading.active_count()
     for n in (70, 30, 40): run(digits(), cb, stop=n)
-    assert threading.active_count()==threads and cb._snapshot is None and cb._saved is None
+    assert threading.active_count()==threads and cb._snapshot is None and cb._resuming is None
     assert run(digits(), cb)[0]==want
 
 def test_on_the_learner():
