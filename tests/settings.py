@@ -101,7 +101,8 @@ def ratings(**kwargs):
     return collab.collab_learner(dls, n_factors=8, y_range=(.5,5.5), metrics=tabular.mae, **kwargs)
 
 def _texts():
-    pieces = [' '.join(words()[i:i+40]) for i in range(0, 1600, 40)]
+    ws = words(1600)
+    pieces = [' '.join(ws[i:i+40]) for i in range(0, len(ws), 40)]
     return pd.DataFrame(dict(text=pieces, label=['long' if 'class' in o else 'short' for o in pieces]))
 
 _awd = dict(emb_sz=16, n_hid=16, n_layers=1)
@@ -116,14 +117,14 @@ def _text_loaders(*more_blocks, **kwargs):
 @setting
 def language_model(**kwargs):
     config = text.awd_lstm_lm_config | _awd
-    return text.language_model_learner(_text_loaders(is_lm=True), text.AWD_LSTM, config=config, pretrained=False,
-                                       metrics=text.Perplexity(), **kwargs)
+    return text.language_model_learner(_text_loaders(is_lm=True), text.AWD_LSTM, config=config,
+                                       pretrained=False, metrics=text.Perplexity(), **kwargs)
 
 @setting
 def text_classifier(**kwargs):
     config = text.awd_lstm_clas_config | _awd
-    return text.text_classifier_learner(_text_loaders(text.CategoryBlock), text.AWD_LSTM, config=config, pretrained=False,
-                                        seq_len=16, metrics=text.accuracy, **kwargs)
+    return text.text_classifier_learner(_text_loaders(text.CategoryBlock), text.AWD_LSTM, config=config,
+                                        pretrained=False, seq_len=16, metrics=text.accuracy, **kwargs)
 
 @setting
 def torch_loader(**kwargs):
@@ -141,8 +142,8 @@ def torch_loader(**kwargs):
 def gan(**kwargs):
     "A GAN, whose generator and critic take turns"
     normalize = vision.Normalize.from_stats([.5]*3, [.5]*3)
-    block = vision.DataBlock((vision.TransformBlock, vision.ImageBlock), get_items=vision.get_image_files, get_x=_noise,
-                             splitter=vision.IndexSplitter([]), batch_tfms=normalize)
+    block = vision.DataBlock((vision.TransformBlock, vision.ImageBlock), get_items=vision.get_image_files,
+                             get_x=_noise, splitter=vision.IndexSplitter([]), batch_tfms=normalize)
     return gans.GANLearner.wgan(_loaders(block), gans.basic_generator(16, 3, in_sz=8, n_features=8),
                                 gans.basic_critic(16, 3, n_features=8), **kwargs)
 
