@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../nbs/all.ipynb #728a6161
-from . import averaging, best, checkpoint, gradients, loop, rnn, safety, stopping, tracing
+from . import averaging, best, checkpoint, gradients, loop, rnn, safety, stopping, tracing, upgrades
 from .base import core, model, step
 from .averaging import *
 from .base.core import *
@@ -20,5 +20,7 @@ from .rnn import *
 from .safety import *
 from .stopping import *
 from .tracing import *
+from .upgrades import *
 
-__all__ = [o for m in (averaging, best, checkpoint, gradients, loop, rnn, safety, stopping, tracing, core, model, step) for o in m.__all__]
+_modules = averaging, best, checkpoint, gradients, loop, rnn, safety, stopping, tracing, upgrades, core, model, step
+__all__ = [o for m in _modules for o in m.__all__]
