@@ -94,7 +94,8 @@ def _refuse_beside(cb, theirs):
     if not any(isinstance(o, theirs) for o in cb.learn.cbs): return
     raise ValueError(f"{type(cb).__name__}: the learner has fastai's {theirs.__name__} too, as "
                      "language_model_learner adds it. Swap fastai's callbacks for ours of the same job, with "
-                     'their arguments, and fit again: from fastai_callbacks_ext.all import upgrade; upgrade(learn)')
+                     'their arguments, and fit again: '
+                     'from fastai_callbacks_ext.all import upgrade; upgrade(learn)')
 
 # %% ../nbs/01_rnn.ipynb #42435069
 def mean_square(
