@@ -63,6 +63,13 @@ class RNNCallback(ExtCallback):
 
     The last layer's activations are in `raw_out` and, after dropout, in `out`, until the loss is computed."""
     run_outside,stand_in,raw_out,out = True,fastai_rnn.RNNCallback,None,None
+    _beside = False     # fastai's?
+
+    @property
+    def name(self)->str:
+        "`rnn`, or `rnn_ext` beside fastai's, whose regulariser reads `learn.rnn`"
+        if self.learn is not None: vars(self)['_beside'] = _has(self.learn, fastai_rnn.RNNCallback)
+        return 'rnn_ext' if self._beside else 'rnn'
 
     def before_fit(self):
         "Refuse a learner whose output fastai's `RNNCallback` takes apart already"
@@ -89,9 +96,11 @@ def _first_of(cb):
     "The first callback of the class of `cb` on its learner"
     return next(o for o in cb.learn.cbs if isinstance(o, type(cb)))
 
+def _has(learn, cls): return any(isinstance(o, cls) for o in learn.cbs)
+
 def _refuse_beside(cb, theirs):
     "Refuse a learner that has fastai's callback of the same job"
-    if not any(isinstance(o, theirs) for o in cb.learn.cbs): return
+    if not _has(cb.learn, theirs): return
     raise ValueError(f"{type(cb).__name__}: the learner has fastai's {theirs.__name__} too, as "
                      "language_model_learner adds it. Swap fastai's callbacks for ours of the same job, with "
                      'their arguments, and fit again: '

@@ -1,7 +1,7 @@
 "`upgrade(learn)`, and the messages that name it"
 import re
 
-from fastai.callback import rnn as fastai_rnn, tracker as fastai_tracker, training as fastai_training
+from fastai.callback import rnn as fastai_rnn, tracker, training
 import numpy as np, pytest, torch
 from fastai.callback.all import CSVLogger, ShortEpochCallback
 import fastai_callbacks_ext.all as ext
@@ -12,8 +12,8 @@ from settings import SETTINGS
 def kinds(learn): return sorted((type(cb) for cb in learn.cbs), key=str)
 
 def test_what_is_swapped(capsys):
-    learn = digits_learner([fastai_tracker.TerminateOnNaNCallback(), fastai_training.GradientAccumulation(128),
-                            fastai_training.GradientClip(.5), ShortEpochCallback(.5)], n=160)
+    learn = digits_learner([tracker.TerminateOnNaNCallback(), training.GradientAccumulation(128),
+                            training.GradientClip(.5), ShortEpochCallback(.5)], n=160)
     assert ext.upgrade(learn) is learn
     said = capsys.readouterr().out
     for new in (ext.TerminateOnNaN, ext.GradientAccumulation, ext.GradientClip):
@@ -26,8 +26,9 @@ def test_what_is_swapped(capsys):
 @pytest.mark.parametrize('comp,monitor', [(None, 'valid_loss'), (np.greater, 'accuracy')])
 def test_arguments_of_trackers(comp, monitor, tmp_path):
     theirs = dict(monitor=monitor, comp=comp, min_delta=.1, reset_on_fit=False)
-    learn = digits_learner([fastai_tracker.EarlyStoppingCallback(patience=2, **theirs),
-                            fastai_tracker.SaveModelCallback(fname='best', with_opt=True, **theirs)], n=160, path=tmp_path)
+    cbs = [tracker.EarlyStoppingCallback(patience=2, **theirs),
+           tracker.SaveModelCallback(fname='best', with_opt=True, **theirs)]
+    learn = digits_learner(cbs, n=160, path=tmp_path)
     ext.upgrade(learn)
     stop,save = learn.early_stopping,learn.save_top_k
     for cb in (stop, save): assert (cb.monitor, cb.min_delta, cb.reset_on_fit)==(monitor, .1, False)
@@ -37,17 +38,17 @@ def test_arguments_of_trackers(comp, monitor, tmp_path):
 
 def test_what_is_left(capsys):
     "Another job, a class of the user's own, and the learner's own callbacks"
-    class Mine(fastai_training.GradientClip): pass
-    learn = digits_learner([fastai_tracker.SaveModelCallback(every_epoch=True), Mine(), CSVLogger()], n=160)
+    class Mine(training.GradientClip): pass
+    learn = digits_learner([tracker.SaveModelCallback(every_epoch=True), Mine(), CSVLogger()], n=160)
     before = kinds(learn)
     ext.upgrade(learn)
     said = capsys.readouterr().out
     assert kinds(learn)==before and 'left: SaveModelCallback (it saves other models than the best one)' in said
 
 def test_ours_is_there_already():
-    learn = digits_learner([fastai_training.GradientClip(.5), ext.GradientClip(.1)], n=160)
+    learn = digits_learner([training.GradientClip(.5), ext.GradientClip(.1)], n=160)
     ext.upgrade(learn)
-    assert kinds(learn).count(ext.GradientClip)==1 and fastai_training.GradientClip not in kinds(learn)
+    assert kinds(learn).count(ext.GradientClip)==1 and training.GradientClip not in kinds(learn)
 
 def follow(message):
     "Do what a message says, to the letter"
