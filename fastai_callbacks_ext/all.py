@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../nbs/all.ipynb #728a6161
 from . import averaging, best, checkpoint, gradients, loop, rnn, safety, stopping, tracing
+from . import upgrades
 from .base import core, model, step
 from .averaging import *
 from .base.core import *
@@ -20,6 +21,8 @@ from .rnn import *
 from .safety import *
 from .stopping import *
 from .tracing import *
+from .upgrades import *
 
-_modules = averaging, best, checkpoint, gradients, loop, rnn, safety, stopping, tracing, core, model, step
+_modules = [averaging, best, checkpoint, gradients, loop, rnn, safety, stopping, tracing, upgrades,
+            core, model, step]
 __all__ = [o for m in _modules for o in m.__all__]

@@ -11,19 +11,23 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from copy import deepcopy
+from copyreg import _reconstructor
 from dataclasses import asdict, dataclass
 from functools import partial
 from math import inf, nan
 from numbers import Real
+from pydoc import locate
 from threading import get_ident
+from types import FunctionType, SimpleNamespace
 
 import torch
 import torch.distributed as dist
 from fastai.callback.core import Callback, _inner_loop
 from fastai.learner import Learner
 from fastai.torch_core import rank_distrib
-from fastcore.basics import camel2snake, patch
+from fastcore.basics import camel2snake, ifnone, patch
 from fastcore.foundation import L
+from fastcore.imports import noop
 
 # %% ../../nbs/base/core.ipynb #85641ead
 def resolve_order(
@@ -345,3 +349,39 @@ def any_rank(self:ExtCallback,
 )->bool: # The same on every process
     "True if `flag` is true in any process of a distributed run; every process must ask, in the same batch"
     return bool(flag) if n_ranks()==1 else bool(_reduced(bool(flag), dist.ReduceOp.MAX))
+
+# %% ../../nbs/base/core.ipynb #f2ddfbb2
+class _Call:
+    "Pickled as what `f(*args)` gives where it is loaded"
+    def __init__(self, f, *args): self.f,self.args = f,args
+    def __reduce__(self): return self.f,self.args
+    def __call__(self, *args): return self.f(*self.args)(*args)
+
+class _Portable:
+    "Pickled as `o`, an object of this package, or as a mere namespace where this package is not installed"
+    def __init__(self, o): self.o = o
+    def __reduce__(self): return _rebuilt(type(self.o), SimpleNamespace, self.o.__reduce_ex__(2)[2])
+
+_package = __name__.split('.')[0]
+def _is_ours(o): return (getattr(o, '__module__', None) or '').split('.')[0]==_package
+
+def _named(o, stand_in):
+    "Pickled as the class or function `o`, or as `stand_in` where this package is not installed"
+    return _Call(ifnone, _Call(locate, f'{o.__module__}.{o.__qualname__}'), stand_in)
+
+def _rebuilt(cls, stand_in, state): return _reconstructor,(_named(cls, stand_in), object, None),state
+
+def _portable(o):
+    if isinstance(o, (type, FunctionType)): return _named(o, noop) if _is_ours(o) else o
+    return _Portable(o) if _is_ours(o) and not isinstance(o, Callback) else o
+
+ExtCallback.stand_in = Callback     # what an exported learner has in its place where this package is not installed
+
+@patch
+def __reduce_ex__(self:ExtCallback, protocol):
+    cls = type(self)
+    if not _is_ours(cls): return object.__reduce_ex__(self, protocol)
+    return _rebuilt(cls, cls.stand_in, {k: _portable(v) for k,v in self.__getstate__().items()} | {'_scopes': []})
+
+@patch
+def __reduce__(self:Record): return _named(Record, L),tuple(asdict(self).values())
