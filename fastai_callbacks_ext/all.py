@@ -21,4 +21,5 @@ from .safety import *
 from .stopping import *
 from .tracing import *
 
-__all__ = [o for m in (averaging, best, checkpoint, gradients, loop, rnn, safety, stopping, tracing, core, model, step) for o in m.__all__]
+_modules = averaging, best, checkpoint, gradients, loop, rnn, safety, stopping, tracing, core, model, step
+__all__ = [o for m in _modules for o in m.__all__]

@@ -84,7 +84,7 @@ def text_dls(
 
 # %% ../nbs/90_test_utils.ipynb #9120bd46
 def text_learner(
-    cbs:Callback|list|None=None, # Callbacks; None for fastai's `ModelResetter` and `RNNCallback`, which an AWD-LSTM needs
+    cbs:Callback|list|None=None, # Callbacks; None for fastai's `ModelResetter` and `RNNCallback`
     bs:int=16, # Sequences in a batch
     seq_len:int=20, # Words in a sequence
     n:int=20_000, # Words used
@@ -118,7 +118,8 @@ class PoisonBatch(Callback):
         if self._hit('weight'): list(self.model.parameters())[-2].data[0,0] *= self.value
     def after_loss(self):
         "Spoil the loss"
-        if self._hit('loss'): self.learn.loss_grad,self.learn.loss = self.loss_grad*self.value,self.loss*self.value
+        if not self._hit('loss'): return
+        self.learn.loss_grad,self.learn.loss = self.loss_grad*self.value,self.loss*self.value
     def after_backward(self):
         "Spoil the gradients of the last two parameters"
         if self._hit('grad'):
