@@ -6,20 +6,23 @@
 __all__ = ['EarlyStoppingCallback', 'StopReason', 'EarlyStopping', 'StepLimit', 'SampleLimit', 'TimeLimit', 'StopFile']
 
 # %% ../nbs/07_stopping.ipynb #c465dcb5
+import os
 from collections.abc import Callable
+from copy import deepcopy
 from datetime import datetime, time, timedelta
 from enum import Enum
 from math import isfinite
 from pathlib import Path
 from time import monotonic
 
-import numpy as np
 from fastai.callback.core import CancelFitException, CancelTrainException
-from fastai.torch_core import find_bs, num_distrib, rank_distrib
+from fastai.torch_core import rank_distrib
 from fastcore.basics import patch
-from .base.core import ExtCallback, check_number, check_type, rank_mean
-from .base.files import map_state
+from torch import Tensor
+from .base.core import ExtCallback, check_number, check_type, n_ranks, rank_mean
 from .base.model import unwrap_model
+from .base.monitor import Monitor
+from .base.step import tensors_in
 
 # %% ../nbs/07_stopping.ipynb #b1b0894d
 class StopReason(Enum):
@@ -32,10 +35,8 @@ class StopReason(Enum):
 class _Timed(ExtCallback):
     "Counts the seconds of its fit in `used`, over all the runs that it took"
     clock = staticmethod(monotonic)
-    used = 0.
-    def _start(self, used=0.):
-        self.used = used
-        self._began = self._last = self.clock()
+    fit_state = dict(used=0.)
+    def _start(self): self._began = self._last = self.clock()
 
     def _tick(self):
         now = self.clock()
@@ -49,13 +50,14 @@ class _Timed(ExtCallback):
         if self._scopes: self._last = self._began
 
 # %% ../nbs/07_stopping.ipynb #e4413484
-class EarlyStopping(_Timed):
+class EarlyStopping(Monitor, _Timed):
     "Stops the fit when a metric no longer improves, is good enough, or is hopeless; can put the best weights back"
     order,run_valid = 63,False      # as fastai's: after those that save the model
-    state_attrs = 'best','best_epoch','used','_reason','_mark','_epochs','_mean','_values','_weights'
+    fit_state = dict(best=None, best_epoch=None, _weights=None, _mean=0., _values=0)
+    state_attrs = '_reason','_mark','_epochs'
     def __init__(self,
         monitor:str='valid_loss', # Name in the epoch table of the loss or metric to watch
-        comp:Callable=None, # `np.less` if smaller is better, `np.greater` if larger; None takes `np.less` for names with 'loss' or 'error'
+        comp:Callable=None, # `np.less` if smaller is better, `np.greater` if larger; None looks the name up, see `smaller_is_better`
         min_delta:float=0., # What is better by no more than this is no improvement
         patience:float=1, # Stop after so many `unit`s without an improvement
         reset_on_fit:bool=True, # Forget the best value of the fit before when one begins?
@@ -67,53 +69,46 @@ class EarlyStopping(_Timed):
         smooth:float=0., # Weight of the past, from 0 to less than 1, in the moving average that stands for the metric; 0 for the metric itself
         restore_best:bool=False # Keep the best weights in memory, and load them however the fit ends?
     ):
-        self.monitor = check_type('monitor', monitor, str)
-        if comp not in (None, np.less, np.greater): raise ValueError(f'comp={comp!r}: expected np.less, np.greater or None')
-        self.comp = comp or (np.less if 'loss' in monitor or 'error' in monitor else np.greater)
+        super().__init__(monitor, comp)
         if unit not in ('epochs','steps','minutes'): raise ValueError(f"unit={unit!r}: expected 'epochs', 'steps' or 'minutes'")
         self.unit,self.min_delta = unit,check_number('min_delta', min_delta, low=0)
         self.patience = check_number('patience', patience, low=0, integer=unit!='minutes')
-        self.threshold,self.divergence = [None if v is None else check_number(k, v) for k,v in (('threshold',threshold),('divergence',divergence))]
+        self.threshold = threshold if threshold is None else check_number('threshold', threshold)
+        self.divergence = divergence if divergence is None else check_number('divergence', divergence)
         self.warmup,self.smooth = check_number('warmup', warmup, low=0, integer=True),check_number('smooth', smooth, low=0)
         if smooth>=1: raise ValueError(f'smooth={smooth!r}: expected a number less than 1')
-        self.reset_on_fit,self.relative,self.restore_best = [check_type(k, v, bool) for k,v in (('reset_on_fit',reset_on_fit),('relative',relative),('restore_best',restore_best))]
-        self._forget()
-        self._reason,self._mark,self._epochs = None,0,0
+        self.reset_on_fit,self.relative = check_type('reset_on_fit', reset_on_fit, bool),check_type('relative', relative, bool)
+        self.restore_best = check_type('restore_best', restore_best, bool)
+        self._begin()
 
     def before_fit(self):
         "Refuse a metric that is not there"
-        if not self.fitting: return
-        self.metric(self.monitor)
-        if self.reset_on_fit: self._forget()
-        self._reason,self._mark,self._epochs = None,0,0
-        self._start()
+        super().before_fit()
+        self._begin()
         if self.restore_best: self.at_end(self._restore)
 
-    def before_epoch(self): self._whole = True
-    def after_cancel_epoch(self):
-        "An epoch that was cancelled, or skipped by `start_epoch`, says nothing"
-        self._whole = False
+    def _begin(self):
+        "Patience and the reason are those of one fit, whatever `reset_on_fit` says"
+        self._reason,self._mark,self._epochs,self.used = None,0,0,0.
+        self._start()
 
     def after_batch(self):
         "Count the time"
-        if self.fitting and self.unit=='minutes': self._tick()
+        if self.unit=='minutes': self._tick()
 
     def after_epoch(self):
         "Look at the metric"
-        if not (self.fitting and self._whole): return
         self._tick()
+        value = self.epoch_value()
+        if value is not None: self._look_at(self._smoothed(value))
+
+    def _look_at(self, value):
         self._epochs += 1
-        value,warming = self._smoothed(rank_mean(float(self.metric(self.monitor)))),self.epoch<self.warmup
-        better = self._better(value)
+        better,warming = self._better(value),self.epoch<self.warmup
         if better: self._keep(value)
         if better or warming: self._mark = self._position()
-        reason = None if warming else self._why(value, better)
+        reason = None if warming else self._found(value, better)
         if self.any_rank(reason is not None) and self.epoch+1<self.n_epoch: self._stop(value, reason or StopReason.NO_IMPROVEMENT)
-
-    def _sign(self): return 1 if self.comp is np.less else -1
-    def _forget(self):
-        self.best = self.best_epoch = self._weights = None
-        self._mean,self._values = 0.,0
 
 EarlyStoppingCallback = EarlyStopping
 
@@ -127,20 +122,28 @@ def _smoothed(self:EarlyStopping, value):
 @patch
 def _better(self:EarlyStopping, value):
     if self.best is None or not isfinite(value): return isfinite(value)
-    return self._sign()*value + self.min_delta*(abs(self.best) if self.relative else 1) < self._sign()*self.best
+    return self.sign*value + self.min_delta*(abs(self.best) if self.relative else 1) < self.sign*self.best
 
 @patch
 def _keep(self:EarlyStopping, value):
     self.best,self.best_epoch = value,self.epoch
-    if self.restore_best: self._weights = map_state(unwrap_model(self.model).state_dict(), lambda t: t.to('cpu', copy=True))
+    if self.restore_best: self._weights = self._copied()
+
+@patch
+def _copied(self:EarlyStopping):
+    "The model's state in main memory; None, and a word, if there is no way to copy it"
+    def copy(o): return o.detach().to('cpu', copy=True) if isinstance(o, Tensor) else deepcopy(o)
+    try: return {k: copy(v) for k,v in unwrap_model(self.model).state_dict().items()}
+    except Exception as e: self.tell('cannot keep the best weights', str(e), once=True)
 
 # %% ../nbs/07_stopping.ipynb #afe72590
 @patch
 def _position(self:EarlyStopping): return {'epochs': self._epochs, 'steps': self.train_iter, 'minutes': self.used/60}[self.unit]
 
 @patch
-def _why(self:EarlyStopping, value, better):
-    sign = self._sign()
+def _found(self:EarlyStopping, value, better):
+    "A reason to stop"
+    sign = self.sign
     if self.threshold is not None and sign*value<=sign*self.threshold: return StopReason.GOOD_ENOUGH
     if self.divergence is not None and not sign*value<=sign*self.divergence: return StopReason.DIVERGED
     if not better and self._position()-self._mark>=self.patience: return StopReason.NO_IMPROVEMENT
@@ -166,27 +169,25 @@ def _restore(self:EarlyStopping):
 
 # %% ../nbs/07_stopping.ipynb #10873489
 class _Limit(ExtCallback):
-    "Ends the training phase after some batch, and the fit after that epoch"
+    "Ends the training phase after some batch, and the fit after that epoch; `_why` of a subclass says why, None if it is not yet time"
     order,run_valid = 1900,False    # after all others; a `Checkpoint` saves a fit that has ended
-    reset_on_fit,_reached = True,False
+    _reached = False
 
-    def before_fit(self):
-        "Count anew"
-        self._reached = False
-        if self.fitting and self.reset_on_fit: self._reset()
+    def before_fit(self): self._reached = False
 
     def before_epoch(self):
         "Look whether there is anything left for this epoch"
-        if not self.fitting: return
         self.learn.iter = 0
-        if self._over(): raise CancelFitException
+        self._look()
+        if self._reached: raise CancelFitException
 
     def after_batch(self):
         "Count this batch, and look whether the limit is reached"
-        if not self.fitting: return
         self._count()
         last = self.iter+1==self.n_iter
-        if not (last and self.epoch+1==self.n_epoch) and self._over() and not last: raise CancelTrainException
+        if last and self.epoch+1==self.n_epoch: return      # there is nothing to end
+        self._look()
+        if self._reached and not last: raise CancelTrainException
 
     def after_cancel_train(self):
         "Keep the training loss in the row of this epoch"
@@ -196,33 +197,27 @@ class _Limit(ExtCallback):
         "End the fit"
         if self._reached: raise CancelFitException
 
-    def _over(self):
-        if self._reached: return True
+    def _look(self):
+        if self._reached: return
         why = self._why()
         self._reached = self.any_rank(why is not None)
         if self._reached: self.tell('ended the fit', why or 'another process has reached its limit')
-        return self._reached
 
-    def _reset(self): pass
     def _count(self): pass
 
 # %% ../nbs/07_stopping.ipynb #624d096e
 class StepLimit(_Limit):
     "Ends the fit after a number of optimizer steps"
-    state_attrs = 'done',
+    fit_state = dict(done=0)
     def __init__(self,
         steps:int, # Optimizer steps to take at most
         reset_on_fit:bool=True # Does each fit have that many? If not, it is for all the fits of this callback together, as the two of `fine_tune`
     ):
         self.steps,self.reset_on_fit = check_number('steps', steps, low=1, integer=True),check_type('reset_on_fit', reset_on_fit, bool)
-        self._reset()
 
-    def _reset(self): self.done,self._cancelled = 0,False
-    def before_batch(self): self._cancelled = False
-    def after_cancel_step(self): self._cancelled = True
-    def after_step(self):
+    def step_taken(self):
         "Count this step"
-        if self.fitting and not self._cancelled: self.done += 1
+        self.done += 1
 
     def _why(self):
         if self.done>=self.steps: return f'{self.done} steps are taken'
@@ -230,23 +225,29 @@ class StepLimit(_Limit):
 # %% ../nbs/07_stopping.ipynb #ba8ae9a8
 class SampleLimit(_Limit):
     "Ends the fit after the batch in which a number of training items is reached"
-    state_attrs = 'done',
+    fit_state = dict(done=0)
     def __init__(self,
         samples:int, # Training items, over all processes; an item counts each time it is seen
         reset_on_fit:bool=True # Does each fit have that many? If not, it is for all the fits of this callback together, as the two of `fine_tune`
     ):
         self.samples,self.reset_on_fit = check_number('samples', samples, low=1, integer=True),check_type('reset_on_fit', reset_on_fit, bool)
-        self._reset()
 
-    def _reset(self): self.done = 0
-    def _count(self): self.done += find_bs(self.xb)*max(1, num_distrib())
+    def _count(self): self.done += _n_items((*self.xb, *self.yb), self.dl)*n_ranks()
     def _why(self):
         if self.done>=self.samples: return f'{self.done} items are seen'
+
+def _n_items(batch, dl):
+    "Items in `batch`: what its tensors, or else its lists, agree on; the batch size of `dl` where there is neither"
+    for sizes in ([t.shape[0] for t in tensors_in(batch) if t.ndim], [len(o) for o in batch if isinstance(o, (list,tuple))]):
+        if len({*sizes})==1: return sizes[0]
+    first = next((t.shape[0] for t in tensors_in(batch) if t.ndim), None)
+    return first or getattr(dl, 'bs', None) or getattr(dl, 'batch_size', None) or 1
 
 # %% ../nbs/07_stopping.ipynb #f85a1a9b
 class TimeLimit(_Limit, _Timed):
     "Ends the fit in time for a deadline, validation and saving included; can finish the schedule by then"
-    state_attrs = 'used','closing','_trained','_ahead','_pct'
+    fit_state = dict(closing=0., _trained=0., _time=0., _n=0, _first=0.)
+    state_attrs = '_ahead','_pct'
     now = staticmethod(datetime.now)
     def __init__(self,
         minutes:float=None, # Minutes that the fit may take, over all the runs that it takes if it goes on from a `Checkpoint`
@@ -260,34 +261,30 @@ class TimeLimit(_Limit, _Timed):
         if (minutes is None)==(deadline is None): raise ValueError(f'minutes={minutes!r}, deadline={deadline!r}: expected one of the two')
         self.reserve = check_number('reserve', reserve, low=0)
         self.schedule,self.reset_on_fit = check_type('schedule', schedule, bool),check_type('reset_on_fit', reset_on_fit, bool)
-        self._reset()
-
-    def _reset(self): self.used = self.closing = self._trained = 0.
+        self._ahead = self._pct = 0.
 
     def before_fit(self):
         "Start the clock"
         super().before_fit()
-        if not self.fitting: return
-        self._start(self.used)
+        self._start()
         if self.deadline: self._end = self.clock() + self.deadline.timestamp() - self.now().timestamp()
         self._ahead = self._pct = 0.
-        self._time,self._n,self._batch = 0.,0,None
+        self._batch = None
 
     def before_epoch(self):
         "Look whether there is time for this epoch"
-        if self.fitting: self._measure()
+        self._measure()
         super().before_epoch()
 
     def before_train(self):
         "Begin to measure batches"
-        if not self.fitting: return
         self._measure()
         self._batch,self._ahead = None,0.
         self._advance(0.)
 
     def after_epoch(self):
         "Count the time, for the checkpoint of this epoch"
-        if self.fitting: self._measure()
+        self._measure()
         super().after_epoch()
 
     def _measure(self):
@@ -297,7 +294,8 @@ class TimeLimit(_Limit, _Timed):
     def _count(self):
         start = self.used
         self._tick()
-        if self._batch is not None: self._time,self._n = self._time+self.used-self._batch,self._n+1    # not the first one, for which workers start
+        if self._batch is None: self._first = self.used-start       # for it, workers start
+        else: self._time,self._n = self._time+self.used-self._batch,self._n+1
         self._batch = self.used
         self._trained += self.used-start
         self._advance(self.used-start)
@@ -319,12 +317,13 @@ def _left(self:TimeLimit):
     return left - 60*self.reserve - (self.closing or self._mean()*len(self.dls.valid))
 
 @patch
-def _mean(self:TimeLimit): return self._time/self._n if self._n else 0.
+def _mean(self:TimeLimit): return self._time/self._n if self._n else self._first
 
 @patch
 def _why(self:TimeLimit):
     left = self._left()
-    if left<=0 or left<self._mean(): return 'the fit must end ' + (f'after {self.minutes:g} minutes' if self.deadline is None else f'by {self.deadline:%Y-%m-%d %H:%M}')
+    end = f'after {self.minutes:g} minutes' if self.deadline is None else f'by {self.deadline:%Y-%m-%d %H:%M}'
+    if left<=0 or left<self._mean(): return f'the fit must end {end}'
 
 # %% ../nbs/07_stopping.ipynb #e8c87b12
 @patch
@@ -342,14 +341,12 @@ class StopFile(_Limit):
         every:int=1 # Look after every n-th training batch
     ):
         self.path,self.every = Path(check_type('path', path, str, Path)),check_number('every', every, low=1, integer=True)
-        self._new = True
+        self._new,self._used = True,False
 
     def before_fit(self):
         "Remove a file of an earlier run"
         super().before_fit()
-        if not self.fitting: return
-        if self._new and self._found():
-            self.path.unlink(missing_ok=True)
+        if self._new and self._found() and self._remove():
             self.tell('removed a file', f'{self.path} was there before the run began')
         self._new = False
 
@@ -357,8 +354,20 @@ class StopFile(_Limit):
         "Look for the file"
         if self.train_iter%self.every==0: super().after_batch()
 
-    def _found(self): return rank_distrib()==0 and self.path.exists()
+    def _found(self):
+        there = rank_distrib()==0 and os.path.exists(self.path)
+        if not there: self._used = False
+        return there and not self._used
+
+    def _remove(self):
+        "Was it possible? If not, the file says nothing as long as it stays"
+        try: self.path.unlink(missing_ok=True)
+        except OSError as e:
+            self._used = True
+            self.tell('could not remove a file', f'{self.path}: {e.strerror or e}; it is overlooked until it is gone')
+        return not self._used
+
     def _why(self):
         if not self._found(): return None
-        self.path.unlink(missing_ok=True)
+        self._remove()
         return f'{self.path} was there'

@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import partial
-from math import inf
+from math import inf, prod
 from numbers import Real
 from threading import get_ident
 
@@ -161,6 +161,7 @@ class ExtCallback(Callback):
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         cls.order = resolve_order(cls)
+        cls.fit_state = {k:v for c in cls.__mro__[::-1] for k,v in vars(c).get('fit_state', {}).items()}
         if 'step_taken' in vars(cls): _send_step_taken(cls)
 
     def __new__(cls, *args, **kwargs):
@@ -243,8 +244,8 @@ def _value(metric):
     "Value of a fastai metric as a number; None while it has none"
     if getattr(metric, 'count', None)==0: return None
     try: v = metric.value
-    except AttributeError: return None   # an average that was never reset
-    return v.item() if hasattr(v, 'item') else v
+    except Exception: return None       # as before the first batch; where it is an error, fastai's recorder raises it
+    return v.item() if prod(getattr(v, 'shape', (2,)))==1 else v
 
 def _logged(rec, i, metric):
     "Training value of `metric`, the `i`th of the log: the object itself is used again for validation"
@@ -315,26 +316,15 @@ def _by_name(name):
             if smaller is None: continue
             return None if 'negative' in words[:i] else smaller != ('neg' in words[:i])
 
-@patch
-def comparison(self:ExtCallback,
-    monitor:str, # Name of the loss or metric to compare by
-    comp:Callable=None # As in `smaller_is_better`
-)->Callable: # `np.less` if smaller values are better, else `np.greater`
-    "How values of `monitor` are compared; what is not known is taken as fastai's trackers take it, and said in one line"
-    less = smaller_is_better(monitor, comp, self.learn)
-    if less is None:
-        less = 'loss' in monitor or 'error' in monitor
-        side,other = ('smaller','greater') if less else ('larger','less')
-        if rank_distrib()==0: print(f'{self.name}: takes {side} for better in {monitor!r}; if not: comp=np.{other}')
-    return np.less if less else np.greater
-
 # %% ../../nbs/base/core.ipynb #b5b1e73e
 @patch
 def tell(self:ExtCallback,
     what:str, # What the callback did: 'stopped the fit'
-    why:str # What made it do so: 'the loss is nan'
-)->Record:
+    why:str, # What made it do so: 'the loss is nan'
+    once:bool=False # Only if it has not told `what` before?
+)->Record|None:
     "Keep a record of an intervention and print it as one line, on the first process only"
+    if once and any(r.what==what for r in self.records): return None
     record = Record(self.name, what, why, *(getattr(self.learn, o, 0) for o in ('epoch','iter','train_iter')))
     self.records.append(record)
     if rank_distrib()==0: print(record)
