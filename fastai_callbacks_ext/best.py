@@ -74,7 +74,8 @@ class SaveTopK(Monitor):
             self._missing = f'that of epoch {self.epoch} could not be saved'
             return
         self.best = sorted([*self.best, entry | facts], key=lambda o: self.sign*o['value'])[:self.k]
-        if rank_distrib()==0: self._tries(self._publish, entry)
+        if rank_distrib()==0:
+            for f in (self._copy_best, self._list_best, self._remove_others): self._tries(f, entry)
 
 # %% ../nbs/12_best.ipynb #6f18b2e2
 @patch
@@ -103,16 +104,25 @@ def _is_plain(self:SaveTopK, name, value):
     return True
 
 @patch
-def _publish(self:SaveTopK, entry):
-    "Copy the best model to `{fname}.pth`, write the list of the best, remove those of this run that are no longer among them"
-    folder,kept = self._models/self.fname,{Path(o['file']).name for o in self.best}
-    if entry['file']==self.best[0]['file']:
-        with replacing(self._models/f'{self.fname}.pth') as f, open(self._models/entry['file'], 'rb') as best:
-            shutil.copyfileobj(best, f, 2**22)
-    with replacing(folder/'best.json') as f:
+def _copy_best(self:SaveTopK, entry):
+    "To `{fname}.pth`"
+    if entry['file']!=self.best[0]['file']: return
+    with replacing(self._models/f'{self.fname}.pth') as f, open(self._models/entry['file'], 'rb') as best:
+        shutil.copyfileobj(best, f, 2**22)
+
+@patch
+def _list_best(self:SaveTopK, _):
+    with replacing(self._models/self.fname/'best.json') as f:
         f.write(json.dumps(dict(monitor=self.monitor, best=self.best), indent=2).encode())
-    for f in folder.glob(f'*-{self._run}.pth'):
+
+@patch
+def _remove_others(self:SaveTopK, _):
+    "Remove those of this run that are no longer among the best"
+    folder,kept = self._models/self.fname,{Path(o['file']).name for o in self.best}
+    own,all_ = [set(folder.glob(o)) for o in (f'*-{self._run}.pth', '*.pth')]
+    for f in own:
         if f.name not in kept: f.unlink()
+    if others := len(all_-own): self.tell('left files alone', f'{others} in {folder} are not of this run', once=True)
 
 # %% ../nbs/12_best.ipynb #b0ea6ce4
 @patch
