@@ -34,17 +34,19 @@ class SaveTopK(Monitor):
     def __init__(self,
         monitor:str='valid_loss', # Name in the epoch table of the loss or metric to watch
         k:int=3, # Models to keep; None for all
-        comp:Callable=None, # `np.less` if smaller is better, `np.greater` if larger; None looks the name up, see `smaller_is_better`
+        comp:Callable=None, # `np.less` if smaller is better, `np.greater` if larger; None looks it up
         min_delta:float=0., # A model replaces one that is kept if it is better by more than this
-        fname:str='model', # The best is `{fname}.pth` in the learner's `path/model_dir`, and all are in the folder `fname` beside it
+        fname:str='model', # The best is `{fname}.pth` in the learner's models, all are in a folder `fname`
         with_opt:bool=False, # Save, and load, the optimizer's state too?
         reset_on_fit:bool=True, # Forget the models of the fit before when one begins?
         load_best:bool=True # Load the best model when the fit ends?
     ):
         super().__init__(monitor, comp)
-        self.fname,self.min_delta = check_type('fname', fname, str),check_number('min_delta', min_delta, low=0)
+        self.fname = check_type('fname', fname, str)
+        self.min_delta = check_number('min_delta', min_delta, low=0)
         self.k = None if k is None else check_number('k', k, low=1, integer=True)
-        self.with_opt,self.load_best = check_type('with_opt', with_opt, bool),check_type('load_best', load_best, bool)
+        self.with_opt = check_type('with_opt', with_opt, bool)
+        self.load_best = check_type('load_best', load_best, bool)
         self.reset_on_fit = check_type('reset_on_fit', reset_on_fit, bool)
         self._n,self._run = 0,None
 
@@ -59,7 +61,8 @@ class SaveTopK(Monitor):
         "Save the model, if it is one of the best"
         value = self.epoch_value()
         if value is None or not isfinite(value):
-            self._missing = f'{self.monitor} was {"not computed" if value is None else value} in epoch {self.epoch}'
+            was = 'not computed' if value is None else value
+            self._missing = f'{self.monitor} was {was} in epoch {self.epoch}'
         elif self._enters(value): self._add(value)
 
     def _enters(self, value):
@@ -122,7 +125,8 @@ def _remove_others(self:SaveTopK, _):
     own,all_ = [set(folder.glob(o)) for o in (f'*-{self._run}.pth', '*.pth')]
     for f in own:
         if f.name not in kept: f.unlink()
-    if others := len(all_-own): self.tell('left files alone', f'{others} in {folder} are not of this run', once=True)
+    if others := len(all_-own):
+        self.tell('left files alone', f'{others} in {folder} are not of this run', once=True)
 
 # %% ../nbs/12_best.ipynb #b0ea6ce4
 @patch
@@ -146,7 +150,8 @@ def _load_model(model, state):
     "Load `state`, whatever `model` was wrapped in when it was saved; what could not be saved stays"
     model = unwrap_model(model)
     own = model.state_dict()
-    if not state.keys()<=own.keys(): state = {re.sub(r'^((_orig_mod|module)\.)+', '', k): v for k,v in state.items()}
+    if not state.keys()<=own.keys():
+        state = {re.sub(r'^((_orig_mod|module)\.)+', '', k): v for k,v in state.items()}
     model.load_state_dict({k: v for k,v in own.items() if not isinstance(v, Tensor)} | state)
 
 @patch
@@ -161,10 +166,11 @@ def average(self:SaveTopK,
     k:int=None, # Models to average, best first; None for all that are kept
     learn:Learner=None # The learner; None if this callback is still one of its own
 ):
-    "Load the mean of the weights of the best `k` models; statistics of batch norm are those of the training set under that mean"
+    "Load the mean of the weights of the best `k` models; batch norm gets statistics of the training set"
     learn = learn or self.learn
     if learn is None:
-        raise ValueError('save_top_k.average: learn=None: expected a Learner, since this callback was passed to a fit and is no longer on it')
+        why = 'this callback was passed to a fit and is no longer on it'
+        raise ValueError(f'{self.name}.average: learn=None: expected a Learner, since {why}')
     states = [s['model'] if self.with_opt else s for s,_ in islice(self._states(), k)]
     if not states: raise ValueError(f'{self.name}.average: no model can be read; expected at least 1')
     _load_model(learn.model, mean_state(states))
