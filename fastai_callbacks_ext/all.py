@@ -7,10 +7,11 @@ __all__ = []
 
 # %% ../nbs/all.ipynb #728a6161
 from . import averaging, best, checkpoint, gradients, loop, rnn, safety, stopping, tracing
-from .base import core, model, step
+from .base import core, model, passes, step
 from .averaging import *
 from .base.core import *
 from .base.model import *
+from .base.passes import *
 from .base.step import *
 from .best import *
 from .checkpoint import *
@@ -21,4 +22,4 @@ from .safety import *
 from .stopping import *
 from .tracing import *
 
-__all__ = [o for m in (averaging, best, checkpoint, gradients, loop, rnn, safety, stopping, tracing, core, model, step) for o in m.__all__]
+__all__ = [o for m in (averaging, best, checkpoint, gradients, loop, rnn, safety, stopping, tracing, core, model, passes, step) for o in m.__all__]

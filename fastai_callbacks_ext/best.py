@@ -20,7 +20,8 @@ from fastai.torch_core import rank_distrib
 from fastcore.basics import patch
 from .base.core import ExtCallback, check_number, check_type, from_first
 from .base.files import DamagedFile, load_state, replacing, save_state
-from .base.model import mean_state, refresh_batchnorm, unwrap_model
+from .base.model import mean_state, unwrap_model
+from .base.passes import refresh_batchnorm
 from .base.state import load_opt_state, opt_state
 
 # %% ../nbs/12_best.ipynb #53c53be2
