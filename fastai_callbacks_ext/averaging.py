@@ -41,7 +41,8 @@ class _Averager(ExtCallback):
     order,average_name = 52,'ema'       # after the recorder, before those that look at its rows
     # steps, updates, averages by name of the tensor; the trained tensors while the model has averaged ones; refreshed statistics
     fit_state = dict(_t=0, _n=0, _kept=[], raw=None, _stats=None)
-    _learner,_peers,_places,_norm,_loose,_marks,_shown,_done,_left,_added = None,(),None,(),(),{},None,False,None,0
+    _learner,_peers,_shown,_done,_left,_added = None,(),None,False,None,0
+    _places,_norm,_loose,_shapeless,_marks = None,(),(),frozenset(),{}
 
     def _choose(self, validate, buffers, final):
         names = self.average_name,'raw','both'
@@ -56,7 +57,8 @@ class _Averager(ExtCallback):
         if self._others() and any(cb.validate!='raw' for cb in peers):
             raise ValueError(f"validate={self.validate!r}: beside this, expected validate='raw' in every other average, "
                              "since validation is with one at a time")
-        self._learner,self._peers,self._places,self._done = self.learn,peers,None,False
+        self._learner,self._peers,self._places,self._loose,self._shapeless = self.learn,peers,None,(),frozenset()
+        self._done = False
         self._marks = buffer_marks(self.learn.model)
         self._add_columns()
         self.at_end(self._leave)
@@ -113,8 +115,8 @@ def _gather(self:_Averager):
     "Look up what is averaged. A tensor that is new, or has another shape, begins as it is"
     model,known = self._learner.model,{n for kept in self._kept for n in kept}
     stats,norm = statistic_places(model, self._marks, known),norm_places(model)
-    others = {n: o for n,o in stats.items() if n not in norm}
-    self._loose = [(d, k, d[k].shape) for d,k in others.values()]
+    others = {n: o for n,o in stats.items() if n not in norm and n not in self._shapeless}
+    self._loose = [(n, d, k, d[k].shape) for n,(d,k) in others.items()]
     self._norm = list(norm) if self.buffers=='average' else []
     self._places = weight_places(model, known) | (others if self.buffers!='copy' else {}) | {n: norm[n] for n in self._norm}
     now = {n: d[k] for n,(d,k) in self._places.items()}
@@ -124,7 +126,9 @@ def _gather(self:_Averager):
 @patch
 def _tensors(self:_Averager):
     "What is averaged, as it is now"
-    if self._places is None or any(d[k].shape!=shape for d,k,shape in self._loose): self._gather()
+    if changed := [n for n,d,k,shape in self._loose if d[k].shape!=shape]:      # a buffer that changes its shape has no mean
+        self._places,self._shapeless = None,self._shapeless.union(changed)
+    if self._places is None: self._gather()
     return [d[k] for d,k in self._places.values()]
 
 @patch
@@ -139,7 +143,7 @@ def _now(self:_Averager):
     self._tensors()
     return {n: d[k] for n,(d,k) in (self._places | norm_places(self._learner.model)).items()}
 
-# %% ../nbs/09_averaging.ipynb #2148c7ee
+# %% ../nbs/09_averaging.ipynb #2ed1dad1
 @patch
 @torch.no_grad()
 def _lend(self:_Averager, i=0):
@@ -182,7 +186,7 @@ def _versions(self:_Averager):
     "Changes when a weight does"
     return [d[k]._version for d,k in weight_places(self._learner.model).values()]
 
-# %% ../nbs/09_averaging.ipynb #1df658dd
+# %% ../nbs/09_averaging.ipynb #2ed63951
 @patch
 def use(self:_Averager,
     which:str, # 'raw' for the trained weights, or the name of the average: 'ema', 'swa', 'lawa'
@@ -271,7 +275,7 @@ class _AfterAll(ExtCallback):
             cb.tell('was followed by a callback that loaded other weights', f'they are in the model now, '
                     f'not those of final={cb.final!r}')
 
-# %% ../nbs/09_averaging.ipynb #bd17d42e
+# %% ../nbs/09_averaging.ipynb #c76b66b8
 @patch
 def _tell_plan(self:_Averager):
     "Say what will come to nothing in a fit of this length"
@@ -442,7 +446,8 @@ class LAWA(_Every):
 
     def _look(self):
         self._n += 1
-        self._at,self._kept = [*self._at, self._t][-self.k:],[*self._kept, self._copies()][-self.k:]
+        new = self._copies()
+        self._at,self._kept = [*self._at, self._t][-self.k:],[*self._kept, new][-self.k:]
         if self.every: return
         recent = sum(t>=min(0.9*self._t, self._at[-1]) for t in self._at)
         self._at,self._kept = self._at[-recent:],self._kept[-recent:]

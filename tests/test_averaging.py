@@ -227,7 +227,7 @@ def numbers(model=None, cbs=(), bs=8, n=64, **kwargs):
     dls = DataLoaders(*(torch.utils.data.DataLoader(o, bs, shuffle=i==0) for i,o in enumerate((data, data[:n//4]))))
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     kwargs = dict(lr=1e-2, metrics=rmse) | kwargs
-    learn = Learner(dls.to(device), (model or Net()).to(device), MSELossFlat(), cbs=[*cbs, Steps()], **kwargs)
+    learn = Learner(dls, (model or Net()).to(device), MSELossFlat(), cbs=[*cbs, Steps()], **kwargs)
     learn.recorder.add_time = False
     return learn
 
@@ -668,7 +668,7 @@ def test_taken_off_in_mid_fit(make, event):
         order = 55
         def __init__(self): setattr(self, event, self.off)
         def off(self):
-            if self.epoch==1 and self.learn.training and hasattr(self.learn, cb.name): self.learn.remove_cb(cb)
+            if self.epoch==1 and cb.learn is self.learn: self.learn.remove_cb(cb)
     cb = make(validate='both')
     learn = run(cb, Off(), SaveModelCallback('accuracy'), epochs=3)
     want = run(epochs=3)
@@ -707,7 +707,6 @@ def test_learning_rates_of_groups_keep_their_proportion_and_are_returned():
     learn = digits_learner([SWA(0.5, lr=0.1), rates := Rates()], bs=32, n=300, splitter=split)
     fit(learn, 4, lr=slice(1e-3, 1e-2))
     half = len(rates.lrs)//2
-    assert rates.lrs[:half]==rates.after
     assert rates.lrs[:half]==[[1e-3,1e-2]]*half
     assert np.allclose(rates.lrs[half:], [1e-2,1e-1])
     assert rates.after==[[1e-3,1e-2]]*2*half and learn.recorder.lrs[half:]==[0.1]*half
@@ -771,7 +770,7 @@ def test_soup_of_compiled_models(there, here):
     for i in range(2): fit(learn, 1); learn.save(f'm{i}')
     other = here(digits_learner(n=200)); other.path = learn.path
     assert soup(other, ['m0','m1'], greedy=False)
-    want = mean([torch.load(learn.path/learn.model_dir/f'm{i}.pth') for i in range(2)], [1,1])
+    want = mean([torch.load(learn.path/learn.model_dir/f'm{i}.pth', weights_only=False)['model'] for i in range(2)], [1,1])
     plain = lambda state: {k.removeprefix('_orig_mod.'): v.cpu() for k,v in state.items() if 'running' not in k and 'num' not in k}
     assert_close(plain(state(other)), plain(want))
 
@@ -788,10 +787,10 @@ def test_a_diverged_model_is_in_no_soup(greedy, capsys):
 
 class Odd(Metric):
     "A metric that nothing is known of; it has no value at first"
-    name,n = 'oddness',0
-    def reset(self): self.n += 1
+    name,seen = 'oddness',[]
+    def reset(self): self.seen.append(1)
     def accumulate(self, learn): pass
-    value = property(lambda self: None if self.n==1 else float(self.n))
+    value = property(lambda self: None if len(self.seen)==1 else float(len(self.seen)))
 
 def test_which_way_is_better(capsys):
     learn = numbers(nn.Linear(5,1)); learn.path = learn.path.cwd()
