@@ -28,12 +28,12 @@ from .base.state import load_random_state, random_state
 # %% ../nbs/09_averaging.ipynb #f3434176
 def _lerp(average, tensors, part):
     "Move each of `average` a `part` of the way to its one of `tensors`"
-    if any(a.dtype!=t.dtype for a,t in zip(average, tensors)): tensors = [t.to(a.dtype) for a,t in zip(average, tensors)]
     torch._foreach_lerp_(average, tensors, part)
 
+def _dtype(t): return torch.promote_types(t.dtype, torch.float32)
 def _clone(t):
     "A copy, in float32 at least"
-    return t.detach().to(torch.promote_types(t.dtype, torch.float32), copy=True)
+    return t.detach().to(_dtype(t), copy=True)
 
 # %% ../nbs/09_averaging.ipynb #02a37c9f
 class _Averager(ExtCallback):
@@ -42,7 +42,7 @@ class _Averager(ExtCallback):
     # steps, updates, averages by name of the tensor; the trained tensors while the model has averaged ones; refreshed statistics
     fit_state = dict(_t=0, _n=0, _kept=[], raw=None, _stats=None)
     _learner,_peers,_shown,_done,_left,_added = None,(),None,False,None,0
-    _places,_norm,_loose,_shapeless,_marks = None,(),(),frozenset(),{}
+    _places,_norm,_loose,_half,_shapeless,_marks = None,(),(),False,frozenset(),{}
 
     def _choose(self, validate, buffers, final):
         names = self.average_name,'raw','both'
@@ -120,6 +120,7 @@ def _gather(self:_Averager):
     self._norm = list(norm) if self.buffers=='average' else []
     self._places = weight_places(model, known) | (others if self.buffers!='copy' else {}) | {n: norm[n] for n in self._norm}
     now = {n: d[k] for n,(d,k) in self._places.items()}
+    self._half = any(t.dtype!=_dtype(t) for t in now.values())
     same = lambda kept,n: n in kept and kept[n].shape==now[n].shape
     self._kept = [{n: kept[n] if same(kept, n) else _clone(t) for n,t in now.items()} for kept in self._kept]
 
@@ -130,6 +131,12 @@ def _tensors(self:_Averager):
         self._places,self._shapeless = None,self._shapeless.union(changed)
     if self._places is None: self._gather()
     return [d[k] for d,k in self._places.values()]
+
+@patch
+def _numbers(self:_Averager):
+    "What is averaged, in the precision of the average"
+    tensors = self._tensors()
+    return [t.to(_dtype(t)) for t in tensors] if self._half else tensors
 
 @patch
 def _copies(self:_Averager):
@@ -143,7 +150,7 @@ def _now(self:_Averager):
     self._tensors()
     return {n: d[k] for n,(d,k) in (self._places | norm_places(self._learner.model)).items()}
 
-# %% ../nbs/09_averaging.ipynb #2ed1dad1
+# %% ../nbs/09_averaging.ipynb #336ed258
 @patch
 @torch.no_grad()
 def _lend(self:_Averager, i=0):
@@ -186,7 +193,7 @@ def _versions(self:_Averager):
     "Changes when a weight does"
     return [d[k]._version for d,k in weight_places(self._learner.model).values()]
 
-# %% ../nbs/09_averaging.ipynb #2ed63951
+# %% ../nbs/09_averaging.ipynb #14653bf7
 @patch
 def use(self:_Averager,
     which:str, # 'raw' for the trained weights, or the name of the average: 'ema', 'swa', 'lawa'
@@ -275,7 +282,7 @@ class _AfterAll(ExtCallback):
             cb.tell('was followed by a callback that loaded other weights', f'they are in the model now, '
                     f'not those of final={cb.final!r}')
 
-# %% ../nbs/09_averaging.ipynb #c76b66b8
+# %% ../nbs/09_averaging.ipynb #126ce622
 @patch
 def _tell_plan(self:_Averager):
     "Say what will come to nothing in a fit of this length"
@@ -325,7 +332,7 @@ class EMA(_Averager):
         self._n += 1
         if self._n==1: self._kept = [self._copies() for _ in self.decays]
         else:
-            tensors = self._tensors()
+            tensors = self._numbers()
             for d,kept in zip(self.decays, self._kept): self._move(list(kept.values()), tensors, d)
 
     def _move(self, kept, tensors, d):
@@ -415,7 +422,7 @@ class SWA(_Every):
         self._n += 1
         if self._n==1: self._kept = [self._copies()]
         else:
-            tensors = self._tensors()
+            tensors = self._numbers()
             _lerp(list(self._kept[0].values()), tensors, 1/self._n)
 
     def _average(self, i): return self._kept[0]
