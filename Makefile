@@ -39,6 +39,7 @@ bench: .venv/bench-ready ## Measure the callbacks and the loop beside their peer
 
 techniques: .venv/ready ## Train digits and a language model with and without each technique, five seeds (an hour)
 	OMP_NUM_THREADS=1 $(RUN)/python benchmarks/techniques.py
+	OMP_NUM_THREADS=1 $(RUN)/python benchmarks/average_defaults.py
 
 soak-loop: .venv/bench-ready ## Train for a million batches with FastLoop; memory must not grow (10 minutes)
 	$(RUN)/python benchmarks/loop.py --batches 1000000

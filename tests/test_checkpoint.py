@@ -11,7 +11,7 @@ from fastai.text.data import SortedDL
 from torch import nn
 import fastai_callbacks_ext.checkpoint as module
 from fastai_callbacks_ext.all import Checkpoint, PreemptionGuard, SaveTopK
-from fastai_callbacks_ext.base.model import refresh_batchnorm
+from fastai_callbacks_ext.base.passes import refresh_batchnorm
 from fastai_callbacks_ext.base.core import ExtCallback
 from fastai_callbacks_ext.base.position import batches_from, load_random_state, random_state, skips_exactly
 from fastai_callbacks_ext.test_utils import digits_learner
