@@ -6,8 +6,9 @@
 __all__ = []
 
 # %% ../nbs/all.ipynb #728a6161
-from . import averaging, best, checkpoint, gradients, loop, rnn, safety, stopping, tracing
+from . import accumulation, averaging, best, checkpoint, gradients, loop, rnn, safety, stopping, tracing
 from .base import core, model, step
+from .accumulation import *
 from .averaging import *
 from .base.core import *
 from .base.model import *
@@ -21,5 +22,5 @@ from .safety import *
 from .stopping import *
 from .tracing import *
 
-_modules = averaging, best, checkpoint, gradients, loop, rnn, safety, stopping, tracing, core, model, step
+_modules = accumulation, averaging, best, checkpoint, gradients, loop, rnn, safety, stopping, tracing, core, model, step
 __all__ = [o for m in _modules for o in m.__all__]

@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 from common import quiet
-from fastai_callbacks_ext.all import EMA, LAWA, SAM, SWA, FastLoop, GradientAccumulation, GradientCentralization, GradientClip, GradientNoise, Lookahead, SkipNonFinite
+from fastai_callbacks_ext.all import EMA, LAWA, SAM, SWA, FastLoop, GradientAccumulation, GradientCentralization, GradientClip, GradientNoise, LookaheadWeights, SkipNonFinite
 from fastai_callbacks_ext.test_utils import PoisonBatch
 from test_gradients import batched, data, learner
 
@@ -40,7 +40,7 @@ cases = dict(
     sam=lambda: dict(cbs=[SAM(0.5)], lr=0., n=1),
     skipped=lambda: dict(cbs=[GradientAccumulation(12), SkipNonFinite(), PoisonBatch((3,4,7) if dist.get_rank() else ())]),
     sam_window=lambda: dict(cbs=[SAM(0.5), GradientAccumulation(12)]),
-    all=lambda: dict(cbs=[SAM(), GradientAccumulation(12), GradientClip(0.1), GradientCentralization(), GradientNoise(), Lookahead(2), EMA(0.5), FastLoop()]),
+    all=lambda: dict(cbs=[SAM(), GradientAccumulation(12), GradientClip(0.1), GradientCentralization(), GradientNoise(), LookaheadWeights(2), EMA(0.5), FastLoop()]),
     averages=lambda: dict(cbs=[SWA(0.), LAWA(2, validate='raw', final='raw')]))
 
 if __name__=='__main__':

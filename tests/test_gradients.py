@@ -16,7 +16,7 @@ from fastai.torch_core import set_seed
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from common import fit, quiet
-from fastai_callbacks_ext.all import (Checkpoint, FastLoop, GradientAccumulation, GradientCentralization, GradientClip, GradientNoise, Lookahead, RNNRegularizer, SkipNonFinite,
+from fastai_callbacks_ext.all import (Checkpoint, FastLoop, GradientAccumulation, GradientCentralization, GradientClip, GradientNoise, LookaheadWeights, RNNRegularizer, SkipNonFinite,
                                       SpikeGuard, StepLimit, TerminateOnNaN, loss_weight, rnn_cbs, unit_norm)
 from fastai_callbacks_ext.test_utils import PoisonBatch, digits_learner, text_learner
 from test_safety import CPUMixedPrecision
@@ -139,7 +139,7 @@ def test_fastais_is_not():
 @pytest.mark.parametrize('opt_func', [SGD, Adam, partial(OptimWrapper, opt=torch.optim.AdamW)])
 def test_optimizers(opt_func): assert_same(*pair(opt_func=opt_func, lr=0.01))
 
-@pytest.mark.parametrize('cb', [lambda: GradientClip(0.1), lambda: GradientClip(max_value=.01), lambda: GradientClip(adaptive=0.1), GradientCentralization, GradientNoise, Lookahead,
+@pytest.mark.parametrize('cb', [lambda: GradientClip(0.1), lambda: GradientClip(max_value=.01), lambda: GradientClip(adaptive=0.1), GradientCentralization, GradientNoise, LookaheadWeights,
                                 TerminateOnNaN, SkipNonFinite, SpikeGuard, FastLoop, lambda: CPUMixedPrecision(torch.float32, 2.**10)])
 def test_beside(cb): assert_same(*pair(cb), rtol=1e-4, atol=1e-5)
 
@@ -416,7 +416,7 @@ def test_noise():
 def test_lookahead(k, alpha, epochs):
     "As the algorithm of the paper, written out"
     def model(): set_seed(0); return nn.Linear(5, 4)
-    learn = learner(batched(*data(48), [6]*8), net := model(), CrossEntropyLossFlat(), Lookahead(k, alpha), lr=.1, opt_func=partial(SGD, mom=0.9))
+    learn = learner(batched(*data(48), [6]*8), net := model(), CrossEntropyLossFlat(), LookaheadWeights(k, alpha), lr=.1, opt_func=partial(SGD, mom=0.9))
     with quiet(learn): learn.fit(epochs)
     want = model()
     opt,slow,t = torch.optim.SGD(want.parameters(), .1, momentum=0.9),[p.detach().clone() for p in want.parameters()],0
@@ -428,7 +428,7 @@ def test_lookahead(k, alpha, epochs):
                     for s,p in zip(slow, want.parameters()): s += alpha*(p-s); p.copy_(s)
     for p,q in zip(net.parameters(), want.parameters()): torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
 
-@pytest.mark.parametrize('cls', [lambda: Lookahead(3), GradientNoise, lambda: GradientClip(auto=50)])
+@pytest.mark.parametrize('cls', [lambda: LookaheadWeights(3), GradientNoise, lambda: GradientClip(auto=50)])
 def test_resume(cls, tmp_path):
     class Kill(Callback):
         order = 3000
@@ -442,7 +442,7 @@ def test_resume(cls, tmp_path):
     with pytest.raises(KeyboardInterrupt): run(Kill(), path=tmp_path/'b')
     for p,q in zip(run(path=tmp_path/'b').model.parameters(), want.model.parameters()): assert torch.equal(p, q)
 
-@pytest.mark.parametrize('cls', [Lookahead, GradientNoise])
+@pytest.mark.parametrize('cls', [LookaheadWeights, GradientNoise])
 def test_a_skipped_step_does_not_count(cls):
     class Skip(Callback):
         order = 12.5

@@ -287,6 +287,17 @@ def interventions(
     "What the callbacks of `learn` did to its runs"
     return [r for cb in learn.cbs if isinstance(cb, ExtCallback) for r in cb.records]
 
+# %% ../../nbs/base/core.ipynb #8f68ed9f
+@patch
+def refuse_beside(self:ExtCallback,
+    *classes:type # fastai's callbacks of the same job
+):
+    "`ValueError` if one of `classes` is on the learner: done twice, the job is done wrong"
+    for cb in self.learn.cbs:
+        if isinstance(cb, classes):
+            raise ValueError(f"{self.name}: fastai's {type(cb).__name__} is on the learner too; expected one of the two. "
+                             f"Take it off, or let `upgrade(learn)` swap fastai's callbacks for those of this package")
+
 # %% ../../nbs/base/core.ipynb #8d48cdd2
 @patch
 def state_dict(self:ExtCallback)->dict: # Copies; plain Python values and tensors
