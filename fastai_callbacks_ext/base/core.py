@@ -180,7 +180,7 @@ class ExtCallback(Callback):
     @property
     def run(self)->bool:
         "fastai's switch: does the callback act? What it is set to, and only in a real fit unless the class has `run_outside`"
-        return vars(self).get('run', True) and (self.run_outside or self.fitting)
+        return vars(self).get('run', True) and (self.fitting or self.run_outside and self.learn is not None)
     @run.setter
     def run(self, value): vars(self)['run'] = value
 
