@@ -184,7 +184,7 @@ class ExtCallback(Callback):
     @property
     def run(self)->bool:
         "fastai's switch: does the callback act? What it is set to, and only in a real fit unless the class has `run_outside`"
-        return vars(self).get('run', True) and (self.run_outside or self.fitting)
+        return vars(self).get('run', True) and (self.fitting or self.run_outside and self.learn is not None)
     @run.setter
     def run(self, value): vars(self)['run'] = value
 
@@ -290,6 +290,17 @@ def interventions(
 )->list: # `Record`s, oldest first within each callback
     "What the callbacks of `learn` did to its runs"
     return [r for cb in learn.cbs if isinstance(cb, ExtCallback) for r in cb.records]
+
+# %% ../../nbs/base/core.ipynb #8f68ed9f
+@patch
+def refuse_beside(self:ExtCallback,
+    *classes:type # fastai's callbacks of the same job
+):
+    "`ValueError` if one of `classes` is on the learner: done twice, the job is done wrong"
+    for cb in self.learn.cbs:
+        if isinstance(cb, classes):
+            raise ValueError(f"{self.name}: fastai's {type(cb).__name__} is on the learner too; expected one of the two. "
+                             f"Take it off, or let `upgrade(learn)` swap fastai's callbacks for those of this package")
 
 # %% ../../nbs/base/core.ipynb #8d48cdd2
 @patch
