@@ -14,14 +14,15 @@ def _imported(tree, package):
             yield from (start, *(f'{start}.{a.name}' for a in o.names))
 
 def imports():
-    "For each module of the package, the modules of the package that it imports: `{'loop': ['base.core'], ...}`"
-    files = {'.'.join([lib.name, *f.relative_to(lib).with_suffix('').parts]): f for f in lib.rglob('*.py') if f.name[0]!='_'}
+    "For each module of the package, which others of them it imports: `{'loop': ['base.core'], ...}`"
+    name = lambda f: '.'.join([lib.name, *f.relative_to(lib).with_suffix('').parts])
+    files = {name(f): f for f in lib.rglob('*.py') if f.name[0]!='_'}
     short = lambda name: name.removeprefix(lib.name+'.')
     found = {k: set(_imported(ast.parse(f.read_text()), k.rpartition('.')[0])) for k,f in files.items()}
     return {short(k): sorted(map(short, found[k] & files.keys())) for k in sorted(files)}
 
 def floors(found):
-    "The modules of each floor: those of `base` one above what they import, then the purposes, then those that import these"
+    "The modules of each floor: those of `base` one above what they import; purposes; what imports purposes"
     res = {}
     def floor(mod):
         if mod not in res: res[mod] = 1+max(map(floor, found[mod]), default=-1)
@@ -42,10 +43,13 @@ def plot(found=None):
     fig,ax = plt.subplots(figsize=(11, len(rows)))
     for mod,o in [(mod, o) for mod,others in found.items() for o in others]:
         color = '#8a8a8a' if at[o][1]<at[mod][1] else 'red'
-        ax.annotate('', at[o], at[mod], arrowprops=dict(arrowstyle='-|>', color=color, lw=.7, shrinkA=10, shrinkB=10))
+        arrow = dict(arrowstyle='-|>', color=color, lw=.7, shrinkA=10, shrinkB=10)
+        ax.annotate('', at[o], at[mod], arrowprops=arrow)
     for mod,(x,y) in at.items():
-        box = dict(boxstyle='round,pad=.35', fc='#dbe9f6' if _is_base(mod) else '#fdebd0', ec='#8a8a8a', lw=.7)
-        ax.text(x, y, mod.removeprefix('base.'), ha='center', va='center', fontsize=9, color='black', bbox=box)
+        color = '#dbe9f6' if _is_base(mod) else '#fdebd0'
+        box = dict(boxstyle='round,pad=.35', fc=color, ec='#8a8a8a', lw=.7)
+        name = mod.removeprefix('base.')
+        ax.text(x, y, name, ha='center', va='center', fontsize=9, color='black', bbox=box)
     ax.set(xlim=(0, 1.02), ylim=(-.5, len(rows)-.5))
     ax.axis('off')
     fig.patch.set_alpha(0)      # as dark or as light as the page

@@ -35,7 +35,7 @@ EXACT = {} if torch.cuda.is_available() else dict(rtol=0, atol=0)
 def make(cls, **kwargs): return cls(**(NEW.get(cls, dict)() | ARGS.get(cls, {}) | kwargs))
 
 def learner(*classes, cbs=None, **kwargs):
-    "A small learner with one callback of each of `classes`, or with `cbs`, and with what they need beside them"
+    "A small learner with a callback of each of `classes`, or with `cbs`, and what they need beside them"
     cbs = [make(cls) for cls in classes] if cbs is None else cbs
     if any(NEEDS.get(cls) is text_learner for cls in classes):
         return text_learner([cls() for cls in RNN if cls not in classes] + cbs, n=1000, **kwargs)
@@ -52,11 +52,13 @@ def fit(learn, n=1, method='fit', **kwargs):
     with quiet(learn): getattr(learn, method)(n, **kwargs)
     return learn
 
-def _hooks(module): return {k:len(v) for k,v in vars(module).items() if k.endswith('_hooks') and hasattr(v, '__len__')}
+def _hooks(module): return {k:len(v) for k,v in vars(module).items() if k.endswith('_hooks')
+                            and hasattr(v, '__len__')}
 
 def traces(learn):
     "Everything outside the results of a fit that a callback might have left changed"
-    own = {k:v for k,v in vars(learn).items() if hasattr(type(learn), k) and k!='_metrics'}     # replaced methods
+    # replaced methods
+    own = {k:v for k,v in vars(learn).items() if hasattr(type(learn), k) and k!='_metrics'}
     return dict(
         hooks=[_hooks(m) for m in learn.model.modules()],
         tensor_hooks=[len(p._backward_hooks or ()) for p in learn.model.parameters()],
@@ -68,5 +70,6 @@ def traces(learn):
         metrics=[m.name for m in learn.metrics],
         files=len(os.listdir('/proc/self/fd')) if os.path.exists('/proc/self/fd') else 0,
         threads=threading.active_count(),
-        signals=[signal.getsignal(s) for s in sorted(signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP})],
+        signals=[signal.getsignal(s) for s in sorted(signal.valid_signals() - {signal.SIGKILL,
+                                                                               signal.SIGSTOP})],
         grad=torch.is_grad_enabled(), autocast=[torch.is_autocast_enabled(o) for o in ('cpu','cuda')])

@@ -1,7 +1,7 @@
 """The contract of each callback, as people run it: bar and table on, in each of `SETTINGS`
 
-`python tests/contract.py --all` is the soak: every callback in every setting, every pair, in a notebook, in two
-processes. test_contract.py takes a sample of each."""
+`python tests/contract.py --all` is the soak: every callback in every setting, every pair, in a notebook, in
+two processes. test_contract.py takes a sample of each."""
 import argparse, contextlib, gc, io, itertools, os, random, signal, sys, tempfile, time, traceback, warnings
 from collections import Counter
 from functools import cache, partial
@@ -24,10 +24,11 @@ PROPERTIES = {}
 def prop(f): return PROPERTIES.setdefault(f.__name__, f)
 
 # --- a callback in a setting --------------------------------------------------------------------
-TEXT = ('language_model', 'text_classifier')     # fastai's learners for text bring its own callbacks of these jobs:
+# fastai's learners for text bring its own callbacks of these jobs:
+TEXT = ('language_model', 'text_classifier')
 FASTAIS = [rnn.ModelResetter, rnn.RNNCallback, rnn.RNNRegularizer]
 IS_RNN = *RNN, ext.RNNRegularizer
-# What fastai itself cannot do there: `get_preds` makes a loader from the learner's, a GAN has no optimizer of its own
+# What fastai itself cannot do there
 FASTAI_CANNOT = {('exports','torch_loader'), ('exports','gan')}
 
 def possible(cls): return [s for s in SETTINGS if s in TEXT or cls not in IS_RNN]
@@ -104,7 +105,8 @@ def leaves_no_trace(cls, setting):
     "An interrupted fit leaves what it leaves without the callback"
     want = _left(learner_of(cls, setting), [rnn.RNNCallback()] if cls is ext.RNNCallback else [])
     learn = learner_of(cls, setting)
-    assert (left := _left(learn, [make(cls)]))==want, {k: (left[k], want[k]) for k in want if left[k]!=want[k]}
+    assert (left := _left(learn, [make(cls)]))==want, {k: (left[k], want[k]) for k in want
+                                                       if left[k]!=want[k]}
 
 @prop
 def exports(cls, setting):
@@ -146,8 +148,9 @@ def goes_on(cls, setting, how='interrupt'):
     assert not differ, f"other {', '.join(differ)}, stopped in batch {stop}"
 
 def holds_in_ranks(cls):
-    "Under `distrib_ctx`: all processes have the same weights; a run that was interrupted in all goes on to the same bits"
-    path,setting = Path.cwd()/cls.__name__,'digits' if cls not in IS_RNN else 'text_classifier'      # one folder for all
+    "Under `distrib_ctx`: the same weights everywhere; an interrupted run goes on to the same bits"
+    # one folder for all
+    path,setting = Path.cwd()/cls.__name__,'digits' if cls not in IS_RNN else 'text_classifier'
     want = _run(cls, setting, path/'whole', ranks=True)
     with contextlib.suppress(KeyboardInterrupt): _run(cls, setting, path/'in_parts', 3, ranks=True)
     differ = _differ(_run(cls, setting, path/'in_parts', ranks=True), want)
@@ -183,10 +186,13 @@ def in_notebook(names, folder, seconds=600):
     import nbformat
     from nbclient import NotebookClient
     cell = nbformat.v4.new_code_cell
-    start = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nimport contract\nfrom contract import ext"
-    cells = [cell(start), *[cell(f"contract.trains(ext.{o}, 'digits'); contract.goes_on(ext.{o}, 'digits')") for o in names]]
+    here = str(Path(__file__).parent)
+    start = f'import sys; sys.path.insert(0, {here!r})\nimport contract\nfrom contract import ext'
+    cells = [cell(start), *[cell(f"contract.trains(ext.{o}, 'digits'); contract.goes_on(ext.{o}, 'digits')")
+                            for o in names]]
     nb = nbformat.v4.new_notebook(cells=cells)
-    NotebookClient(nb, timeout=seconds, allow_errors=True, resources={'metadata': {'path': str(folder)}}).execute()
+    NotebookClient(nb, timeout=seconds, allow_errors=True,
+                   resources={'metadata': {'path': str(folder)}}).execute()
     return nb
 
 def notebook_problems(nb):
@@ -203,7 +209,8 @@ def attempt(f, *args, **kwargs):
     except KeyboardInterrupt: raise
     except BaseException as e:
         where = traceback.extract_tb(e.__traceback__)[-1]
-        return f"{type(e).__name__}: {' '.join(str(e).split())[:200]} ({Path(where.filename).name}:{where.lineno})"
+        said = ' '.join(str(e).split())[:200]
+        return f'{type(e).__name__}: {said} ({Path(where.filename).name}:{where.lineno})'
     return ''
 
 def soak(classes, settings):
@@ -216,25 +223,30 @@ def soak(classes, settings):
             tried[cls.__name__,setting] = {name: attempt(f, cls, setting) for name,f in checks.items()}
     width = max(map(len, settings))
     print('\n' + ' '*24 + ' '.join(f'{s:>{width}}' for s in settings))
-    def held(*key): return f'{list(tried[key].values()).count("")} of {len(tried[key])}' if key in tried else '-'
-    for cls in classes: print(f'{cls.__name__:24}' + ' '.join(f'{held(cls.__name__, s):>{width}}' for s in settings))
-    return [f'{cls} in {setting}, {name}: {p}' for (cls,setting),ps in tried.items() for name,p in ps.items() if p]
+    def held(*key): return f"{[*tried[key].values()].count('')} of {len(tried[key])}" if key in tried else '-'
+    for cls in classes: print(f'{cls.__name__:24}' + ' '.join(f'{held(cls.__name__, s):>{width}}'
+                                                              for s in settings))
+    return [f'{cls} in {setting}, {name}: {p}' for (cls,setting),ps in tried.items() for name,
+            p in ps.items() if p]
 
 def soak_pairs(classes):
-    found = {f'{a.__name__} and {b.__name__}': attempt(pair, a, b) for a,b in itertools.combinations(classes, 2)}
+    found = {f'{a.__name__} and {b.__name__}': attempt(pair, a, b) for a,
+             b in itertools.combinations(classes, 2)}
     problems = [f'{k}: {p}' for k,p in found.items() if p]
     print(f'{len(found)-len(problems)} of {len(found)} pairs learn')
     return problems
 
 def soak_notebook(classes):
-    problems = [': '.join(o) for o in notebook_problems(in_notebook([o.__name__ for o in classes], Path.cwd(), 3600))]
+    problems = [': '.join(o) for o in notebook_problems(in_notebook([o.__name__ for o in classes], Path.cwd(),
+                                                                    3600))]
     print(f'{len(classes)-len(problems)} of {len(classes)} callbacks hold in a notebook')
     return problems
 
 def soak_ranks(classes):
     from ranks import launch
     found = launch(2, Path(tempfile.mkdtemp()), 3600, contract=[o.__name__ for o in classes])['contract']
-    problems = [f"{o.__name__} in two processes: {' / '.join(ps)}" for o in classes if any(ps := [rank[o.__name__] for rank in found])]
+    problems = [f"{o.__name__} in two processes: {' / '.join(ps)}" for o in classes
+                if any(ps := [rank[o.__name__] for rank in found])]
     print(f'{len(classes)-len(problems)} of {len(classes)} callbacks hold in two processes')
     return problems
 

@@ -1,4 +1,4 @@
-"""Run by torchrun, once for all tests of several processes: `ranks.py OUT PARTS`; each process writes OUT/RANK.json
+"""Run by torchrun, once for all tests of several processes: `ranks.py OUT PARTS` writes OUT/RANK.json
 
 `PARTS` is JSON: for each part its arguments. `launch` starts it and gives what each process saw."""
 import contextlib, io, json, os, subprocess, sys, warnings
@@ -16,9 +16,10 @@ from fastai_callbacks_ext.test_utils import PoisonBatch, digits_learner
 
 def launch(world, out, seconds, **parts):
     "Run `parts` in `world` processes; for each part, what each process saw"
-    env = os.environ | {'OMP_NUM_THREADS':'1', 'PYTHONWARNINGS':'ignore', 'CUDA_VISIBLE_DEVICES':'', 'ACCELERATE_USE_CPU':'1'}
-    cmd = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(world), __file__]
-    res = subprocess.run([*cmd, out, json.dumps(parts)], env=env, capture_output=True, text=True, timeout=seconds)
+    cpus = {'CUDA_VISIBLE_DEVICES':'', 'ACCELERATE_USE_CPU':'1', 'OMP_NUM_THREADS':'1'}
+    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(world)]
+    cmd = [*torchrun, __file__, out, json.dumps(parts)]
+    res = subprocess.run(cmd, env=os.environ | cpus, capture_output=True, text=True, timeout=seconds)
     if res.returncode: raise RuntimeError(res.stderr[-3000:])
     seen = [json.loads((Path(out)/f'{r}.json').read_text()) for r in range(world)]
     return {k: [o[k] for o in seen] for k in parts}

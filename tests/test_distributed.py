@@ -19,7 +19,8 @@ together = {*random.Random(0).sample(names, 6), 'Checkpoint'}       # all of the
 def seen(tmp_path_factory):
     "What two processes saw, by part"
     out = tmp_path_factory.mktemp('ranks')
-    return launch(2, out, 400, nan=['loss','grad','input'], gradients=None, safety=list(seeds), contract=sorted(together))
+    parts = dict(nan=['loss','grad','input'], gradients=None, safety=list(seeds), contract=sorted(together))
+    return launch(2, out, 400, **parts)
 
 @pytest.mark.parametrize('where', ['loss','grad','input'])
 def test_all_stop_in_the_same_batch(where, seen):
@@ -37,7 +38,8 @@ def test_faults_on_one_process(seen):
 
 def test_check_can_fail():
     a = dict(seed=0, finite=True, weights='a', told=[], lines=0)
-    for other in (dict(finite=False), dict(weights='b'), dict(told=[1]), dict(lines=1)): assert list(check([[a], [a | other]]))
+    for other in (dict(finite=False), dict(weights='b'), dict(told=[1]), dict(lines=1)):
+        assert list(check([[a], [a | other]]))
 
 @pytest.mark.parametrize('name', sorted(together))
 def test_contract(name, seen):
@@ -52,7 +54,9 @@ def test_same_weights(case, gradients):
     a,b = gradients[case]
     assert a['weights']==b['weights'] and a['grads']==b['grads'] and a['syncs'] and b['syncs']
 
-@pytest.mark.parametrize('case,windows', [('windows',[0,12,24,36,48]), ('left_over',[0,18,36,48]), ('cut_short',[0,30,42])])
+windows = dict(windows=[0,12,24,36,48], left_over=[0,18,36,48], cut_short=[0,30,42])
+
+@pytest.mark.parametrize('case,windows', windows.items(), ids=windows)
 def test_windows_of_all_processes(case, windows, gradients):
     "The gradient is that of one batch of the targets of all; it is shared once a window"
     found,_ = gradients[case]

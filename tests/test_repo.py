@@ -51,18 +51,21 @@ def test_public_signatures_are_annotated():
     for o in filter(callable, [getattr(m, n) for m in (ext, utils) for n in m.__all__]):
         methods = [f for n,f in vars(o).items() if inspect.isfunction(f) and (n=='__init__' or n[0]!='_')]
         for f in methods if isinstance(o, type) else [o]:
-            ps = [p for p in inspect.signature(f).parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+            ps = [p for p in inspect.signature(f).parameters.values()
+                  if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
             bare += [f'{f.__qualname__}({p.name})' for p in ps if p.annotation is p.empty and p.name!='self']
     assert not bare
 
 # --- the house ----------------------------------------------------------------------------------
-ORDER = 'base.core','base.files','base.model','base.step','base.identity','base.state'     # none imports a later one
+# none imports a later one
+ORDER = 'base.core','base.files','base.model','base.step','base.identity','base.state'
 MANY = 'all','upgrade'          # may import purposes
 
 def test_imports_point_down():
     "`base` imports nothing above it, and is in order itself; no purpose imports another one"
     found = house.imports()
-    assert found['loop']==['base.core'] and 'base.model' in found['base.step'] and 'tracing' in found['all']    # it sees them
+    # it sees them
+    assert found['loop']==['base.core'] and 'base.model' in found['base.step'] and 'tracing' in found['all']
     def may(mod, other):
         if mod in ORDER and other in ORDER: return ORDER.index(other)<ORDER.index(mod)
         return mod in MANY or (other.startswith('base.') and mod!='test_utils')
@@ -72,11 +75,13 @@ def test_imports_point_down():
 def lines(f):
     "The lines of the source of `f`, each with where it is"
     if f.suffix=='.py': return enumerate(f.read_text().splitlines(), 1)
-    return [(c['id'], l) for c in json.loads(f.read_text())['cells'] for l in ''.join(c['source']).splitlines()]
+    return [(c['id'], l) for c in json.loads(f.read_text())['cells']
+            for l in ''.join(c['source']).splitlines()]
 
 def test_lines_fit_the_page():
     "110 characters, in notebooks too; rows of a table and addresses cannot be broken"
-    files = [f for d in ('nbs','tests','docs','examples','benchmarks') for f in (root/d).rglob('*.*') if '_build' not in f.parts]
+    files = [f for d in ('nbs','tests','docs','examples','benchmarks') for f in (root/d).rglob('*.*')
+             if '_build' not in f.parts]
     fits = lambda l: len(l)<=110 or l.lstrip().startswith('|') or '](http' in l
     long = [f'{f.relative_to(root)}, {where}: {l[:60]}...' for f in files if f.suffix in ('.py','.ipynb')
             for where,l in lines(f) if not fits(l)]
