@@ -13,6 +13,7 @@ from fastai.callback import rnn
 from fastai.callback.core import Callback
 from fastai.learner import load_learner
 from fastai.torch_core import set_seed
+from fastcore.xtras import working_directory
 import fastai_callbacks_ext.all as ext
 from fastai_callbacks_ext.base.core import from_all
 from common import RNN, finite, learner, make, public_callbacks, traces
@@ -260,7 +261,7 @@ def main():
     args = p.parse_args()
     torch.set_num_threads(1)
     start,classes,problems = time.time(),[getattr(ext, o) for o in args.callbacks],[]
-    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+    with tempfile.TemporaryDirectory() as folder, working_directory(folder):
         if 'settings' in args.parts and args.all: problems += soak(classes, args.settings)
         elif 'settings' in args.parts:
             for cls,setting in sample(args.seed): problems += soak([cls], [setting])

@@ -58,15 +58,17 @@ def contract(names):
     "What contract.py asks of the callbacks called `names` under fastai's `distrib_ctx`"
     import contract
     from contract import ext
-    from fastai.distributed import DistributedDL
-    DistributedDL._broadcast = _broadcast
+    without_gpu()
     return {name: contract.attempt(contract.holds_in_ranks, getattr(ext, name)) for name in names}
 
-def _broadcast(self, t, rank):
-    "As `DistributedDL`'s, which puts it on a GPU"
-    t = torch.tensor(t)
-    dist.broadcast(t, rank)
-    return t.tolist()
+def without_gpu():
+    "fastai's `distrib_ctx` puts the indices of items on a GPU to send them; here they stay where they are"
+    from fastai.distributed import DistributedDL
+    def broadcast(self, t, rank):
+        t = torch.tensor(t)
+        dist.broadcast(t, rank)
+        return t.tolist()
+    DistributedDL._broadcast = broadcast
 
 PARTS = dict(nan=nan, gradients=gradients, safety=safety, contract=contract)
 
