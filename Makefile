@@ -4,7 +4,7 @@ BIN = .venv/bin
 # notebooks' stored outputs and test runs are free of other packages' warnings; one thread per process is fastest for small models
 RUN = PYTHONWARNINGS=ignore $(BIN)
 
-.PHONY: help demo test docs bench techniques soak-loop soak-crash soak-ranks notebooks clean
+.PHONY: help demo test docs bench techniques soak-contract soak-loop soak-crash soak-ranks notebooks clean
 
 help:          ## Show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,14 +41,18 @@ techniques: .venv/ready ## Train digits and a language model with and without ea
 	OMP_NUM_THREADS=1 $(RUN)/python benchmarks/techniques.py
 	OMP_NUM_THREADS=1 $(RUN)/python benchmarks/average_defaults.py
 
+soak-contract: .venv/ready ## Every callback in every setting, every pair, in a notebook and in 2 processes (an hour)
+	$(RUN)/python tests/contract.py --all
+
 soak-loop: .venv/bench-ready ## Train for a million batches with FastLoop; memory must not grow (10 minutes)
 	$(RUN)/python benchmarks/loop.py --batches 1000000
 
 soak-crash: .venv/ready ## Kill training runs 500 times and resume them; each must end with the same bits (25 minutes)
 	$(RUN)/python tests/crash.py --kills 500
 
-soak-ranks: .venv/ready ## Train with faults on one of 2 and of 4 processes, 200 times; all must end with the same weights (5 minutes)
+soak-ranks: .venv/ready ## Train with faults on one of 2 and of 4 processes, 200 times, then under distrib_ctx; all must end alike (10 minutes)
 	$(RUN)/python tests/distributed_safety.py --scenarios 200
+	$(RUN)/python tests/distributed_safety.py --scenarios 100 --distrib
 
 notebooks: .venv/ready ## Export the modules, run the notebooks and store their outputs
 	$(BIN)/nbdev-export

@@ -1,4 +1,4 @@
-"Build the docs site: `python docs/build.py`; or write README.md from nbs/index.ipynb: `python docs/build.py --readme`"
+"Build the docs site: `python docs/build.py`; write README.md from nbs/index.ipynb: add `--readme`"
 import shutil, sys
 from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
@@ -23,7 +23,8 @@ def write_site(dst):
     mds = {f'{p.html}.md':to_md(p, md_link(up(p))) for p in pages.values()}
     mds['llms-full.txt'] = '\n\n---\n\n'.join(to_md(p, md_link()) for p in pages.values())
     stage(src)
-    rc = build_main(['-q','-b','html','-n','-W','--keep-going','-c',str(root/'docs'),'-d',str(tmp),str(src),str(out)])
+    options = ['-q','-b','html','-n','-W','--keep-going']
+    rc = build_main([*options,'-c',str(root/'docs'),'-d',str(tmp),str(src),str(out)])
     for path,s in mds.items(): (out/path).write_text(s)
     for f in nbdoc.files:
         (out/'files'/f).parent.mkdir(parents=True, exist_ok=True)

@@ -42,7 +42,8 @@ def source_pages(app):
     fmt = HtmlFormatter(linenos='inline', linespans='L')
     for mod,syms in modules.items():
         code = highlight((root/next(iter(syms.values()))[1]).read_text(), PythonLexer(), fmt)
-        yield f'source/{mod}', dict(title=mod, body=f'<h1>{mod}</h1>' + code.replace('id="L-', 'id="L')), 'page.html'
+        body = f'<h1>{mod}</h1>' + code.replace('id="L-', 'id="L')
+        yield f'source/{mod}', dict(title=mod, body=body), 'page.html'
 
 def repo_links(app, pagename, templatename, context, doctree):
     "View and edit links to the notebook that the page came from"
@@ -54,7 +55,9 @@ def math(self, node):
     "MathML, which browsers show without a script"
     try: xml = tex2mathml(node.astext())
     except MathError as e: logger.warning(e, location=node)
-    else: self.body.append(xml.replace('<math ', '<math display="block" ', 1) if isinstance(node, nodes.math_block) else xml)
+    else:
+        if isinstance(node, nodes.math_block): xml = xml.replace('<math ', '<math display="block" ', 1)
+        self.body.append(xml)
     raise nodes.SkipNode
 
 def setup(app):

@@ -1,4 +1,4 @@
-"nbdev notebooks -> MyST pages, Markdown pages and README.md, with nbdev's own processors; no notebook is executed"
+"nbdev notebooks -> MyST pages, Markdown pages, README.md, by nbdev's processors; no notebook is executed"
 import os, re, sys
 from base64 import b64decode
 from importlib import import_module
@@ -21,20 +21,25 @@ os.chdir(root)                      # where nbdev looks for its settings
 sys.path.insert(0, str(root))
 cfg,site = get_config(),Config.find('settings.ini')
 doc_url = cfg.doc_url and cfg.doc_url.rstrip('/')+'/'
-modules = exec_local((cfg.lib_path/'_modidx.py').read_text(), 'd')['syms']      # {module: {symbol: (page#anchor, file)}}
+# {module: {symbol: (page#anchor, file)}}
+modules = exec_local((cfg.lib_path/'_modidx.py').read_text(), 'd')['syms']
 
 lookup = NbdevLookup()
 for mod,syms in modules.items():
     for full,(page,py) in syms.items():
         name = full.removeprefix(mod+'.')
         for k in (full,name):
-            if name.partition('.')[0] in import_module(mod).__all__: lookup.syms[k] = f'own:{page}',py,f'own:source/{mod}.html'
+            public = name.partition('.')[0] in import_module(mod).__all__
+            if public: lookup.syms[k] = f'own:{page}',py,f'own:source/{mod}.html'
             else: lookup.syms.pop(k, None)
 
 # --- show_doc -----------------------------------------------------------------------------------
-def _type(o): return '' if o is empty or o is type(None) else o.__name__ if isinstance(o, type) else str(o).replace('typing.', '')
+def _type(o):
+    if o is empty or o is type(None): return ''
+    return o.__name__ if isinstance(o, type) else str(o).replace('typing.', '')
+
 def _default(o): return '' if o is empty else getattr(o, '__name__', None) or repr(o)
-def _code(s): return f'`` {s} ``' if s else ''        # nbdev makes links of single backticks, here only of types
+def _code(s): return f'`` {s} ``' if s else ''        # single backticks become links, here only types
 
 def _row(name, p):
     "Name, type, default and description of a parameter"
@@ -50,16 +55,19 @@ def _signature(start, params, ret):
 def _table(rows):
     "Markdown table of `rows`, without empty columns"
     cols = [c for c in zip(('Parameter','Type','Default','Description'), ('---',)*4, *rows) if any(c[2:])]
-    return '\n'.join('| ' + ' | '.join(o.replace('|', r'\|').replace('\n', ' ') for o in r) + ' |' for r in zip(*cols))
+    cell = lambda o: o.replace('|', r'\|').replace('\n', ' ')
+    return '\n'.join('| ' + ' | '.join(map(cell, r)) + ' |' for r in zip(*cols))
 
 def show_doc(sym):
     "Name and full name of `sym`, and its source link, signature, summary and parameter table"
     r = ShowDocRenderer(sym)
     d = docments(r.sym, full=True, args_kwargs=True)
-    params = [_row(k, p) for k,p in d.items() if k not in {'self','return',*vars(event)}]     # every fastai callback takes the events
+    hidden = {'self','return',*vars(event)}     # every fastai callback takes the events
+    params = [_row(k, p) for k,p in d.items() if k not in hidden]
     ret = _row('', d['return']) if 'return' in d else ('',)*4
     start = 'class ' if isinstance(r.sym, type) else 'property ' if isinstance(sym, property) else ''
-    parts = [f'[[source]]({lookup.code(r.nm)})', f'```python\n{_signature(start+r.nm, params, ret[1])}\n```', r.docs]
+    signature = f'```python\n{_signature(start+r.nm, params, ret[1])}\n```'
+    parts = [f'[[source]]({lookup.code(r.nm)})', signature, r.docs]
     if any(o[3] for o in [*params, ret]):
         rows = [(_code(n), t and f'`{t}`', _code(v), doc) for n,t,v,doc in params]
         parts.append(_table(rows + [('**returns**', ret[1] and f'`{ret[1]}`', '', ret[3])]*any(ret)))
@@ -68,8 +76,10 @@ def show_doc(sym):
 class render_show_docs(Processor):
     "Turn `show_doc` cells into Markdown, each under a heading unless the text has just given it one"
     def begin(self):
-        self.ns = {name:getattr(m, name) for m in map(import_module, modules) for name in m.__all__} | {'show_doc':show_doc}
-        self.nb.symbols_,self.level,self.here = {},1,{}     # full names by anchor; level of the last heading, and of the symbols below it
+        self.ns = {name:getattr(m, name) for m in map(import_module, modules) for name in m.__all__}
+        self.ns['show_doc'] = show_doc
+        # full names by anchor; level of the last heading, and of the symbols below it
+        self.nb.symbols_,self.level,self.here = {},1,{}
 
     def cell(self, cell):
         if cell.cell_type=='markdown': self._headings(cell.source)
@@ -84,13 +94,16 @@ class render_show_docs(Processor):
 
     def _headings(self, s):
         s = re.sub(r'^```.*?^```', '', s, flags=re.M|re.S)
-        for h,text in re.findall(r'^(#+) +(.*?) *$', s, re.M): self.level,self.here = len(h),{text.strip('`'):len(h)}
+        for h,text in re.findall(r'^(#+) +(.*?) *$', s, re.M):
+            self.level,self.here = len(h),{text.strip('`'):len(h)}
 
-procs = [FrontmatterProc, add_show_docs, strip_ansi, hide_line, filter_stream_, render_show_docs, rm_export, clean_magics, hide_, add_links,
+procs = [FrontmatterProc, add_show_docs, strip_ansi, hide_line, filter_stream_, render_show_docs, rm_export,
+         clean_magics, hide_, add_links,
          mv_exports]
 
 # --- Pages --------------------------------------------------------------------------------------
-tags = {('echo','false'):'remove-input', ('output','false'):'remove-output', ('code-fold',''):'hide-input'}    # Quarto's options in myst-nb
+# Quarto's options in myst-nb
+tags = {('echo','false'):'remove-input', ('output','false'):'remove-output', ('code-fold',''):'hide-input'}
 
 class Page:
     "A processed notebook"
@@ -101,11 +114,14 @@ class Page:
         self.rel = Path(fn).resolve().relative_to(cfg.nbs_path)
         self.html,self.symbols = nbpath2html(self.rel).as_posix(),self.nb.symbols_
         title = mk_cell(f"# {fm['title']}\n\n{lookup.linkify(fm.get('description', ''))}", 'markdown')
-        self.cells = [title] + [c for c in self.nb.cells if c.cell_type!='raw' and (c.source or c.get('outputs'))]
+        shown = lambda c: c.cell_type!='raw' and (c.source or c.get('outputs'))
+        self.cells = [title, *filter(shown, self.nb.cells)]
         for c in self.cells:
-            if c.cell_type=='code': c.metadata = dict(tags=[tags[o] for o in c.directives_.items() if o in tags])
+            if c.cell_type=='code':
+                c.metadata = dict(tags=[tags[o] for o in c.directives_.items() if o in tags])
             for o in c.get('outputs', []):
-                if o.output_type=='stream': o.text = re.sub(r'.*\r', '', o.text)      # a progress bar overwrites itself
+                # a progress bar overwrites itself
+                if o.output_type=='stream': o.text = re.sub(r'.*\r', '', o.text)
 
 pages = {}
 def load():
@@ -120,11 +136,13 @@ def target(page, url):
     path,_,anchor = url.partition('#')
     if path.startswith('own:'):
         path = path.removeprefix('own:')
-        while path in pages and anchor and anchor not in pages[path].symbols: anchor = anchor.rpartition('.')[0]
+        while path in pages and anchor and anchor not in pages[path].symbols:
+            anchor = anchor.rpartition('.')[0]
         return path,anchor
     f = (cfg.nbs_path/page.rel.parent/path).resolve()
     if ':' in path or not f.is_file(): return
-    if f.suffix=='.ipynb' and f.is_relative_to(cfg.nbs_path): return nbpath2html(f.relative_to(cfg.nbs_path)).as_posix(),anchor
+    if f.suffix=='.ipynb' and f.is_relative_to(cfg.nbs_path):
+        return nbpath2html(f.relative_to(cfg.nbs_path)).as_posix(),anchor
     files.add(f.relative_to(root))
     return f'files/{f.relative_to(root).as_posix()}',anchor
 
@@ -137,14 +155,17 @@ def _url(path, anchor): return f'{path}#{anchor}' if anchor else path
 
 def site_link(page, path, anchor):
     if path not in pages: return f'({up(page)}{_url(path, anchor)}){{.external}}'
-    return f"({up(page)}{_url(path.replace('.html', '.ipynb'), anchor.replace('.', ''))})"       # MyST's anchors have no dots
+    url = _url(path.replace('.html', '.ipynb'), anchor.replace('.', ''))       # MyST's anchors have no dots
+    return f'({up(page)}{url})'
 
 def md_link(start=''):
-    return lambda page, path, anchor: f"({doc_url or start}{f'{path}.md' if path in pages else _url(path, anchor)})"
+    url = lambda path, anchor: f'{path}.md' if path in pages else _url(path, anchor)
+    return lambda page, path, anchor: f'({doc_url or start}{url(path, anchor)})'
 
 def repo_link(page, path, anchor):
     if doc_url and path in pages: return f'({doc_url}{_url(path, anchor)})'
-    file = f'{cfg.nbs_path.name}/{pages[path].rel.as_posix()}' if path in pages else path.removeprefix('files/')
+    file = path.removeprefix('files/')
+    if path in pages: file = f'{cfg.nbs_path.name}/{pages[path].rel.as_posix()}'
     return f"({f'{cfg.git_url}/blob/{cfg.branch}/' if cfg.git_url else ''}{file})"
 
 # --- What is written ----------------------------------------------------------------------------
@@ -155,12 +176,14 @@ def _toctree(line):
 
 def stage(dst):
     "Write the pages as notebooks for Sphinx"
-    pages['index.html'].cells.append(mk_cell('\n\n'.join(map(_toctree, site.nav.strip().splitlines())), 'markdown'))
+    nav = '\n\n'.join(map(_toctree, site.nav.strip().splitlines()))
+    pages['index.html'].cells.append(mk_cell(nav, 'markdown'))
     for p in pages.values():
         for c in p.cells:
             if c.cell_type=='markdown': c.source = relink(p, c.source, site_link)
             for o in c.get('outputs', []):
-                if 'text/markdown' in o.get('data', {}): o.data['text/markdown'] = relink(p, o.data['text/markdown'], site_link)
+                md = o.get('data', {}).get('text/markdown')
+                if md: o.data['text/markdown'] = relink(p, md, site_link)
         f = (dst/p.html).with_suffix('.ipynb')
         f.parent.mkdir(parents=True, exist_ok=True)
         p.nb.cells = p.cells
@@ -171,8 +194,8 @@ def _output_md(page, o, link, img):
     if 'image/png' in data: return img(b64decode(data['image/png']))
     if 'text/markdown' in data: return relink(page, data['text/markdown'], link)
     text = o.text if o.output_type=='stream' else data.get('text/plain', '')
-    shown = text.strip() and not ('text/html' in data and text.startswith('<'))           # `<IPython.core.display.HTML object>`
-    return f'```text\n{text.rstrip()}\n```' if shown else ''
+    hidden = 'text/html' in data and text.startswith('<')       # `<IPython.core.display.HTML object>`
+    return f'```text\n{text.rstrip()}\n```' if text.strip() and not hidden else ''
 
 def to_md(page, link, img=lambda png: ''):
     "`page` (not yet staged) as Markdown; `img` writes a figure"
@@ -180,7 +203,8 @@ def to_md(page, link, img=lambda png: ''):
     for c in page.cells:
         if c.cell_type=='markdown': res.append(relink(page, c.source, link)); continue
         if c.source and 'remove-input' not in c.metadata['tags']: res.append(f'```python\n{c.source}\n```')
-        if 'remove-output' not in c.metadata['tags']: res += [_output_md(page, o, link, img) for o in c.outputs]
+        if 'remove-output' in c.metadata['tags']: continue
+        res += [_output_md(page, o, link, img) for o in c.outputs]
     return '\n\n'.join(s.strip() for s in res if s.strip())+'\n'
 
 def readme():
@@ -190,4 +214,5 @@ def readme():
         path = f'docs/_static/readme-{len(imgs)+1}.png'
         imgs[path] = png
         return f"![]({f'{cfg.git_url}/raw/{cfg.branch}/' if cfg.git_url else ''}{path})"
-    return '<!-- Written from nbs/index.ipynb by `python docs/build.py --readme` -->\n\n' + to_md(pages['index.html'], repo_link, img), imgs
+    note = '<!-- Written from nbs/index.ipynb by `python docs/build.py --readme` -->'
+    return f"{note}\n\n{to_md(pages['index.html'], repo_link, img)}", imgs

@@ -1225,6 +1225,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                        'fastai_callbacks_ext/tracing.py'),
                                               'fastai_callbacks_ext.tracing.CallbackOrder.__repr__': ( 'tracing.html#callbackorder.__repr__',
                                                                                                        'fastai_callbacks_ext/tracing.py'),
+                                              'fastai_callbacks_ext.tracing.CallbackOrder._held': ( 'tracing.html#callbackorder._held',
+                                                                                                    'fastai_callbacks_ext/tracing.py'),
                                               'fastai_callbacks_ext.tracing.CallbackOrder._notes': ( 'tracing.html#callbackorder._notes',
                                                                                                      'fastai_callbacks_ext/tracing.py'),
                                               'fastai_callbacks_ext.tracing.CallbackOrder._repr_markdown_': ( 'tracing.html#callbackorder._repr_markdown_',

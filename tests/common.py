@@ -13,7 +13,8 @@ warnings.filterwarnings('ignore')
 def public_callbacks():
     "Every callback that `from fastai_callbacks_ext.all import *` gives"
     found = {getattr(ext, o) for o in ext.__all__}
-    return sorted((o for o in found if isinstance(o, type) and issubclass(o, ExtCallback) and o is not ExtCallback), key=lambda o: o.__name__)
+    found = {o for o in found if isinstance(o, type) and issubclass(o, ExtCallback) and o is not ExtCallback}
+    return sorted(found, key=lambda o: o.__name__)
 
 RNN = [ext.ModelResetter, ext.RNNCallback]   # an AWD-LSTM needs both
 
@@ -24,13 +25,17 @@ NEEDS = {ext.ModelResetter: text_learner, ext.RNNCallback: text_learner, ext.RNN
 ARGS = {ext.RNNRegularizer: dict(alpha=2, beta=1)}
 
 # Arguments without a default
-NEW = {ext.Checkpoint: lambda: dict(path=tempfile.mkdtemp(dir='.')), ext.StepLimit: lambda: dict(steps=10**6), ext.SampleLimit: lambda: dict(samples=10**9),
-       ext.TimeLimit: lambda: dict(minutes=60, schedule=True), ext.StopFile: lambda: dict(path='stop')}
+NEW = {ext.Checkpoint: lambda: dict(path=tempfile.mkdtemp(dir='.')), ext.StopFile: lambda: dict(path='stop'),
+       ext.StepLimit: lambda: dict(steps=10**6), ext.SampleLimit: lambda: dict(samples=10**9),
+       ext.TimeLimit: lambda: dict(minutes=60, schedule=True)}
+
+# For `assert_close`: to the last bit where sums have one order; a GPU adds up in any
+EXACT = {} if torch.cuda.is_available() else dict(rtol=0, atol=0)
 
 def make(cls, **kwargs): return cls(**(NEW.get(cls, dict)() | ARGS.get(cls, {}) | kwargs))
 
 def learner(*classes, cbs=None, **kwargs):
-    "A small learner that callbacks of these `classes` can work with, with one of each, or with `cbs`, and with what they need beside them"
+    "A small learner with a callback of each of `classes`, or with `cbs`, and what they need beside them"
     cbs = [make(cls) for cls in classes] if cbs is None else cbs
     if any(NEEDS.get(cls) is text_learner for cls in classes):
         return text_learner([cls() for cls in RNN if cls not in classes] + cbs, n=1000, **kwargs)
@@ -41,15 +46,19 @@ def quiet(learn):
     "No progress bar, no epoch lines"
     with learn.no_bar(), learn.no_logging(): yield learn
 
+def finite(learn): return all(p.isfinite().all() for p in learn.model.parameters())
+
 def fit(learn, n=1, method='fit', **kwargs):
     with quiet(learn): getattr(learn, method)(n, **kwargs)
     return learn
 
-def _hooks(module): return {k:len(v) for k,v in vars(module).items() if k.endswith('_hooks') and hasattr(v, '__len__')}
+def _hooks(module): return {k:len(v) for k,v in vars(module).items() if k.endswith('_hooks')
+                            and hasattr(v, '__len__')}
 
 def traces(learn):
     "Everything outside the results of a fit that a callback might have left changed"
-    own = {k:v for k,v in vars(learn).items() if hasattr(type(learn), k) and k!='_metrics'}   # methods replaced on the instance
+    # replaced methods
+    own = {k:v for k,v in vars(learn).items() if hasattr(type(learn), k) and k!='_metrics'}
     return dict(
         hooks=[_hooks(m) for m in learn.model.modules()],
         tensor_hooks=[len(p._backward_hooks or ()) for p in learn.model.parameters()],
@@ -61,5 +70,6 @@ def traces(learn):
         metrics=[m.name for m in learn.metrics],
         files=len(os.listdir('/proc/self/fd')) if os.path.exists('/proc/self/fd') else 0,
         threads=threading.active_count(),
-        signals=[signal.getsignal(s) for s in sorted(signal.valid_signals()) if s not in (signal.SIGKILL, signal.SIGSTOP)],
-        grad=torch.is_grad_enabled(), autocast=torch.is_autocast_enabled('cpu'))
+        signals=[signal.getsignal(s) for s in sorted(signal.valid_signals() - {signal.SIGKILL,
+                                                                               signal.SIGSTOP})],
+        grad=torch.is_grad_enabled(), autocast=[torch.is_autocast_enabled(o) for o in ('cpu','cuda')])

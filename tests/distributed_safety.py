@@ -14,6 +14,7 @@ from fastai.callback.fp16 import MixedPrecision
 from torch.nn.parallel import DistributedDataParallel
 from fastai_callbacks_ext.all import *
 from fastai_callbacks_ext.test_utils import PoisonBatch, digits_learner
+from ranks import without_gpu
 
 class BFloat16(MixedPrecision):
     "fastai's, on the CPU"
@@ -38,14 +39,17 @@ def scenario(seed, world):
     cbs = [guard(), *beside()]
     return [cb for i,cb in enumerate(cbs) if type(cb) not in map(type, cbs[:i])],fault(),r.randrange(world)
 
-def run(seed):
-    "What is left of one fit"
+def run(seed, distrib=False):
+    "What is left of one fit, with other data for each process, or under fastai's `distrib_ctx`"
     rank,world = dist.get_rank(),dist.get_world_size()
     cbs,fault,bad = scenario(seed, world)
-    learn = digits_learner(cbs + [fault]*(rank==bad), n=200, bs=16)
-    learn.model = DistributedDataParallel(learn.model)
-    learn.dls.train.rng.seed(rank)      # other data on each
-    with learn.no_bar(), learn.no_logging(), contextlib.redirect_stdout(io.StringIO()) as out: learn.fit(2)
+    learn = digits_learner(cbs + [fault]*(rank==bad), n=200*(world if distrib else 1), bs=16)
+    if not distrib:
+        learn.model = DistributedDataParallel(learn.model)
+        learn.dls.train.rng.seed(rank)
+    ctx = learn.distrib_ctx(sync_bn=False) if distrib else contextlib.nullcontext()
+    quiet = contextlib.redirect_stdout(io.StringIO())
+    with learn.no_bar(), learn.no_logging(), quiet as out, ctx: learn.fit(2)
     weights = torch.cat([p.detach().flatten() for p in learn.model.parameters()])
     told = [(r.callback, r.what.split()[0], r.iteration) for r in interventions(learn)]
     return dict(seed=seed, cbs=[cb.name for cb in cbs], bad=bad, finite=all_finite([learn.model.state_dict(), [list(s.values()) for s in learn.opt.state.values()]]),
@@ -60,11 +64,11 @@ def check(found):
         if any(o['told']!=a['told'] for o in ranks): yield f"{a['seed']}: acted in different batches: {ranks}"
         if any(o['lines'] for o in ranks[1:]): yield f"{a['seed']}: more than one process speaks"
 
-def launch(world, first, n, seconds):
+def launch(world, first, n, seconds, distrib=False):
     "Run `n` scenarios in `world` processes; what each process found"
     with tempfile.TemporaryDirectory() as out:
-        cmd = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(world), __file__, '--out', out, '--first', str(first), '--scenarios', str(n)]
-        res = subprocess.run(cmd, env=os.environ | {'OMP_NUM_THREADS':'1', 'PYTHONWARNINGS':'ignore'}, capture_output=True, text=True, timeout=seconds)
+        cmd = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(world), __file__, '--out', out, '--first', str(first), '--scenarios', str(n), *['--distrib']*distrib]
+        res = subprocess.run(cmd, env=os.environ | {'OMP_NUM_THREADS':'1', 'PYTHONWARNINGS':'ignore', 'CUDA_VISIBLE_DEVICES':'', 'ACCELERATE_USE_CPU':'1'}, capture_output=True, text=True, timeout=seconds)
         if res.returncode: raise RuntimeError(res.stderr[-3000:])
         return [json.loads((Path(out)/f'{r}.json').read_text()) for r in range(world)]
 
@@ -72,16 +76,19 @@ if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument('--scenarios', type=int, default=200)
     p.add_argument('--first', type=int, default=0)
+    p.add_argument('--distrib', action='store_true', help="under fastai's distrib_ctx")
     p.add_argument('--out', type=Path)
     args = p.parse_args()
     if args.out:
         dist.init_process_group('gloo', timeout=timedelta(seconds=60))
-        (args.out/f'{dist.get_rank()}.json').write_text(json.dumps([run(s) for s in range(args.first, args.first+args.scenarios)]))
+        if args.distrib: without_gpu()
+        seen = [run(s, args.distrib) for s in range(args.first, args.first+args.scenarios)]
+        (args.out/f'{dist.get_rank()}.json').write_text(json.dumps(seen))
         dist.destroy_process_group()
         sys.exit()
     start,problems,acted = time.time(),[],0
     for world,first,n in ((2, 0, args.scenarios//2), (4, args.scenarios//2, args.scenarios-args.scenarios//2)):
-        found = launch(world, first, n, 3600)
+        found = launch(world, first, n, 3600, args.distrib)
         problems += check(found)
         acted += sum(bool(o['told']) for o in found[0])
     print(*problems, sep='\n')

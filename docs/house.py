@@ -1,0 +1,56 @@
+"Which module of the package imports which, and a picture of it: a page of the site, and a test, read it"
+import ast
+from importlib.util import resolve_name
+from pathlib import Path
+
+lib = Path(__file__).resolve().parent.parent/'fastai_callbacks_ext'
+
+def _imported(tree, package):
+    "Full names of all that `tree`, a module of `package`, may import from"
+    for o in ast.walk(tree):
+        if isinstance(o, ast.Import): yield from (a.name for a in o.names)
+        if isinstance(o, ast.ImportFrom):
+            start = resolve_name('.'*o.level + (o.module or ''), package)
+            yield from (start, *(f'{start}.{a.name}' for a in o.names))
+
+def imports():
+    "For each module of the package, which others of them it imports: `{'loop': ['base.core'], ...}`"
+    name = lambda f: '.'.join([lib.name, *f.relative_to(lib).with_suffix('').parts])
+    files = {name(f): f for f in lib.rglob('*.py') if f.name[0]!='_'}
+    short = lambda name: name.removeprefix(lib.name+'.')
+    found = {k: set(_imported(ast.parse(f.read_text()), k.rpartition('.')[0])) for k,f in files.items()}
+    return {short(k): sorted(map(short, found[k] & files.keys())) for k in sorted(files)}
+
+def floors(found):
+    "The modules of each floor: those of `base` one above what they import; purposes; what imports purposes"
+    res = {}
+    def floor(mod):
+        if mod not in res: res[mod] = 1+max(map(floor, found[mod]), default=-1)
+        return res[mod]
+    first = 1+max(map(floor, filter(_is_base, found)))      # the floor of the purposes
+    for mod in found:
+        if not _is_base(mod): res[mod] = first + (not all(map(_is_base, found[mod])))
+    return [sorted(mod for mod in found if res[mod]==i) for i in range(max(res.values())+1)]
+
+def _is_base(mod): return mod.startswith('base.')
+
+def plot(found=None):
+    "Draw the modules as boxes and what each imports as an arrow; red is an arrow that does not point down"
+    import matplotlib.pyplot as plt
+    found = found or imports()
+    rows = floors(found)
+    at = {mod: ((j+.5+.1*(i%2))/len(mods), i) for i,mods in enumerate(rows) for j,mod in enumerate(mods)}
+    fig,ax = plt.subplots(figsize=(11, len(rows)))
+    for mod,o in [(mod, o) for mod,others in found.items() for o in others]:
+        color = '#8a8a8a' if at[o][1]<at[mod][1] else 'red'
+        arrow = dict(arrowstyle='-|>', color=color, lw=.7, shrinkA=10, shrinkB=10)
+        ax.annotate('', at[o], at[mod], arrowprops=arrow)
+    for mod,(x,y) in at.items():
+        color = '#dbe9f6' if _is_base(mod) else '#fdebd0'
+        box = dict(boxstyle='round,pad=.35', fc=color, ec='#8a8a8a', lw=.7)
+        name = mod.removeprefix('base.')
+        ax.text(x, y, name, ha='center', va='center', fontsize=9, color='black', bbox=box)
+    ax.set(xlim=(0, 1.02), ylim=(-.5, len(rows)-.5))
+    ax.axis('off')
+    fig.patch.set_alpha(0)      # as dark or as light as the page
+    return ax
