@@ -21,8 +21,9 @@ from fastcore.basics import patch
 from torch import Tensor
 from .base.core import check_number, check_type, from_first
 from .base.files import DamagedFile, load_state, map_state, replacing, save_state
-from .base.model import mean_state, refresh_batchnorm, unwrap_model
+from .base.model import mean_state, unwrap_model
 from .base.monitor import Monitor
+from .base.passes import refresh_batchnorm
 from .base.state import load_opt_state, opt_state
 
 # %% ../nbs/12_best.ipynb #53c53be2

@@ -27,10 +27,11 @@ from fastprogress.fastprogress import MasterBar, ProgressBar
 from torch import Tensor
 from .base.core import ExtCallback, Record, check_number, check_type, from_first, n_ranks
 from .base.files import BackgroundWriter, FolderLock, Snapshot, StateFiles, map_state
+from .base.identity import facts_differences, facts_unknown, model_differences, run_facts
 from .base.position import (SeededItems, batches_from, keep_workers, load_random_state,
                                                 random_state,
                                                 skips_exactly)
-from .base.state import FitStart, learner_state, load_learner_state, model_differences, run_facts
+from .base.state import FitStart, learner_state, load_learner_state
 
 # %% ../nbs/06_checkpoint.ipynb #7b2f4560
 class Checkpoint(ExtCallback):
@@ -131,7 +132,7 @@ def _versions(): return f'torch {torch.__version__}, fastai {fastai.__version__}
 def _check_run(self:Checkpoint, state, facts, longer):
     "Refuse what another run has left"
     problems = model_differences(self.model, state['shared']['model']['weights'])
-    problems += _facts_differences(self._facts, facts | (dict(epochs=self._facts['epochs']) if longer else {}))
+    problems += facts_differences(self._facts, facts, ('epochs',) if longer else ())
     if not (problems := from_first(problems)): return
     hint = '; extend=True is for fits without a schedule' if self.extend else ''
     raise ValueError(f"{self.name}: {self._files.folder} has the checkpoint of another run: {'; '.join(problems)}{hint}. "

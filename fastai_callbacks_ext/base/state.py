@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['model_state', 'module_attributes', 'load_model_state', 'opt_state', 'load_opt_state', 'Look', 'callback_state',
-           'load_callback_state', 'FitStart', 'learner_state', 'load_learner_state', 'run_facts', 'model_differences']
+           'load_callback_state', 'FitStart', 'learner_state', 'load_learner_state']
 
 # %% ../../nbs/base/state.ipynb #e73d8e47
 from collections import Counter, OrderedDict, defaultdict
@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.progress import CSVLogger
-from fastai.callback.schedule import ParamScheduler
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner, Metric, Recorder
@@ -358,34 +357,3 @@ def load_learner_state(
 def _to(t, device):
     try: return t.to(device)
     except (RuntimeError, AssertionError): return t     # a device that is not here
-
-# %% ../../nbs/base/state.ipynb #898534c3
-def run_facts(
-    learn:Learner # In `before_fit`
-)->dict: # Plain values, for people to read
-    "What must be the same when a run goes on"
-    dl,opt = learn.dls.train,learn.opt
-    steps = [_function(o) for o in opt.cbs] if isinstance(opt, Optimizer) else []
-    return {'optimizer': f"{type(getattr(opt, 'opt', opt)).__name__}({', '.join(steps)})",
-            'parameter groups': [len(o) for o in opt.param_lists],
-            'hyper-parameters': [{k: v for k,v in h.items() if isinstance(v, (int,float,bool))} for h in map(_numbers, opt.hypers)],
-            'schedule': {p: [_numbers(f(pct)) for pct in (0., .3, .6, 1.)] for cb in _schedulers(learn) for p,f in cb.scheds.items()},
-            'training items': _len(dl.dataset),
-            'batch size': getattr(dl, 'bs', None) or getattr(dl, 'batch_size', None), 'batches': len(dl),
-            'epochs': learn.n_epoch, 'seed': torch.initial_seed(), 'processes': n_ranks()}
-
-def _function(f): return f'{f.func.__name__}({f.keywords})' if isinstance(f, partial) else getattr(f, '__name__', type(f).__name__)
-def _schedulers(learn): return [cb for cb in learn.cbs if isinstance(cb, ParamScheduler)]
-def _len(o): return len(o) if hasattr(o, '__len__') else None
-def _numbers(o):
-    "numpy's numbers and arrays as Python's, floats to six digits"
-    if isinstance(o, dict): return {k: _numbers(v) for k,v in o.items()}
-    if isinstance(o, (list,tuple,L)): return [_numbers(v) for v in o]
-    if isinstance(o, (np.ndarray,np.generic)): return _numbers(o.tolist())
-    return float(f'{o:.6g}') if isinstance(o, float) else o
-
-def model_differences(model, weights):
-    shapes = [{n: tuple(t.shape) for n,
-               t in w.items() if isinstance(t, Tensor)} for w in (unwrap_model(model).state_dict(), weights)]
-    names = [n for n in {**shapes[0], **shapes[1]} if shapes[0].get(n)!=shapes[1].get(n)]
-    return [f"model: {n} has the shape {shapes[0].get(n, 'of nothing')}, and there {shapes[1].get(n, 'it is not')}" for n in names[:3]] + ([f'model: {len(names)-3} more']*(len(names)>3))
