@@ -7,7 +7,7 @@ __all__ = []
 
 # %% ../nbs/all.ipynb #728a6161
 from . import (accumulation, averaging, best, checkpoint, gradients, loop, rnn, safety,
-                                   stopping, tracing)
+                                   stopping, tracing, upgrades)
 from .base import core, model, passes, step
 from .accumulation import *
 from .averaging import *
@@ -23,7 +23,8 @@ from .rnn import *
 from .safety import *
 from .stopping import *
 from .tracing import *
+from .upgrades import *
 
-_modules = (accumulation, averaging, best, checkpoint, gradients, loop, rnn, safety, stopping, tracing,
+_modules = (accumulation, averaging, best, checkpoint, gradients, loop, rnn, safety, stopping, tracing, upgrades,
             core, model, passes, step)
 __all__ = [o for m in _modules for o in m.__all__]
