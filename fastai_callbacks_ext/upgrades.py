@@ -10,7 +10,8 @@ import numpy as np
 from fastai.callback import rnn as fastai_rnn, tracker as fastai_tracker, training as fastai_training
 from fastai.learner import Learner
 from .best import SaveTopK
-from .gradients import GradientAccumulation, GradientClip
+from .accumulation import GradientAccumulation
+from .gradients import GradientClip
 from .rnn import ModelResetter, RNNCallback, RNNRegularizer
 from .safety import TerminateOnNaN
 from .stopping import EarlyStopping
