@@ -24,7 +24,7 @@ from fastai_callbacks_ext.all import (Checkpoint, FastLoop, GradientAccumulation
                                       loss_weight, rnn_cbs)
 from fastai_callbacks_ext.test_utils import PoisonBatch, digits_learner, text_learner
 from test_gradients import Batches, Grads, batched, data, device, grads, learner
-from test_safety import CPUMixedPrecision
+from test_safety import AnyMixedPrecision
 
 sizes = st.lists(st.integers(1, 7), min_size=1, max_size=12)
 
@@ -132,7 +132,7 @@ def test_optimizers(opt_func): assert_same(*pair(opt_func=opt_func, lr=0.01))
     lambda: GradientClip(0.1), lambda: GradientClip(max_value=.01), lambda: GradientClip(adaptive=0.1),
     GradientCentralization, GradientNoise, LookaheadWeights, TerminateOnNaN, SkipNonFinite, SpikeGuard,
     FastLoop,
-    lambda: CPUMixedPrecision(torch.float32, 2.**10)])
+    lambda: AnyMixedPrecision(torch.float32, 2.**10)])
 def test_beside(cb): assert_same(*pair(cb), rtol=1e-4, atol=1e-5)
 
 @pytest.mark.parametrize('method', ['fit_one_cycle','fit_flat_cos','fit_sgdr'])
@@ -267,7 +267,7 @@ def test_mixup_and_accumulation():
 
 def test_overflow_drops_the_window():
     learn = learner(batched(*data(48), [6]*8), nn.Linear(5, 4), CrossEntropyLossFlat(),
-                    GradientAccumulation(12), CPUMixedPrecision(torch.float32,
+                    GradientAccumulation(12), AnyMixedPrecision(torch.float32,
                                                                 2.**10), PoisonBatch(2, 'grad', inf), lr=.1)
     with quiet(learn): learn.fit(1)
     assert len(learn.grads.grads)==3 and all(o.isfinite().all() for o in learn.model.parameters())

@@ -8,7 +8,7 @@ from fastai.basics import Adam, Callback, CancelFitException, OptimWrapper, rmse
 from fastai.learner import ValueMetric
 from torch import nn
 from fastai_callbacks_ext.all import Checkpoint, SaveTopK
-from fastai_callbacks_ext.base.model import refresh_batchnorm
+from fastai_callbacks_ext.base.passes import refresh_batchnorm
 from fastai_callbacks_ext.test_utils import digits_learner, digits_model
 from common import quiet
 

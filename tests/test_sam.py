@@ -18,7 +18,7 @@ from fastai_callbacks_ext.all import (EMA, SAM, Checkpoint, FastLoop, GradientAc
                                       rnn_cbs)
 from fastai_callbacks_ext.test_utils import PoisonBatch, digits_learner, text_learner
 from test_gradients import batched, data, device, learner
-from test_safety import CPUMixedPrecision
+from test_safety import AnyMixedPrecision
 
 def published(model, x, y, rho, adaptive, eta, loss_func=F.cross_entropy):
     "The gradient at w + rho g/|g|, or with T = |w| + eta at w + rho T^2 g/|T g|; and the loss at w"
@@ -93,7 +93,7 @@ def test_accumulation():
 @pytest.mark.parametrize('scale', [1., 2.**12])
 def test_mixed_precision(dtype, tol, scale):
     "Both passes in autocast, the way not by the loss scale, and no weight that was cast before it was moved"
-    learn = gradients(SAM(0.5), CPUMixedPrecision(dtype, scale), sizes=(6,)*2)
+    learn = gradients(SAM(0.5), AnyMixedPrecision(dtype, scale), sizes=(6,)*2)
     set_seed(0)
     model = net()
     for got,(x,y) in zip(learn.grads.grads, batched(*data(12), [6]*2)):
