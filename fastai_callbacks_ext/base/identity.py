@@ -99,8 +99,8 @@ _atoms = str,bytes,int,float,complex,type(None),np.generic
 _holders = list,tuple,dict,L,np.ndarray,Tensor,pd.DataFrame,pd.Series,PurePath,Dataset
 _opaque = Learner,DataLoaders,nn.Module,Optimizer,OptimWrapper      # they change in a run
 _of_machine = {'num_workers','n_workers','device','pin_memory','pin_memory_device','timeout',
-               'persistent_workers','prefetch_factor','generator','worker_init_fn','multiprocessing_context','verbose','rank',
-               'world_size', 'split_idx'}     # fastai sets the last one
+               'persistent_workers','prefetch_factor','generator','worker_init_fn','multiprocessing_context',
+               'verbose','rank','world_size','split_idx'}     # fastai sets the last one
 
 def _own_arguments(cls):
     "Names of the arguments of `cls` and of the classes that it is made of"
@@ -215,8 +215,8 @@ def _arguments(o, say, but=('dataset','data_source','source','items','order')):
     calls = lambda v: isinstance(v, spoken) or callable(v) and not isclass(v)
     public = lambda k: k[0]!='_' and k not in but
     large = lambda v: isinstance(v, (Dataset, *_opaque[:2])) or getattr(v, '__self__', None) is o
-    found = {k: v for k,v in sorted(_vars(o).items()) if v is not None and (k in args or public(k) and calls(v))}
-    return _named({k: v for k,v in found.items() if not large(v)}, say)
+    shown = lambda k,v: v is not None and not large(v) and (k in args or public(k) and calls(v))
+    return _named({k: v for k,v in sorted(_vars(o).items()) if shown(k, v)}, say)
 
 def _many(o): return f'{len(o)} items {_mark(o)}'
 def _numbers_in(o, say): return say(o.tolist()) if prod(o.shape)<=8 else f'{tuple(o.shape)} {_mark(o)}'
