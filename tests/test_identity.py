@@ -177,8 +177,8 @@ def test_in_another_process():
     names = 'classifier','tabular_classes','text_classifier'
     code = f"""import json, warnings; warnings.filterwarnings("ignore"); import test_identity as t
 print(json.dumps([t.facts(t.SETTINGS[n]()) for n in {names}]))"""
-    said = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=Path(__file__).parent,
-                          env=os.environ | {'PYTHONHASHSEED': '1'})
+    said = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True,
+                          cwd=Path(__file__).parent, env=os.environ | {'PYTHONHASHSEED': '1'})
     for name,there in zip(names, json.loads(said.stdout.splitlines()[-1])):
         assert facts_differences(facts(SETTINGS[name]()), there)==[], name
 

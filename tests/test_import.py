@@ -54,8 +54,8 @@ def test_names_upgrade_fastai():
     for o in SAME_JOB: assert ns[o].__module__.startswith('fastai_callbacks_ext'), o
 
 # Names that fastai has too, for the same job
-SAME_JOB = {'ModelResetter','RNNCallback','RNNRegularizer','rnn_cbs','TerminateOnNaNCallback','EarlyStoppingCallback',
-            'GradientAccumulation','GradientClip'}
+SAME_JOB = {'ModelResetter','RNNCallback','RNNRegularizer','rnn_cbs','TerminateOnNaNCallback',
+            'EarlyStoppingCallback','GradientAccumulation','GradientClip'}
 
 modules = ['fastai.vision.all','fastai.text.all','fastai.tabular.all','fastai.collab','fastai.callback.all',
            'fastai.optimizer','fastai.distributed','fastcore.all','torch','torch.nn','torch.optim']
@@ -104,6 +104,7 @@ def test_export_loads_without_the_package(tmp_path, monkeypatch):
         if classes[0] in (ext.RNNCallback, ext.Checkpoint):      # with the package, they are what they were
             loaded = load_learner(learn.path/'export.pkl')
             assert [type(cb) for cb in loaded.cbs]==[type(cb) for cb in learn.cbs]
-    res = subprocess.run([sys.executable, '-c', missing, *folders], cwd=tmp_path, capture_output=True, text=True)
+    command = [sys.executable, '-c', missing, *folders]
+    res = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert res.returncode==0, res.stderr[-2000:]
     assert 'RNNCallback' in res.stdout and res.stdout.count('TrainEvalCallback')==len(folders)

@@ -76,7 +76,8 @@ def test_two_of_ours_count_once():
         return fit(learn, cbs=list(cbs)).recorder.values
     assert values(*ext.rnn_cbs(2, 1))==values()
 
-@pytest.mark.parametrize('cb', [ext.RNNCallback, lambda: ext.RNNRegularizer(1)], ids=['callback','regularizer'])
+ours = dict(callback=ext.RNNCallback, regularizer=lambda: ext.RNNRegularizer(1))
+@pytest.mark.parametrize('cb', ours.values(), ids=ours)
 def test_refusal_changes_nothing(cb):
     learn = text_learner(fastai_rnn.rnn_cbs(1), n=1000)
     had,before = kinds(learn),{n: p.clone() for n,p in learn.model.state_dict().items()}
