@@ -34,7 +34,7 @@ _ours = {
     fastai_tracker.EarlyStoppingCallback:   lambda cb: EarlyStopping(patience=cb.patience, **_tracker(cb)),
     fastai_tracker.SaveModelCallback:       _save_best,
     fastai_training.GradientAccumulation:   lambda cb: GradientAccumulation(n_acc=cb.n_acc),
-    fastai_training.GradientClip:           lambda cb: GradientClip(max_norm=cb.max_norm, norm_type=cb.norm_type)}
+    fastai_training.GradientClip:           lambda cb: GradientClip(cb.max_norm, cb.norm_type)}
 
 # %% ../nbs/13_upgrade.ipynb #a19ff6bf
 def upgrade(
@@ -42,8 +42,8 @@ def upgrade(
 )->Learner: # `learn`
     """Swap fastai's callbacks on `learn` for ours of the same job, with their arguments.
 
-    Prints what it has swapped, and what it has left because ours does not do that. Subclasses of fastai's are left alone. Where `learn`
-    has ours already, fastai's is taken off. Called again, it finds nothing to do.
+    Prints what it has swapped, and what it has left because ours does not do that. Subclasses of fastai's are
+    left alone. Where `learn` has ours already, fastai's is taken off. Called again, it finds nothing to do.
 
     Example: `learn = upgrade(language_model_learner(dls, AWD_LSTM))`."""
     swapped,left = [],[]
@@ -56,5 +56,6 @@ def upgrade(
         learn.remove_cb(cb)
         if not any(isinstance(o, type(new)) for o in learn.cbs): learn.add_cb(new)
         swapped.append(f'{type(cb).__name__} -> {type(new).__name__}')
-    print('upgrade: ' + (', '.join(swapped) or 'nothing to swap') + (f"; left: {', '.join(left)}" if left else ''))
+    rest = f"; left: {', '.join(left)}" if left else ''
+    print(f"upgrade: {', '.join(swapped) or 'nothing to swap'}{rest}")
     return learn

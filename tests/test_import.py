@@ -1,5 +1,11 @@
 "Importing the package changes nothing in fastai"
-import json, subprocess, sys
+import importlib, json, subprocess, sys
+
+import pytest, torch
+from fastai.learner import load_learner
+from fastai.torch_core import to_cpu
+import fastai_callbacks_ext.all as ext
+from common import NEEDS, fit, learner, public_callbacks, quiet
 
 code = '''
 import inspect, json, sys, warnings
@@ -11,19 +17,27 @@ import fastai.callback.all, signal
 before_defaults = list(defaults.callbacks)
 
 def state():
-    mods = {k:m for k,m in sys.modules.items() if k.split('.')[0] in ('fastai','fastcore') or k in ('torch.nn.modules.module','torch.optim.optimizer')}
-    names = {f'{k}.{n}':id(v) for k,m in mods.items() for n,v in list(vars(m).items()) if not n.startswith('__')}
+    torchs = 'torch.nn.modules.module','torch.optim.optimizer'
+    looked_at = lambda k: k.split('.')[0] in ('fastai','fastcore') or k in torchs
+    mods = {k:m for k,m in sys.modules.items() if looked_at(k)}
+    names = {f'{k}.{n}':id(v) for k,m in mods.items() for n,v in list(vars(m).items()) if n[:2]!='__'}
     classes = {v for m in mods.values() for v in list(vars(m).values()) if inspect.isclass(v)}
-    attrs = {f'{c.__module__}.{c.__qualname__}.{n}':id(v) for c in classes for n,v in list(vars(c).items()) if n not in ('__doc__','__abstractmethods__','_abc_impl')}
+    but = '__doc__','__abstractmethods__','_abc_impl'
+    attrs = {f'{c.__module__}.{c.__qualname__}.{n}':id(v) for c in classes for n,v in list(vars(c).items())
+             if n not in but}
     return set(mods),names,attrs
 mods,names,attrs = state()
 handlers = {s: signal.getsignal(s) for s in signal.valid_signals()}
 from fastai_callbacks_ext.all import *
 after_mods,after_names,after_attrs = state()
-new = {k for k in after_names if k.split('.')[0] in ('fastai','fastcore') and any(k.startswith(m+'.') for m in after_mods-mods)}
-changed = [k for k in names if names[k]!=after_names.get(k)] + [k for k in after_names if k not in names and k not in new]
-changed += [k for k in attrs if attrs[k]!=after_attrs.get(k)] + [k for k in after_attrs if k not in attrs and not any(m in k for m in after_mods-mods)]
-assert {s: signal.getsignal(s) for s in signal.valid_signals()}==handlers and list(defaults.callbacks)==before_defaults
+is_new = lambda k: any(k.startswith(m+'.') for m in after_mods-mods)
+new = {k for k in after_names if k.split('.')[0] in ('fastai','fastcore') and is_new(k)}
+changed = [k for k in names if names[k]!=after_names.get(k)]
+changed += [k for k in after_names if k not in names and k not in new]
+changed += [k for k in attrs if attrs[k]!=after_attrs.get(k)]
+changed += [k for k in after_attrs if k not in attrs and not any(m in k for m in after_mods-mods)]
+assert {s: signal.getsignal(s) for s in signal.valid_signals()}==handlers
+assert list(defaults.callbacks)==before_defaults
 print(json.dumps([len(attrs), changed]))
 '''
 
@@ -37,4 +51,60 @@ def test_names_upgrade_fastai():
     "Imported after fastai, the names that both have are ours"
     ns = {}
     exec('from fastai.text.all import *\nfrom fastai_callbacks_ext.all import *', ns)
-    for o in ('ModelResetter','RNNCallback','RNNRegularizer','rnn_cbs','TerminateOnNaNCallback'): assert ns[o].__module__.startswith('fastai_callbacks_ext'), o
+    for o in SAME_JOB: assert ns[o].__module__.startswith('fastai_callbacks_ext'), o
+
+# Names that fastai has too, for the same job
+SAME_JOB = {'ModelResetter','RNNCallback','RNNRegularizer','rnn_cbs','TerminateOnNaNCallback',
+            'EarlyStoppingCallback','GradientAccumulation','GradientClip'}
+
+modules = ['fastai.vision.all','fastai.text.all','fastai.tabular.all','fastai.collab','fastai.callback.all',
+           'fastai.optimizer','fastai.distributed','fastcore.all','torch','torch.nn','torch.optim']
+@pytest.mark.parametrize('module', modules)
+def test_no_name_means_something_else(module):
+    "`import *` after others' replaces names of the same job only"
+    theirs = vars(importlib.import_module(module))
+    clashes = {n for n in ext.__all__ if n in theirs and theirs[n] is not getattr(ext, n)}
+    assert clashes<=SAME_JOB
+
+missing = """
+import sys, warnings
+warnings.filterwarnings('ignore')
+class Nowhere:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0]=='fastai_callbacks_ext': raise ModuleNotFoundError(name, name=name)
+sys.meta_path.insert(0, Nowhere())
+import torch
+from fastai.learner import load_learner
+for folder in sys.argv[1:]:
+    learn = load_learner(f'{folder}/export.pkl')
+    *batch,want = torch.load(f'{folder}/want.pt', weights_only=False)
+    got = learn.get_preds(dl=[batch])[0]
+    assert torch.equal(got, want), folder
+    print(folder, [type(cb).__name__ for cb in learn.cbs])
+assert not any(o.startswith('fastai_callbacks_ext') for o in sys.modules)
+"""
+
+def test_export_loads_without_the_package(tmp_path, monkeypatch):
+    "With every public callback; an AWD-LSTM still gets its output taken apart"
+    monkeypatch.chdir(tmp_path)
+    kinds = public_callbacks()
+    groups = [[cls] for cls in kinds if cls in NEEDS or cls in (ext.Checkpoint, ext.GradientAccumulation)]
+    groups += [[cls] for cls in kinds if [cls] not in groups]
+    folders = []
+    for classes in groups:
+        learn = fit(learner(*classes))
+        learn.path = tmp_path/classes[0].__name__
+        learn.path.mkdir()
+        batch = to_cpu(learn.dls.valid.one_batch())
+        learn.dls.cpu()
+        with quiet(learn): want = learn.get_preds(dl=[batch])[0]
+        torch.save((*batch, want), learn.path/'want.pt')
+        learn.export()
+        folders.append(learn.path)
+        if classes[0] in (ext.RNNCallback, ext.Checkpoint):      # with the package, they are what they were
+            loaded = load_learner(learn.path/'export.pkl')
+            assert [type(cb) for cb in loaded.cbs]==[type(cb) for cb in learn.cbs]
+    command = [sys.executable, '-c', missing, *folders]
+    res = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert res.returncode==0, res.stderr[-2000:]
+    assert 'RNNCallback' in res.stdout and res.stdout.count('TrainEvalCallback')==len(folders)

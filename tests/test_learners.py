@@ -1,51 +1,50 @@
-"Real learners of fastai's applications, with `from fastai_callbacks_ext.all import *`"
-import pandas as pd, pytest, torch
-from PIL import Image
-from sklearn.datasets import load_digits, load_wine
-from fastai.tabular import all as tabular
-from fastai.text import all as text
-from fastai.vision import all as vision
+"Learners of fastai's applications as people run them: bar and table on, callbacks of several kinds together"
+import contextlib, io
+
+import pytest, torch
 import fastai_callbacks_ext.all as ext
-from fastai_callbacks_ext.test_utils import words
-from common import quiet
+from settings import SETTINGS
 
-def test_tabular():
-    df = load_wine(as_frame=True).frame
-    dls = tabular.TabularDataLoaders.from_df(df, procs=[tabular.Normalize], cont_names=list(df.columns[:-1]), y_names='target',
-                                             y_block=tabular.CategoryBlock(), bs=32, num_workers=0)
-    tabular.set_seed(42)
-    learn = tabular.tabular_learner(dls, layers=[50], metrics=tabular.accuracy, cbs=ext.TerminateOnNaN())
-    with quiet(learn): learn.fit_one_cycle(8, 1e-2)
-    assert learn.recorder.values[-1][-1]>.8
-    with quiet(learn): learn.predict(df.iloc[0]); learn.fit(1, cbs=ext.TerminateOnNaN(every=2))
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch): monkeypatch.chdir(tmp_path)
 
-@pytest.fixture
-def pictures(tmp_path):
-    "200 digits as png files, in folders named for their class"
-    x,y = load_digits(return_X_y=True)
-    for i in range(200):
-        (tmp_path/str(y[i])).mkdir(exist_ok=True)
-        Image.fromarray((x[i].reshape(8,8)*15).astype('uint8')).resize((32,32)).save(tmp_path/str(y[i])/f'{i}.png')
-    return tmp_path
+def guards(): return [ext.SkipNonFinite(), ext.GradientClip(1.), ext.FastLoop()]
+def saves(): return [ext.SaveTopK(), ext.EarlyStopping(patience=5), ext.TerminateOnNaN()]
+def averages(): return [ext.EMA(.9), ext.SpikeGuard()]
+def limits(): return [ext.StepLimit(1000), ext.TimeLimit(60), ext.GradientAccumulation(32)]
 
-def test_vision(pictures):
-    dls = vision.ImageDataLoaders.from_folder(pictures, valid_pct=0.2, seed=42, bs=32, num_workers=0, batch_tfms=vision.aug_transforms(do_flip=False))
-    learn = vision.vision_learner(dls, vision.resnet18, pretrained=False, metrics=vision.accuracy, cbs=ext.TerminateOnNaN(valid=True))
-    with quiet(learn): learn.fine_tune(1)
-    assert all(p.isfinite().all() for p in learn.model.parameters())
-    assert learn.terminate_on_nan.records==[] and len(learn.recorder.values)==1
-    with quiet(learn): assert learn.predict(next(pictures.glob('*/*.png')))[2].isfinite().all()
+CALLBACKS = dict(digits=averages, classifier=guards, multi_label=guards, unet=averages, tabular_classes=saves,
+                 ratings=limits, language_model=guards, text_classifier=saves, torch_loader=averages,
+                 gan=lambda: [ext.TerminateOnNaN()])
+
+def finite(learn): return all(p.isfinite().all() for p in learn.model.parameters())
+
+@pytest.mark.parametrize('name', SETTINGS)
+def test_trains(name, tmp_path):
+    "The table has a line an epoch, the weights are finite, and nothing acted that had no reason to"
+    learn = SETTINGS[name]()
+    learn.path = tmp_path
+    with contextlib.redirect_stdout(said := io.StringIO()):
+        ext.upgrade(learn).fit_one_cycle(2, 1e-3, cbs=[*CALLBACKS[name](), ext.StopFile('stop')])
+    assert finite(learn) and len(learn.recorder.values)==2
+    text = said.getvalue()
+    assert 'train_loss' in text and 'skipped' not in text and 'stopped' not in text
+
+@pytest.mark.parametrize('name', ['classifier','tabular_classes'])
+def test_fine_tune_and_predict(name):
+    learn = SETTINGS[name](cbs=[ext.TerminateOnNaN(valid=True), *averages()])
+    with contextlib.redirect_stdout(io.StringIO()):
+        learn.fine_tune(1)
+        learn.fit(1)
+        preds,_ = learn.get_preds()
+    assert finite(learn) and preds.isfinite().all() and learn.terminate_on_nan.records==[]
     assert 'TerminateOnNaN (-9)' in repr(ext.show_order(learn))
 
-def test_text():
-    "A `language_model_learner` brings fastai's callbacks; ours say so, and take their place"
-    df = pd.DataFrame({'text': [' '.join(words()[i:i+200]) for i in range(0, 4000, 200)]})
-    dls = text.TextDataLoaders.from_df(df, is_lm=True, text_col='text', bs=8, seq_len=20, num_workers=0)
-    config = text.awd_lstm_lm_config | dict(emb_sz=32, n_hid=32, n_layers=1)
-    learn = text.language_model_learner(dls, text.AWD_LSTM, config=config, pretrained=False, drop_mult=0.1)
-    with quiet(learn), pytest.raises(ValueError, match="fastai's RNNCallback too"): learn.fit(1, cbs=ext.rnn_cbs(2, 1))
-    learn.remove_cbs([text.ModelResetter, text.RNNCallback, text.RNNRegularizer])
-    learn.add_cbs(ext.rnn_cbs(2, 1))
-    with quiet(learn): learn.fine_tune(1)
-    assert learn.recorder.metric_names[-3:-1]==['ar','tar'] and all(p.isfinite().all() for p in learn.model.parameters())
-    learn.model.reset(); assert len(learn.predict('the value of', 3, only_last_word=False).split())>=5
+def test_language_model():
+    "fastai's callbacks are swapped for ours, which show the penalties in the table"
+    with contextlib.redirect_stdout(io.StringIO()):
+        learn = ext.upgrade(SETTINGS['language_model']())
+        learn.fine_tune(1)
+    assert learn.recorder.metric_names[-3:-1]==['ar','tar'] and finite(learn)
+    learn.model.reset()
+    with learn.no_bar(): assert len(learn.predict('the value of', 3, only_last_word=False).split())>=5

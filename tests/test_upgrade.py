@@ -18,7 +18,8 @@ def test_what_is_swapped(capsys):
     said = capsys.readouterr().out
     for new in (ext.TerminateOnNaN, ext.GradientAccumulation, ext.GradientClip):
         assert new in kinds(learn) and new.__name__ in said
-    assert ShortEpochCallback in kinds(learn) and learn.gradient_accumulation.n_acc==128 and said.count('\n')==1
+    assert ShortEpochCallback in kinds(learn) and learn.gradient_accumulation.n_acc==128
+    assert said.count('\n')==1
     ext.upgrade(learn)
     assert 'nothing to swap' in capsys.readouterr().out
     fit(learn)
@@ -43,7 +44,8 @@ def test_what_is_left(capsys):
     before = kinds(learn)
     ext.upgrade(learn)
     said = capsys.readouterr().out
-    assert kinds(learn)==before and 'left: SaveModelCallback (it saves other models than the best one)' in said
+    assert kinds(learn)==before
+    assert 'left: SaveModelCallback (it saves other models than the best one)' in said
 
 def test_ours_is_there_already():
     learn = digits_learner([training.GradientClip(.5), ext.GradientClip(.1)], n=160)
@@ -74,7 +76,8 @@ def test_two_of_ours_count_once():
         return fit(learn, cbs=list(cbs)).recorder.values
     assert values(*ext.rnn_cbs(2, 1))==values()
 
-@pytest.mark.parametrize('cb', [ext.RNNCallback, lambda: ext.RNNRegularizer(1)], ids=['RNNCallback','RNNRegularizer'])
+ours = dict(callback=ext.RNNCallback, regularizer=lambda: ext.RNNRegularizer(1))
+@pytest.mark.parametrize('cb', ours.values(), ids=ours)
 def test_refusal_changes_nothing(cb):
     learn = text_learner(fastai_rnn.rnn_cbs(1), n=1000)
     had,before = kinds(learn),{n: p.clone() for n,p in learn.model.state_dict().items()}

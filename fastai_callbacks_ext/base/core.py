@@ -19,7 +19,7 @@ from math import inf, prod
 from numbers import Real
 from pydoc import locate
 from threading import get_ident
-from types import FunctionType, SimpleNamespace
+from types import FunctionType
 
 import numpy as np
 import torch
@@ -434,9 +434,9 @@ class _Call:
     def __call__(self, *args): return self.f(*self.args)(*args)
 
 class _Portable:
-    "Pickled as `o`, an object of this package, or as a mere namespace where this package is not installed"
+    "Pickled as `o`, an object of this package, or as one that does nothing where it is not installed"
     def __init__(self, o): self.o = o
-    def __reduce__(self): return _rebuilt(type(self.o), SimpleNamespace, self.o.__reduce_ex__(2)[2])
+    def __reduce__(self): return _rebuilt(type(self.o), Callback, self.o.__reduce_ex__(2)[2])
 
 _package = __name__.split('.')[0]
 def _is_ours(o): return (getattr(o, '__module__', None) or '').split('.')[0]==_package
@@ -451,7 +451,7 @@ def _portable(o):
     if isinstance(o, (type, FunctionType)): return _named(o, noop) if _is_ours(o) else o
     return _Portable(o) if _is_ours(o) and not isinstance(o, Callback) else o
 
-ExtCallback.stand_in = Callback     # what an exported learner has in its place where this package is not installed
+ExtCallback.stand_in = Callback     # in an exported learner, where this package is not installed
 
 @patch
 def __reduce_ex__(self:ExtCallback, protocol):

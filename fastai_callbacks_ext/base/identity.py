@@ -38,7 +38,7 @@ def _some(n, k):
     draw = random.Random(0).random      # its own generator
     return sorted({0, n-1, *(int(draw()*n) for _ in range(k-2))})
 
-def _fewer(k, n): return max(8, int(k/max(n, 1)**.5))      # to look at in each of `n` parts, so that it is about as much in all
+def _fewer(k, n): return max(8, int(k/max(n, 1)**.5))      # in each of `n` parts, so that all are as much
 
 # %% ../../nbs/base/identity.ipynb #a5d73bd3
 def _array(a, k):
@@ -57,13 +57,15 @@ def _positions(a, k):
     index += [np.array([int(draw()*n) for _ in index[0]]) for n in rest]
     return tuple(torch.from_numpy(o).to(a.device) for o in index) if isinstance(a, Tensor) else tuple(index)
 
+def _text(o): return _place(o) if os.path.isabs(o) else str(o)
+
 def _place(path):
     "`path`, seen from a folder that may be elsewhere on another machine"
-    path = os.path.abspath(path)
-    for base,drop in ((tempfile.gettempdir(), 'tmp'), (os.getcwd(), None), (os.path.expanduser('~'), None)):
-        if base!=os.sep and path.startswith(base+os.sep):
-            first,_,rest = path[len(base)+1:].partition(os.sep)
-            return rest if drop and first.startswith(drop) else os.path.join(first, rest)
+    path,temporary = os.path.abspath(path),tempfile.gettempdir()
+    for base in sorted((temporary, os.getcwd(), os.path.expanduser('~')), key=len, reverse=True):
+        if base==os.sep or not path.startswith(base+os.sep): continue
+        path = path[len(base)+1:]
+        return path.partition(os.sep)[2] if base==temporary and path.startswith('tmp') else path
     return path
 
 # %% ../../nbs/base/identity.ipynb #9f9581ab
@@ -77,7 +79,8 @@ def _code(code):
         if isinstance(o, CodeType): yield from _code(o)
         else: yield repr(sorted(map(repr, o)) if isinstance(o, frozenset) else o).encode()
 
-def _names(code): return {*code.co_names}.union(*(_names(o) for o in code.co_consts if isinstance(o, CodeType)))
+def _names(code):
+    return {*code.co_names}.union(*(_names(o) for o in code.co_consts if isinstance(o, CodeType)))
 
 def _function(f):
     "The code of `f`, and what it reads from around it"
@@ -95,8 +98,9 @@ def _function(f):
 _atoms = str,bytes,int,float,complex,type(None),np.generic
 _holders = list,tuple,dict,L,np.ndarray,Tensor,pd.DataFrame,pd.Series,PurePath,Dataset
 _opaque = Learner,DataLoaders,nn.Module,Optimizer,OptimWrapper      # they change in a run
-_of_machine = {'num_workers','n_workers','device','pin_memory','pin_memory_device','timeout','persistent_workers','prefetch_factor',
-               'generator','worker_init_fn','multiprocessing_context','verbose','rank','world_size', 'split_idx'}    # fastai sets the last
+_of_machine = {'num_workers','n_workers','device','pin_memory','pin_memory_device','timeout',
+               'persistent_workers','prefetch_factor','generator','worker_init_fn','multiprocessing_context',
+               'verbose','rank','world_size','split_idx'}     # fastai sets the last one
 
 def _own_arguments(cls):
     "Names of the arguments of `cls` and of the classes that it is made of"
@@ -108,20 +112,20 @@ def _vars(o): return getattr(o, '__dict__', {}) | getattr(o, '_buffers', {})
 
 def _attributes(o):
     "The arguments of `o`, and what it holds"
-    args = _own_arguments(type(o))
-    held = {k: v for k,v in _vars(o).items() if k in args or k=='_fingerprint' or k[0]!='_' and isinstance(v, _holders)}     # the one of Hugging Face
-    return dict(sorted(held.items()))
+    args = _own_arguments(type(o)) | {'_fingerprint'}      # which data sets of Hugging Face have
+    return {k: v for k,v in sorted(_vars(o).items()) if k in args or k[0]!='_' and isinstance(v, _holders)}
 
 # %% ../../nbs/base/identity.ipynb #d09b71ee
 def _pieces(o, k, inside=frozenset()):
     "What tells `o` from other data, in bytes"
     if isinstance(o, (TfmdLists, Datasets)): o = o.items      # their transforms are facts of their own
     if isinstance(o, L): o = o.items
-    if isinstance(o, (str, PurePath)): yield (_place(o) if os.path.isabs(o) else str(o)).encode(errors='replace')
+    if isinstance(o, (str, PurePath)): yield _text(o).encode(errors='replace')
     elif isinstance(o, np.generic): yield repr(o.item()).encode()
     elif isinstance(o, Enum): yield o.name.encode()
     elif isinstance(o, (*_atoms, range, slice)): yield repr(o).encode()
-    elif isinstance(o, Tensor): yield from _array(o.detach().as_subclass(Tensor).resolve_conj().resolve_neg(), k)
+    elif isinstance(o, Tensor):
+        yield from _array(o.detach().as_subclass(Tensor).resolve_conj().resolve_neg(), k)
     elif isinstance(o, np.ndarray) and o.dtype.kind!='O': yield from _array(o, k)
     elif id(o) not in inside:
         yield (o.__qualname__ if isclass(o) else type(o).__name__).encode()
@@ -131,7 +135,8 @@ def _pieces(o, k, inside=frozenset()):
 def _parts(o, k):
     "What `o` consists of, or some of it"
     if isclass(o) or isinstance(o, _opaque): return []
-    if isinstance(o, pd.DataFrame): return [list(o.columns), o.index, *(o.iloc[:,i] for i in range(o.shape[1]))]
+    if isinstance(o, pd.DataFrame):
+        return [list(o.columns), o.index, *(o.iloc[:,i] for i in range(o.shape[1]))]
     if isinstance(o, (pd.Series, pd.Index)):
         if isinstance(o.dtype, np.dtype) and o.dtype.kind!='O': return [o.to_numpy()]
         o = o.array
@@ -156,10 +161,11 @@ def fingerprint(
 )->str: # 16 characters
     """A short text that is the same for the same data, in each process.
 
-    Order counts. Arrays and tensors are looked at as a whole up to 16 MB. Of longer ones, and of long lists, 1,000 items are looked at, or
-    500 where an item is more than a name or a number, always at the same positions: another fold, another order and other labels are
-    found. A change in one item of a million is not, and one in 1 % of all items goes unseen once in 150 times or less. What is in files
-    is never looked at."""
+    Order counts. Arrays and tensors are looked at as a whole up to 16 MB. Of longer ones, and of
+    long lists, 1,000 items are looked at, or 500 where an item is more than a name or a number,
+    always at the same positions. So another fold, another order and other labels are found. A
+    change in one item of a million is not, and one in 1 % of all items goes unseen once in 150
+    times or less. What is in files is never looked at."""
     h = blake2b(digest_size=8)
     for piece in _pieces(o, 1000):
         h.update(len(piece).to_bytes(8, 'little'))
@@ -181,51 +187,64 @@ def describe(
 
 def _mark(o): return f'[{fingerprint(o)[:8]}]'
 def _short(text, n=300): return text if len(text)<=n else f'{text[:n]}... {_mark(text)}'
-def _listed(o, say): return f"[{', '.join(map(say, o))}]" if len(o)<=20 else f'{len(o)} items {_mark(o)}'
+def _listed(o, say): return f"[{', '.join(map(say, o))}]" if len(o)<=20 else _many(o)
 def _named(o, say): return ', '.join(f'{k}={say(v)}' for k,v in o.items())
 
 def _function_name(f, say):
     own = f.__closure__ or not f.__code__.co_filename.startswith(_installed)
     return f'{f.__qualname__} {_mark(f)}' if own else f.__qualname__
 
-def _partial(o, say): return f"{say(o.func)}({', '.join(filter(None, (*map(say, o.args), _named(o.keywords, say))))})"
+def _partial(o, say):
+    return f"{say(o.func)}({', '.join(filter(None, (*map(say, o.args), _named(o.keywords, say))))})"
 
 def _transform(o, say):
     "A transform that was made from a function has the name of the function"
-    functions = [getattr(m, 'implementation', m) for m in vars(o)['encodes'].methods] if 'encodes' in vars(o) else []
+    methods = vars(o)['encodes'].methods if 'encodes' in vars(o) else []
+    functions = [getattr(m, 'implementation', m) for m in methods]
     return ' or '.join(dict.fromkeys(map(say, functions))) or f'{type(o).__name__}({_arguments(o, say)})'
 
 def _module(m, say=describe):
     "The class of `m` and its arguments, without the modules in it"
-    own,torchs = m.extra_repr(),type(m).__module__.startswith('torch.nn')
-    return f"{type(m).__name__}({', '.join(filter(None, (own, '' if own and torchs else _arguments(m, say))))})"
+    own = m.extra_repr()
+    more = '' if own and type(m).__module__.startswith('torch.nn') else _arguments(m, say)
+    return f"{type(m).__name__}({', '.join(filter(None, (own, more)))})"
 
 def _arguments(o, say, but=('dataset','data_source','source','items','order')):
     "The arguments of `o` that it has kept, and the functions that it calls"
-    args = _own_arguments(type(o)).difference(but)
-    shown = lambda k,v: k in args or k[0]!='_' and k not in but and (isinstance(v, (re.Pattern, Distribution)) or callable(v) and not isclass(v))
-    found = {k: v for k,v in sorted(_vars(o).items()) if v is not None and shown(k, v)}
-    return _named({k: v for k,v in found.items() if getattr(v, '__self__', None) is not o and not isinstance(v, (Dataset, *_opaque[:2]))}, say)
+    args,spoken = _own_arguments(type(o)).difference(but),(re.Pattern, Distribution)
+    calls = lambda v: isinstance(v, spoken) or callable(v) and not isclass(v)
+    public = lambda k: k[0]!='_' and k not in but
+    large = lambda v: isinstance(v, (Dataset, *_opaque[:2])) or getattr(v, '__self__', None) is o
+    shown = lambda k,v: v is not None and not large(v) and (k in args or public(k) and calls(v))
+    return _named({k: v for k,v in sorted(_vars(o).items()) if shown(k, v)}, say)
+
+def _many(o): return f'{len(o)} items {_mark(o)}'
+def _numbers_in(o, say): return say(o.tolist()) if prod(o.shape)<=8 else f'{tuple(o.shape)} {_mark(o)}'
+def _method(o, say): return o.__name__ if ismodule(o.__self__) else f'{say(o.__self__)}.{o.__name__}'
+def _distribution(o, say):
+    return f'{type(o).__name__}({_named({k: getattr(o, k) for k in o.arg_constraints}, say)})'
+
+def _with_children(m, say): return _module(m, say) + (_listed(list(m.children()), say) if m._modules else '')
 
 _words = [
     ((bool, np.bool_),                lambda o,say: str(bool(o))),
     ((float, np.floating),            lambda o,say: f'{float(o):.6g}'),
-    ((str, PurePath),                 lambda o,say: repr(_place(o) if os.path.isabs(o) else str(o))),
+    ((str, PurePath),                 lambda o,say: repr(_text(o))),
     (Enum,                            lambda o,say: o.name),
     (_atoms,                          lambda o,say: str(o)),
     (Pipeline,                        lambda o,say: _listed(o.fs, say)),
     ((list, tuple),                   _listed),
     (CollBase,                        lambda o,say: say(o.items)),
     ((set, frozenset),                lambda o,say: _listed(sorted(o, key=repr), say)),
-    (dict,                            lambda o,say: f'{len(o)} items {_mark(o)}' if len(o)>20 else f'[{_named(o, say)}]'),
+    (dict,                            lambda o,say: _many(o) if len(o)>20 else f'[{_named(o, say)}]'),
     ((pd.DataFrame, pd.Series),       lambda o,say: f'{o.shape} {_mark(o)}'),
-    ((Tensor, np.ndarray),            lambda o,say: say(o.tolist()) if prod(o.shape)<=8 else f'{tuple(o.shape)} {_mark(o)}'),
+    ((Tensor, np.ndarray),            _numbers_in),
     (partial,                         _partial),
     (FunctionType,                    _function_name),
-    ((MethodType, BuiltinMethodType), lambda o,say: o.__name__ if ismodule(o.__self__) else f'{say(o.__self__)}.{o.__name__}'),
+    ((MethodType, BuiltinMethodType), _method),
     (re.Pattern,                      lambda o,say: repr(o.pattern)),
-    (Distribution,                    lambda o,say: f"{type(o).__name__}({_named({k: getattr(o, k) for k in o.arg_constraints}, say)})"),
-    (nn.Module,                       lambda o,say: _module(o, say) + (_listed(list(o.children()), say) if o._modules else '')),
+    (Distribution,                    _distribution),
+    (nn.Module,                       _with_children),
     (Transform,                       _transform)]
 
 # %% ../../nbs/base/identity.ipynb #cd8ad738
@@ -234,9 +253,11 @@ def run_facts(
 )->dict: # Plain values, for people to read; the same after a trip through JSON
     """What must be the same when a run goes on.
 
-    Items with their order and labels, transforms, loaders; the modules of the model with their arguments, the loss, what is frozen; the
-    optimizer, its hyper-parameters and schedule; callbacks of fastai and of this package that change a step. Not the device, the number
-    of workers, places of folders, callbacks that only watch, limit or save, or callbacks of your own: these may change.
+    Items with their order and labels, transforms, loaders; the modules of the model with their
+    arguments, the loss, what is frozen; the optimizer, its hyper-parameters and schedule; callbacks
+    of fastai and of this package that change a step. Not the device, the number of workers, places
+    of folders, the weights at the start, callbacks that only watch, guard, limit or save, and
+    callbacks of your own: these may change.
     A fact that cannot be had is None, see `facts_unknown`."""
     facts = {k: _known(f, learn) for k,f in _facts.items()}
     for i,dl in enumerate(learn.dls.loaders):
@@ -258,16 +279,18 @@ def _items(dl):
 def _dataset_transforms(dl):
     data = getattr(dl, 'dataset', None)
     if isinstance(data, Dataset): return [describe(data)]
-    return [describe(v) for o in getattr(data, 'tls', [data]) for k,v in _vars(o).items() if k in ('tfms','procs')]
+    parts = [_vars(o) for o in getattr(data, 'tls', [data])]
+    return [describe(o[k]) for o in parts for k in ('tfms','procs') if k in o]
 
-def _loader_transforms(dl): return [describe(getattr(dl, o)) for o in ('after_item','before_batch','after_batch') if hasattr(dl, o)]
+def _loader_transforms(dl): return [describe(getattr(dl, o)) for o in _pipelines if hasattr(dl, o)]
 
 _loader_facts = {
     'items':      _items,
     'transforms': lambda dl: [o for o in _dataset_transforms(dl) + _loader_transforms(dl) if o!='[]'],
     'loader':     lambda dl: f"{type(dl).__name__}({_arguments(dl, describe, but=_told_elsewhere)})"}
 
-_told_elsewhere = 'dataset','items','bs','batch_size','batch_sampler','n','lens','res','after_item','before_batch','after_batch'
+_pipelines = 'after_item','before_batch','after_batch'
+_told_elsewhere = 'dataset','items','bs','batch_size','batch_sampler','n','lens','res',*_pipelines
 
 # %% ../../nbs/base/identity.ipynb #3bd74d0f
 def _optimizer(learn):
@@ -275,7 +298,8 @@ def _optimizer(learn):
     steps = [describe(o) for o in opt.cbs] if isinstance(opt, Optimizer) else []
     return f"{type(getattr(opt, 'opt', opt)).__name__}({', '.join(steps)})"
 
-def _hypers(learn): return [{k: _numbers(v) for k,v in h.items() if isinstance(v, (int,float,bool))} for h in learn.opt.hypers]
+def _hypers(learn):
+    return [{k: _numbers(v) for k,v in h.items() if isinstance(v, (int,float))} for h in learn.opt.hypers]
 
 def _schedule(learn):
     cbs = [cb for cb in learn.cbs if isinstance(cb, ParamScheduler)]
@@ -288,7 +312,12 @@ def _numbers(o):
     return float(f'{o:.6g}') if isinstance(o, float) else o
 
 _package = __name__.split('.')[0]
-_acting = {f'fastai.{o}' for o in ('callback.mixup','callback.fp16','callback.training','callback.rnn','vision.gan')} | {f'{_package}.{o}' for o in ('averaging','gradients','rnn')}
+_theirs = 'callback.mixup','callback.fp16','callback.training','callback.rnn','vision.gan'
+_acting = {f'fastai.{o}' for o in _theirs} | {f'{_package}.{o}' for o in ('averaging','gradients','rnn')}
+
+def _frozen(learn): return [n for n,p in unwrap_model(learn.model).named_parameters() if not p.requires_grad]
+def _batch_size(learn):
+    return getattr(learn.dls.train, 'bs', None) or getattr(learn.dls.train, 'batch_size', None)
 
 def _acts(cb): return any(o.__module__ in _acting for o in type(cb).__mro__)
 
@@ -300,10 +329,10 @@ _facts = {
     'learner':          lambda learn: f'wd_bn_bias={learn.wd_bn_bias}, train_bn={learn.train_bn}',
     'model':            lambda learn: {n: _module(m) for n,m in unwrap_model(learn.model).named_modules()},
     'loss':             lambda learn: describe(learn.loss_func),
-    'frozen':           lambda learn: [n for n,p in unwrap_model(learn.model).named_parameters() if not p.requires_grad],
+    'frozen':           _frozen,
     'frozen groups':    lambda learn: learn.opt.frozen_idx,
     'callbacks':        lambda learn: sorted(describe(cb) for cb in learn.cbs if _acts(cb)),
-    'batch size':       lambda learn: getattr(learn.dls.train, 'bs', None) or getattr(learn.dls.train, 'batch_size', None),
+    'batch size':       _batch_size,
     'batches':          lambda learn: len(learn.dls.train),
     'epochs':           lambda learn: learn.n_epoch,
     'seed':             lambda learn: torch.initial_seed(),
@@ -321,12 +350,16 @@ def facts_differences(
     both = [k for k in mine if k in theirs and k not in (*but, 'python') and None not in (mine[k], theirs[k])]
     return [text for k in both if mine[k]!=theirs[k] for text in _differences(k, mine[k], theirs[k])]
 
-def _without_marks(facts): return json.loads(re.sub(r' \[[0-9a-f]{8}\]', '', json.dumps(facts)))     # code differs between versions of Python
+def _without_marks(facts):
+    "Code is other code in other versions of Python"
+    return json.loads(re.sub(r' \[[0-9a-f]{8}\]', '', json.dumps(facts)))
 
 def _differences(k, a, b, n=3):
     if k.endswith(' items'): return _items_differ(k, a, b)
     if isinstance(a, dict) and isinstance(b, dict):
-        texts = [f"{k}: {o or 'itself'}: {a.get(o, 'nothing')}, and there {b.get(o, 'nothing')}" for o in {**a, **b} if a.get(o)!=b.get(o)]
+        names = [o for o in {**a, **b} if a.get(o)!=b.get(o)]
+        pair = lambda o: f"{a.get(o, 'nothing')}, and there {b.get(o, 'nothing')}"
+        texts = [f"{k}: {o or 'itself'}: {pair(o)}" for o in names]
         return texts[:n] + [f'{k}: {len(texts)-n} more']*(len(texts)>n)
     if isinstance(a, list) and isinstance(b, list): a,b = _only(a, b),_only(b, a)
     return [f'{k}: {a}, and there {b}']
@@ -334,18 +367,20 @@ def _differences(k, a, b, n=3):
 def _only(a, b, n=3):
     "What is in `a` only, in words"
     only = [str(o) for o in a if o not in b]
-    return ', '.join(only[:n]) + f' and {len(only)-n} more'*(len(only)>n) if only else 'nothing' if len(a)!=len(b) else a
+    if not only: return 'nothing' if len(a)!=len(b) else a
+    return ', '.join(only[:n]) + f' and {len(only)-n} more'*(len(only)>n)
 
 def _items_differ(k, a, b):
-    n,m = (o['number'] if isinstance(o, dict) else o for o in (a, b))     # files of older versions have the number only
+    n,m = (o['number'] if isinstance(o, dict) else o for o in (a, b))     # older files have the number only
     if n!=m: return [f'{k}: {n}, and there {m}']
-    return [f'{k}: {n} others, or in another order, or with other labels']*(isinstance(a, dict) and isinstance(b, dict))
+    if not (isinstance(a, dict) and isinstance(b, dict)): return []
+    return [f'{k}: {n} others, or in another order, or with other labels']
 
 def facts_unknown(
     mine:dict, # From `run_facts`
     theirs:dict=None # From another run
 )->list: # Names of facts
-    "What cannot be compared: items of a loader that does not say what it reads, or what an older version of this package has not kept"
+    "What cannot be compared: items of a loader that does not say what it reads, or what an older file lacks"
     return [k for k,v in mine.items() if v is None or theirs is not None and theirs.get(k) is None]
 
 # %% ../../nbs/base/identity.ipynb #0e864d5a
@@ -354,7 +389,9 @@ def model_differences(
     weights:dict # A state of a model, by name
 )->list: # Texts, one for each difference, at most four
     "In which shapes `weights` is not of `model`"
-    shapes = [{n: tuple(t.shape) for n,t in w.items() if isinstance(t, Tensor)} for w in (unwrap_model(model).state_dict(), weights)]
-    names = [n for n in {**shapes[0], **shapes[1]} if shapes[0].get(n)!=shapes[1].get(n)]
-    texts = [f"model: {n} has the shape {shapes[0].get(n, 'of nothing')}, and there {shapes[1].get(n, 'it is not')}" for n in names[:3]]
+    states = unwrap_model(model).state_dict(),weights
+    mine,theirs = ({n: tuple(t.shape) for n,t in o.items() if isinstance(t, Tensor)} for o in states)
+    names = [n for n in {**mine, **theirs} if mine.get(n)!=theirs.get(n)]
+    shape = lambda n: f"{mine.get(n, 'of nothing')}, and there {theirs.get(n, 'it is not')}"
+    texts = [f'model: {n} has the shape {shape(n)}' for n in names[:3]]
     return texts + [f'model: {len(names)-3} more']*(len(names)>3)

@@ -1,0 +1,224 @@
+"Which run is this? What tells runs apart, and what must not"
+import json, os, subprocess, sys, tempfile
+from functools import partial
+from pathlib import Path
+
+import numpy as np, pandas as pd, pytest, torch
+from fastai.callback.core import Callback
+from fastai.vision.all import (CrossEntropyLossFlat, DataLoaders, Datasets, IndexSplitter, Learner, MixUp,
+                               RandomResizedCrop, Rotate, noop, set_seed)
+from torch import nn
+from torch.utils.data import (ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset,
+                              WeightedRandomSampler)
+from fastai_callbacks_ext.base.identity import facts_differences, facts_unknown, fingerprint, run_facts
+from fastai_callbacks_ext.test_utils import digits_learner
+from common import quiet
+from settings import SETTINGS
+
+N = 3000      # more than a fingerprint looks at
+g = torch.Generator().manual_seed(0)
+labels = torch.randint(0, 3, (N,), generator=g)
+
+class Mine(Dataset):
+    "A data set as people write them"
+    def __init__(self, folder, transform=None):
+        self.files = [f'{folder}/{i}.png' for i in range(N)]
+        self.transform = transform
+    def __len__(self): return N
+    def __getitem__(self, i): raise AssertionError('an item was read')
+
+paths = [Path(f'data/{i%3}/{i}.png') for i in range(N)]
+table = pd.DataFrame(dict(x=np.arange(N)*1., name=[f'n{i}' for i in range(N)], y=labels.numpy()))
+
+# Items as people have them, by their positions
+forms = dict(
+    paths=lambda idx: [paths[i] for i in idx],
+    strings=lambda idx: [str(paths[i]) for i in idx],
+    array=lambda idx: np.arange(N*4.).reshape(N,4)[idx],
+    wide=lambda idx: np.arange(N*1500, dtype='f4').reshape(N,1500)[idx],
+    tensor=lambda idx: torch.arange(N*4.).view(N,4)[idx],
+    table=lambda idx: table.iloc[idx],
+    categories=lambda idx: table.name.astype('category').iloc[idx],
+    tensors=lambda idx: [(torch.ones(5)*i, labels[i]) for i in idx],
+    dicts=lambda idx: [dict(image=f'{i}.png', label=i%3) for i in idx],
+    dataset=lambda idx: TensorDataset(torch.arange(N)[idx], labels[idx]),
+    subset=lambda idx: Subset(Mine('a'), idx),
+    concat=lambda idx: ConcatDataset([Subset(Mine('a'), idx), Mine('b')]),
+    datasets=lambda idx: Datasets(paths, [[noop]], splits=(idx, [0])).subset(0))
+
+@pytest.mark.parametrize('form', forms)
+def test_other_items(form):
+    "Another fold, another order, fewer items; the same items made anew are the same"
+    make,every = forms[form],np.arange(N)
+    fold = np.concatenate([every[:500], every[1000:], every[:500]])
+    swapped = every.copy()
+    swapped[[0, -1]] = swapped[[-1, 0]]
+    others = [every[::-1], np.roll(every, 1), fold, every[:-1], swapped]
+    assert fingerprint(make(every.tolist()))==fingerprint(make(every.tolist()))
+    assert len({fingerprint(make(o.tolist())) for o in [every, *others]})==6
+
+def reader(y): return lambda i: y[i]
+class Labeller:
+    def __init__(self, y): self.y = y
+    def __call__(self, i): return self.y[i]
+    def label(self, i): return self.y[i]
+scale = 1
+def of_this_module(i): return labels[i]*scale
+
+others = labels.clone()
+others[torch.randperm(N, generator=g)[:N//20]] += 1      # one in twenty
+
+holders = dict(closure=reader, object=Labeller, method=lambda y: Labeller(y).label, list=list,
+               partial=lambda y: partial(noop, y), numbers=lambda y: y.tolist(),
+               dict=lambda y: dict(enumerate(y.tolist())), series=lambda y: pd.Series(y.numpy()))
+@pytest.mark.parametrize('holder', holders.values(), ids=holders)
+def test_other_labels(holder):
+    assert fingerprint(holder(labels))==fingerprint(holder(labels.clone()))!=fingerprint(holder(others))
+
+def test_labels_of_a_function_of_this_module(monkeypatch):
+    before = fingerprint(of_this_module)
+    monkeypatch.setattr(sys.modules[__name__], 'scale', 2)
+    assert fingerprint(of_this_module)!=before
+
+def test_nothing_is_read_and_nothing_drawn():
+    states = lambda: (torch.get_rng_state().tolist(), np.random.get_state()[1].tolist())
+    before = states()
+    fingerprint(Mine('a')); fingerprint(paths); fingerprint(torch.randn(N, 9, generator=g))
+    assert states()==before
+
+def test_where_folders_are_does_not_count(tmp_path, monkeypatch):
+    temporary = Path(tempfile.gettempdir())
+    a,b,c = (fingerprint(temporary/o) for o in ('tmpa1/x/1.png','tmpb2/x/1.png','tmpb2/y/1.png'))
+    assert a==b!=c
+    (tmp_path/'one').mkdir(); (tmp_path/'two').mkdir()
+    seen = []
+    for o in ('one','two'):
+        monkeypatch.chdir(tmp_path/o)
+        seen.append(fingerprint([Path.cwd()/'images/1.png']))
+    assert seen[0]==seen[1]
+
+# --- a whole run --------------------------------------------------------------------------------
+class Ask(Callback):
+    order = 2000
+    def before_fit(self): self.facts = run_facts(self.learn)
+
+def facts(learn, method='fit', **kwargs):
+    ask = Ask()
+    with quiet(learn): getattr(learn, method)(1, cbs=[ask, *kwargs.pop('cbs', [])], **kwargs)
+    return ask.facts
+
+def halves(model): return [list(part.parameters()) for part in (model[:2], model[2:])]
+
+def small(val=range(16), y=None, p=.1, act=nn.ReLU, tfm=None, loss=None, freeze=False, bs=16, **kwargs):
+    x,y = torch.arange(64.)[:,None],labels[:64] if y is None else y
+    splits = IndexSplitter(list(val))(range(64))
+    dsets = Datasets(range(64), [[lambda i: x[i]], [lambda i: y[i]]], splits=splits)
+    set_seed(0)
+    model = nn.Sequential(nn.Linear(1,4), act(), nn.Dropout(p), nn.Linear(4,5))
+    dls = dsets.dataloaders(bs=bs, num_workers=0, after_batch=tfm)
+    learn = Learner(dls, model, loss_func=loss or CrossEntropyLossFlat(), splitter=halves, **kwargs)
+    if freeze: learn.freeze()
+    return learn
+
+def weighted(o, y, w=1.): return nn.functional.cross_entropy(o, y)*w
+
+others_of_it = dict(
+    fold=(dict(val=range(16, 32)), 'validation items: 16 others'),
+    fewer=(dict(val=range(8)), 'training items: 56, and there 48'),
+    labels=(dict(y=others[:64]+1), 'training transforms: '),
+    dropout=(dict(p=.5), 'model: 2: Dropout(p=0.5, inplace=False), and there Dropout(p=0.1'),
+    activation=(dict(act=nn.GELU), 'model: 1: GELU('),
+    augmentation=(dict(tfm=[Rotate(5)]), 'training transforms: [Rotate('),
+    loss=(dict(loss=weighted), 'loss: weighted'),
+    partial=(dict(loss=partial(weighted, w=2.)), 'loss: weighted'),
+    weights=(dict(loss=CrossEntropyLossFlat(weight=torch.ones(5))), 'weight=[1, 1, 1, 1, 1]'),
+    stage=(dict(freeze=True), 'frozen: 0.weight, 0.bias, and there nothing'),
+    mixup=(dict(cbs=[MixUp(.3)]), 'callbacks: MixUp('),
+    bs=(dict(bs=8), 'batch size: 8, and there 16'),
+    bn=(dict(train_bn=False), 'learner: '))
+
+@pytest.fixture(scope='module')
+def first(): return facts(small())
+
+@pytest.mark.parametrize('what', others_of_it)
+def test_another_run(what, first):
+    kwargs,words = others_of_it[what]
+    found = facts_differences(facts(small(**kwargs)), first)
+    assert any(words in o for o in found), found
+    assert all(len(o)<1000 for o in found) and len(found)<8
+
+def test_the_same_run(first):
+    again = facts(small())
+    assert facts_differences(again, first)==[] and facts_unknown(again, first)==[]
+    assert json.loads(json.dumps(again))==again
+
+class Watch(Callback):
+    "A callback of the user's own, that may be there or not"
+    def before_batch(self): pass
+
+def test_what_may_change(first):
+    "Workers, the device, a validation batch size; callbacks that watch, limit or save"
+    learn = small(cbs=[Watch()])
+    learn.dls.loaders = [dl.new(num_workers=1) for dl in learn.dls.loaders]
+    learn.dls.loaders[1].bs = 7
+    assert facts_differences(facts(learn), first)==[]
+
+@pytest.mark.parametrize('name', SETTINGS)
+def test_a_fit_changes_nothing_of_it(name):
+    "The second fit of a script asks after the first has run, or after it was found finished"
+    learn = SETTINGS[name]()
+    before = facts(learn)
+    assert facts_unknown(before)==[] and ' at 0x' not in json.dumps(before)
+    assert facts_differences(facts(learn), before)==[]
+    assert facts_differences(facts(SETTINGS[name]()), before)==[]
+
+def test_in_another_process():
+    "With another seed for the hashes of strings"
+    names = 'classifier','tabular_classes','text_classifier'
+    code = f"""import json, warnings; warnings.filterwarnings("ignore"); import test_identity as t
+print(json.dumps([t.facts(t.SETTINGS[n]()) for n in {names}]))"""
+    said = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True,
+                          cwd=Path(__file__).parent, env=os.environ | {'PYTHONHASHSEED': '1'})
+    for name,there in zip(names, json.loads(said.stdout.splitlines()[-1])):
+        assert facts_differences(facts(SETTINGS[name]()), there)==[], name
+
+class Stream(IterableDataset):
+    def __iter__(self): yield from zip(torch.zeros(4, 1), labels[:4])
+    def __len__(self): return 4
+
+def test_what_cannot_be_known():
+    loader = DataLoader(Stream(), 2)
+    learn = Learner(DataLoaders(loader, loader), nn.Linear(1, 3), loss_func=nn.CrossEntropyLoss())
+    assert facts_unknown(facts(learn))==['training items','validation items']
+
+def test_samplers_and_transforms_of_torch():
+    def learner(w, transform):
+        data = Mine('a', transform)
+        loader = DataLoader(data, 16, sampler=WeightedRandomSampler(w, N, generator=torch.Generator()))
+        return run_facts_of(loader)
+    def run_facts_of(loader):
+        learn = Learner(DataLoaders(loader, loader), nn.Linear(1, 3), loss_func=nn.CrossEntropyLoss(), lr=.1)
+        learn.create_opt(); learn.n_epoch = 1
+        return run_facts(learn)
+    even,crop = torch.ones(N),RandomResizedCrop
+    base = learner(even, crop(8))
+    assert facts_differences(learner(even, crop(8)), base)==[]
+    assert 'training loader' in str(facts_differences(learner(torch.arange(N)*1., crop(8)), base))
+    assert 'RandomResizedCrop' in str(facts_differences(learner(even, crop(8, min_scale=.5)), base))
+
+def test_files_of_older_versions(first):
+    "Facts that were not kept then are not compared, and named"
+    older = {k: v for k,v in first.items() if k not in ('loss','validation items')} | {'training items': 48}
+    assert facts_differences(first, older)==[] and facts_unknown(first, older)==['loss','validation items']
+    assert facts_differences(first, older | {'training items': 7})==['training items: 48, and there 7']
+
+def test_a_fact_that_fails_is_unknown():
+    class Odd(Learner):
+        @property
+        def wd_bn_bias(self): raise RuntimeError('odd')
+        @wd_bn_bias.setter
+        def wd_bn_bias(self, v): pass
+    learn = digits_learner(n=100)
+    learn.create_opt(); learn.n_epoch = 1
+    learn.__class__ = Odd
+    assert facts_unknown(run_facts(learn))==['learner']
