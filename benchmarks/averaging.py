@@ -1,4 +1,5 @@
-"Cost of an update of the average: beside one lerp over as many numbers in one piece, and beside torch's, timm's and Lightning's; and of a training batch"
+"""Cost of an update of the average: beside one lerp over as many numbers in one piece, and beside torch's,
+timm's and Lightning's; and of a training batch"""
 import warnings
 from functools import partial
 from time import perf_counter
@@ -15,10 +16,11 @@ from harness import measure, options, ratio, report
 from loop import NETS, fastai, net, seconds
 
 LERP = 'one lerp of a flat buffer'
-MODELS = {'MLP of 25 M parameters in 10 tensors': lambda: nn.Sequential(*(nn.Linear(2236, 2236) for _ in range(5))), 'ResNet-50, 25.6 M parameters in 161 tensors': resnet50}
+MODELS = {'MLP of 25 M parameters in 10 tensors': lambda: nn.Sequential(*(nn.Linear(2236, 2236)
+        for _ in range(5))), 'ResNet-50, 25.6 M parameters in 161 tensors': resnet50}
 
 def repeated(make, model, n=10):
-    "Seconds of one update, the mean of `n`; model and average are new each time, for where they lie in memory matters"
+    "Seconds of one update, the mean of `n`; model and average are new each time: where they lie matters"
     update = make(model())
     update()
     start = perf_counter()
@@ -32,9 +34,11 @@ def flat(model):
 def ours(model, buffers):
     ema = EMA(0.999, buffers=buffers)
     ema._learner = SimpleNamespace(model=model)
-    return ema._update
+    return torch.no_grad()(ema._update)
 
-def torchs(model): return partial(AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999)).update_parameters, model)
+def torchs(model):
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999))
+    return partial(averaged.update_parameters, model)
 
 def timms(model):
     from timm.utils import ModelEmaV3
@@ -50,24 +54,32 @@ def lightnings(model):
     return lambda: callback._average_model.update_parameters(module)
 
 STEPS = {
-    'plain fastai': list, 'EMA()': lambda: [EMA()], 'EMA(every=10)': lambda: [EMA(every=10)], 'SWA(every=10)': lambda: [SWA(every=10, buffers='copy')], 'LAWA(every=10)': lambda: [LAWA(every=10)]}
+    'plain fastai': list, 'EMA()': lambda: [EMA()], 'EMA(every=10)': lambda: [EMA(every=10)],
+    'SWA(every=10)': lambda: [SWA(every=10, buffers='copy')], 'LAWA(every=10)': lambda: [LAWA(every=10)]}
 
 COPIES = {
-    'EMA()': lambda: [EMA()], 'EMA([0.9, 0.99])': lambda: [EMA([0.9, 0.99])], 'SWA(0.)': lambda: [SWA(0., every=1)], 'LAWA(5)': lambda: [LAWA(5, every=1)]}
+    'EMA()': lambda: [EMA()], 'EMA([0.9, 0.99])': lambda: [EMA([0.9, 0.99])], 'SWA(0.)': lambda: [SWA(0.,
+            every=1)], 'LAWA(5)': lambda: [LAWA(5, every=1)]}
 
 def main():
     args = options(__doc__).parse_args()
     tables = {}
-    updates = {LERP: flat, "EMA(), buffers='copy'": partial(ours, buffers='copy'), 'EMA()': partial(ours, buffers='average'),
-               "torch's AveragedModel": torchs, "timm's ModelEmaV3": timms, "Lightning's EMAWeightAveraging": lightnings}
-    for title,model in MODELS.items(): tables[title] = measure({k: partial(repeated, f, model) for k,f in updates.items()}, args.rounds, 'ms an update')
+    updates = {LERP: flat, "EMA(), buffers='copy'": partial(ours, buffers='copy'),
+               'EMA()': partial(ours, buffers='average'),
+               "torch's AveragedModel": torchs, "timm's ModelEmaV3": timms,
+               "Lightning's EMAWeightAveraging": lightnings}
+    for title,model in MODELS.items(): tables[title] = measure({k: partial(repeated, f, model) for k,
+            f in updates.items()}, args.rounds, 'ms an update')
     steps = list(NETS)[:2]
-    tables |= {f'A training batch. {title}': measure({k: partial(seconds, partial(fastai, cbs=cbs, bar=False), net(title, 'cpu')) for k,cbs in STEPS.items()}, args.rounds, 'µs a batch') for title in steps}
+    tables |= {f'A training batch. {title}': measure({k: partial(seconds, partial(fastai, cbs=cbs, bar=False),
+            net(title, 'cpu')) for k,cbs in STEPS.items()}, args.rounds, 'µs a batch') for title in steps}
     results = report('averaging', tables, args.rounds, packages=('timm','lightning'), copies=memory(COPIES))
     print('\nCopies of the model in memory:', results['copies'])
     print('\nTargets: at most 1.15 x one lerp; at most 1 x each peer')
     for title in MODELS:
-        for row in list(tables[title]['rows'])[3:]: print(f"{ratio(results, title, 'EMA()', row):.2f}  EMA() / {row} ({title.split(',')[0]})")
-        print(f"{ratio(results, title, list(tables[title]['rows'])[1]):.2f}  over one lerp, {ratio(results, title, 'EMA()'):.2f} with buffers")
+        name,rows = title.split(',')[0],list(tables[title]['rows'])
+        for row in rows[3:]: print(f"{ratio(results, title, 'EMA()', row):.2f}  EMA() / {row} ({name})")
+        over = [ratio(results, title, row) for row in (rows[1], 'EMA()')]
+        print(f'{over[0]:.2f}  over one lerp, {over[1]:.2f} with buffers')
 
 if __name__=='__main__': main()

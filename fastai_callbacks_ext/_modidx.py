@@ -681,8 +681,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                       'fastai_callbacks_ext/base/identity.py')},
             'fastai_callbacks_ext.base.model': { 'fastai_callbacks_ext.base.model._is_direction': ( 'base/model.html#_is_direction',
                                                                                                     'fastai_callbacks_ext/base/model.py'),
-                                                 'fastai_callbacks_ext.base.model._module': ( 'base/model.html#_module',
-                                                                                              'fastai_callbacks_ext/base/model.py'),
                                                  'fastai_callbacks_ext.base.model._places': ( 'base/model.html#_places',
                                                                                               'fastai_callbacks_ext/base/model.py'),
                                                  'fastai_callbacks_ext.base.model._version': ( 'base/model.html#_version',
