@@ -7,9 +7,10 @@ __all__ = []
 
 # %% ../nbs/all.ipynb #728a6161
 from . import averaging, best, checkpoint, gradients, loop, rnn, safety, stopping, tracing
-from .base import core, model, step
+from .base import core, diagnosis, model, step
 from .averaging import *
 from .base.core import *
+from .base.diagnosis import *
 from .base.model import *
 from .base.step import *
 from .best import *
@@ -21,4 +22,4 @@ from .safety import *
 from .stopping import *
 from .tracing import *
 
-__all__ = [o for m in (averaging, best, checkpoint, gradients, loop, rnn, safety, stopping, tracing, core, model, step) for o in m.__all__]
+__all__ = [o for m in (averaging, best, checkpoint, gradients, loop, rnn, safety, stopping, tracing, core, diagnosis, model, step) for o in m.__all__]
