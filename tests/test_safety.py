@@ -116,7 +116,8 @@ def test_skipped_is_as_if_it_had_never_been_there(where, setting, batch):
     same(state(got), state(want))
     scaled = where=='grad' and setting=='scaler'
     found = [] if scaled else [batch]
-    assert [r.iteration for r in got.skip_non_finite.records]==found and got.skip_non_finite.skipped==len(found)
+    guard = got.skip_non_finite
+    assert [r.iteration for r in guard.records]==found and guard.skipped==len(found)
 
 @pytest.mark.parametrize('setting', ['plain','window'])
 def test_data_that_never_held_the_batch(setting):
@@ -572,7 +573,8 @@ def test_what_cannot_be_copied_is_said_once(guard, kind):
     first,last = interventions(learn)
     assert first.what=='keeps no copy of model and optimizer, and guards on' and path in first.why, out
     assert all_finite(list(learn.model.parameters()))
-    assert last.iteration==14 and last.what==('stopped the fit' if guard is TerminateOnNaN else 'skipped a batch')
+    did = 'stopped the fit' if guard is TerminateOnNaN else 'skipped a batch'
+    assert (last.iteration,last.what)==(14,did)
 
 @pytest.mark.parametrize('guard', [TerminateOnNaN, SkipNonFinite, SpikeGuard])
 @pytest.mark.parametrize('batch', [0,5])
