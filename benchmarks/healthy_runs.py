@@ -1,4 +1,4 @@
-"A dozen healthy runs of different kinds under `SpikeGuard()` as it comes: how often does it act? It should not"
+"A dozen healthy runs of different kinds under `SpikeGuard()` as it comes: how often does it act?"
 import argparse, contextlib, io, json, random, warnings
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,8 @@ from fastai_callbacks_ext.test_utils import digits_dls, digits_learner, digits_m
 def learner(x, y, bs, model, loss, opt_func=Adam, **kwargs):
     "A learner for tensors; a tenth of them for validation"
     n = len(x)//10
-    dls = DataLoaders(TorchLoader(list(zip(x[n:], y[n:])), bs, shuffle=True), TorchLoader(list(zip(x[:n], y[:n])), 64))
+    dls = DataLoaders(TorchLoader(list(zip(x[n:], y[n:])), bs, shuffle=True),
+                      TorchLoader(list(zip(x[:n], y[:n])), 64))
     return Learner(dls, model, loss_func=loss, opt_func=opt_func, **kwargs)
 
 def adding(cbs):
@@ -39,8 +40,12 @@ def parity(cbs):
 def seed(): return random.randrange(10**6)
 
 def one_cycle(cbs): digits_learner(cbs, seed=seed(), n=1797, bs=16).fit_one_cycle(5, 2e-2)
-def tiny_batches(cbs): digits_learner(cbs, seed=seed(), n=700, bs=2, opt_func=RMSProp, lr=1e-3, model=nn.Sequential(nn.Flatten(), nn.Linear(64,32), nn.ReLU(), nn.Linear(32,10))).fit(2)
-def to_the_end(cbs): digits_learner(cbs, seed=seed(), n=500, bs=16, model=nn.Sequential(nn.Flatten(), nn.Linear(64,128), nn.ReLU(), nn.Linear(128,10))).fit(25, 1e-2)
+def tiny_batches(cbs): digits_learner(cbs, seed=seed(), n=700, bs=2, opt_func=RMSProp, lr=1e-3,
+                                      model=nn.Sequential(nn.Flatten(), nn.Linear(64,32), nn.ReLU(),
+                                                          nn.Linear(32,10))).fit(2)
+def to_the_end(cbs): digits_learner(cbs, seed=seed(), n=500, bs=16,
+                                    model=nn.Sequential(nn.Flatten(), nn.Linear(64,128), nn.ReLU(),
+                                                        nn.Linear(128,10))).fit(25, 1e-2)
 def language(cbs):
     learn = text_learner(bs=8, n=9_000, opt_func=SGD, seed=seed())
     learn.add_cbs(cbs)
@@ -48,7 +53,8 @@ def language(cbs):
 
 def fine_tuning(cbs):
     "Trained on five digits, then tuned on all of them"
-    learn = digits_learner(seed=seed(), n=800, bs=16, splitter=lambda m: [list(m[:6].parameters()), list(m[6:].parameters())])
+    learn = digits_learner(seed=seed(), n=800, bs=16,
+                           splitter=lambda m: [list(m[:6].parameters()), list(m[6:].parameters())])
     learn.fit_one_cycle(2, 1e-2)
     learn.model[-1].reset_parameters()
     learn.add_cbs(cbs)
@@ -60,9 +66,12 @@ def contrastive(cbs):
         def __init__(self):
             super().__init__()
             self.net = nn.Sequential(nn.Flatten(), nn.Linear(64,64), nn.ReLU(), nn.Linear(64,32))
-        def forward(self, x): return torch.stack([F.normalize(self.net(x+.3*torch.randn_like(x)), dim=1) for _ in range(2)])
+        def forward(self,
+                    x): return torch.stack([F.normalize(self.net(x+.3*torch.randn_like(x)), dim=1)
+                                            for _ in range(2)])
     def nce(z, y): return F.cross_entropy(z[0]@z[1].T/.1, torch.arange(len(y), device=y.device))
-    digits_learner(cbs, seed=seed(), n=1500, bs=32, model=Views(), loss_func=nce, metrics=[]).fit_one_cycle(5, 5e-3)
+    learn = digits_learner(cbs, seed=seed(), n=1500, bs=32, model=Views(), loss_func=nce, metrics=[])
+    learn.fit_one_cycle(5, 5e-3)
 
 def triplets(cbs):
     "A margin loss of which most batches are soon exactly 0"
@@ -94,7 +103,8 @@ def adversarial(cbs):
     class Gan(nn.Module):
         def __init__(self):
             super().__init__()
-            self.g,self.d = [nn.Sequential(nn.Linear(i,32), nn.LeakyReLU(.2), nn.Linear(32,o)) for i,o in ((4,2),(2,1))]
+            self.g,self.d = [nn.Sequential(nn.Linear(i,32), nn.LeakyReLU(.2), nn.Linear(32,o)) for i,
+                             o in ((4,2),(2,1))]
         def forward(self, x):
             fake = self.g(torch.randn(len(x), 4, device=x.device))
             return self.d(x),self.d(fake.detach()),_frozen(self.d, fake)
@@ -114,17 +124,23 @@ def heavy_tails(cbs):
     "Regression whose errors are Cauchy's, with a loss that does not tame them much"
     x = torch.randn(6000, 8)
     y = x@torch.randn(8)+torch.distributions.StudentT(1.5).sample((6000,))
-    learner(x, y, 8, nn.Sequential(nn.Linear(8,16), nn.ReLU(), nn.Linear(16,1)), lambda o,t: (o[:,0]-t).abs().pow(1.5).mean(), cbs=cbs).fit(2, 1e-3)
+    learner(x, y, 8, nn.Sequential(nn.Linear(8,16), nn.ReLU(), nn.Linear(16,1)), lambda o,
+            t: (o[:,0]-t).abs().pow(1.5).mean(), cbs=cbs).fit(2, 1e-3)
 
 def regression(cbs):
     "From far away: targets of 1,000, and a loss that falls by a factor of a million"
     x = torch.randn(4000, 8)
-    learner(x, 1000+x@torch.randn(8), 16, nn.Linear(8,1), lambda o,t: F.mse_loss(o[:,0], t), SGD, cbs=cbs).fit(3, 1e-2)
+    learner(x, 1000+x@torch.randn(8), 16, nn.Linear(8,1), lambda o,t: F.mse_loss(o[:,0], t), SGD,
+            cbs=cbs).fit(3, 1e-2)
 
-RUNS = {'an RNN leaves a plateau': adding, 'parity: plateau, then sharp descent': parity, 'one-cycle at a high learning rate': one_cycle,
-        'language model, SGD at 5': language, 'fine-tuning': fine_tuning, 'batches of two, RMSProp': tiny_batches,
-        'training until nothing is left': to_the_end, 'contrastive (InfoNCE)': contrastive, 'triplets, mostly 0': triplets,
-        'hinge loss, wrong labels': hinge, 'generator and critic': adversarial, 'heavy-tailed errors': heavy_tails,
+RUNS = {'an RNN leaves a plateau': adding, 'parity: plateau, then sharp descent': parity,
+        'one-cycle at a high learning rate': one_cycle,
+        'language model, SGD at 5': language, 'fine-tuning': fine_tuning,
+        'batches of two, RMSProp': tiny_batches,
+        'training until nothing is left': to_the_end, 'contrastive (InfoNCE)': contrastive,
+        'triplets, mostly 0': triplets,
+        'hinge loss, wrong labels': hinge, 'generator and critic': adversarial,
+        'heavy-tailed errors': heavy_tails,
         'loss falls by a million': regression}
 
 class Count(Callback):

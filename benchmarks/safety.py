@@ -1,10 +1,11 @@
-"Cost of a training batch with each guard, and with what stops a fit, over the same fit without it, beside fastai's own"
+"Cost of a training batch with each guard, and with what stops a fit, over the fit without, beside fastai's"
 import warnings
 from functools import partial
 warnings.filterwarnings('ignore')
 
 from fastai.callback.tracker import EarlyStoppingCallback, TerminateOnNaNCallback
-from fastai_callbacks_ext.all import EarlyStopping, FastLoop, SampleLimit, SkipNonFinite, SpikeGuard, StepLimit, StopFile, TerminateOnNaN, TimeLimit
+from fastai_callbacks_ext.all import (EarlyStopping, FastLoop, SampleLimit, SkipNonFinite, SpikeGuard,
+                                      StepLimit, StopFile, TerminateOnNaN, TimeLimit)
 from harness import measure, options, ratio, report
 from loop import NETS, fastai, net, seconds
 
@@ -26,7 +27,8 @@ CASES = {
 STOPPING = {
     'plain fastai': list,
     "fastai's EarlyStoppingCallback": lambda: [EarlyStoppingCallback(monitor='train_loss', patience=9)],
-    'EarlyStopping(restore_best=True)': lambda: [EarlyStopping(monitor='train_loss', patience=9, restore_best=True)],
+    'EarlyStopping(restore_best=True)': lambda: [EarlyStopping(monitor='train_loss', patience=9,
+                                                               restore_best=True)],
     'StepLimit': lambda: [StepLimit(10**9)],
     'SampleLimit': lambda: [SampleLimit(10**9)],
     'TimeLimit(schedule=True)': lambda: [TimeLimit(minutes=10**6, schedule=True)],
@@ -37,11 +39,14 @@ def main():
     titles = list(NETS)[:2]
     nets = {title:net(title, 'cpu') for title in titles}
     case = lambda title,cbs: partial(seconds, partial(fastai, cbs=cbs, bar=False), nets[title])
-    tables = {title: measure({k:case(title, cbs) for k,cbs in CASES.items()}, args.rounds, 'µs a batch') for title in titles}
-    tables |= {f'Stopping. {title}': measure({k:case(title, cbs) for k,cbs in STOPPING.items()}, args.rounds, 'µs a batch') for title in titles}
+    tables = {title: measure({k:case(title, cbs) for k,cbs in CASES.items()}, args.rounds, 'µs a batch')
+              for title in titles}
+    tables |= {f'Stopping. {title}': measure({k:case(title, cbs) for k,cbs in STOPPING.items()}, args.rounds,
+                                             'µs a batch') for title in titles}
     results = report('safety', tables, args.rounds)
     print('\nTarget: no dearer than fastai\'s')
     for title in titles:
-        for row in list(CASES)[2:7]: print(f'{ratio(results, title, row, FASTAIS):.2f}  {row} / {FASTAIS} ({title.split(":")[0]})')
+        for row in list(CASES)[2:7]:
+            print(f'{ratio(results, title, row, FASTAIS):.2f}  {row} / {FASTAIS} ({title.split(":")[0]})')
 
 if __name__=='__main__': main()

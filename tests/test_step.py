@@ -1,10 +1,11 @@
-"The numbers of a step hold on to nothing; a batch that is undone has left nothing; items are named only when they are certain"
+"The numbers of a step hold on to nothing; an undone batch has left nothing; items are named when certain"
 import random, weakref
 from collections import deque
 from functools import partial
 
 import numpy as np, pytest, torch, torch.nn.functional as F
-from fastai.basics import (Adam, Callback, CancelBatchException, CancelFitException, DataLoader, DataLoaders, Learner, MSELossFlat,
+from fastai.basics import (Adam, Callback, CancelBatchException, CancelFitException, DataLoader, DataLoaders,
+                           Learner, MSELossFlat,
                            OptimWrapper, SkipItemException, Tensor, default_device)
 from fastai.callback.all import MixUp, ModelResetter, PartialDL, RNNCallback, WeightedDL
 from torch import nn
@@ -19,7 +20,7 @@ torch_sgd = partial(OptimWrapper, opt=torch.optim.SGD)
 # Numbers
 @pytest.mark.parametrize('opt_func', [Adam, torch_sgd], ids=['fastai','torch'])
 def test_numbers_keep_nothing_alive(opt_func):
-    "Neither gradients nor losses of the step before are there in the next forward pass, unless the optimizer keeps them"
+    "The gradients of the step before are gone in the next forward pass, unless the optimizer keeps them"
     class Look(Callback):
         order,run_valid = 3000,False
         def __init__(self): self.refs,self.alive = [],[]
@@ -27,7 +28,8 @@ def test_numbers_keep_nothing_alive(opt_func):
         def before_batch(self):
             for p in self.model.parameters(): p.grad = None
             self.alive += [r() is not None for r in self.refs]
-    learn = digits_learner([GradientClip(.1), SkipNonFinite(), look := Look()], n=200, bs=32, opt_func=opt_func)
+    learn = digits_learner([GradientClip(.1), SkipNonFinite(), look := Look()], n=200, bs=32,
+                           opt_func=opt_func)
     fit(learn)
     assert look.alive and not any(look.alive)
 
@@ -49,7 +51,8 @@ class Everything(nn.Module):
         super().__init__()
         self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.BatchNorm1d(10), nn.Dropout(.5))
         for n in ('center','replaced'): self.register_buffer(n, torch.zeros(1))
-        self.hidden,self.pair,self.by_name = torch.zeros(2),[torch.zeros(1), (torch.zeros(1),)],{'a': torch.zeros(1)}
+        self.hidden,self.pair,self.by_name = torch.zeros(2),[torch.zeros(1),
+                                                             (torch.zeros(1),)],{'a': torch.zeros(1)}
         self.seen,self.recent,self.names = 0,deque(maxlen=3),['a']*100
         self.conjugate = torch.zeros(2, dtype=torch.cfloat).conj()
         self.wide = torch.zeros(1).expand(5)
@@ -89,7 +92,8 @@ def everything(learn):
     m = learn.model
     own = {k: plain(v) for k,v in vars(m).items() if k[0]!='_' and k!='training'}
     grads = [None if p.grad is None else p.grad.tolist() for p in m.parameters()]
-    return dict(own=own, buffers=plain(dict(m.named_buffers())), loss=plain(dict(learn.loss_func.named_buffers())), grads=grads,
+    return dict(own=own, buffers=plain(dict(m.named_buffers())),
+                loss=plain(dict(learn.loss_func.named_buffers())), grads=grads,
                 random=[random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()])
 
 @pytest.mark.parametrize('at', [0,1,3])
@@ -109,7 +113,8 @@ def test_all_that_a_batch_changes_is_undone(at, window):
             assert all(changed[k]!=self.before[k] for k in changed)
             self.undo.undo()
             after = everything(self.learn)
-            if not any(map(any, [g or [] for g in self.before['grads']])): after['grads'] = self.before['grads']     # zeros or none
+            none = not any(g is not None and np.any(g) for g in self.before['grads'])
+            if none: after['grads'] = self.before['grads']     # zeros or none
             assert after==self.before and self.learn.loss.item()==self.loss and not self.undo.refused
             self.done = True
             raise CancelFitException
@@ -125,7 +130,8 @@ def test_gradients_that_nobody_zeroes():
         order,run_valid = -20,False
         def after_loss(self):
             if self.iter==2: self.learn.loss_grad,self.learn.loss = self.loss_grad*nan,self.loss*nan
-    learn = digits_learner([SkipNonFinite(), Bad()], n=200, bs=32, model=model, splitter=lambda m: [list(m[2].parameters())])
+    learn = digits_learner([SkipNonFinite(), Bad()], n=200, bs=32, model=model,
+                           splitter=lambda m: [list(m[2].parameters())])
     fit(learn)
     assert all(p.grad.isfinite().all() for p in model[1].parameters()) and model[1].weight.grad.any()
 
@@ -179,18 +185,25 @@ class Own(DataLoader):
     "Reads what it likes"
     def create_item(self, i): return self.dataset[(i+1)%self.n]
 
-loaders = {'fastai': (lambda: DataLoader(Rows(50), 8, shuffle=True), True), 'last dropped': (lambda: DataLoader(Rows(50), 8, shuffle=True, drop_last=True), True),
-           'partial': (lambda: PartialDL(Rows(50), 8, partial_n=20, num_workers=0), True), 'weighted': (lambda: WeightedDL(Rows(50), 8, shuffle=True, num_workers=0), True),
-           'own order': (lambda: Shuffled(Rows(50), 8), True), 'workers': (lambda: DataLoader(Rows(50), 8, shuffle=True, num_workers=2), True),
-           'skips': (lambda: DataLoader(Rows(50, 3), 8), None), 'skips in workers': (lambda: DataLoader(Rows(50, 3), 8, num_workers=2), None),
-           'own items': (lambda: Own(Rows(50), 8), False), 'own batches': (lambda: DataLoader(Rows(50), 8, create_batch=collate), False),
-           'torch': (lambda: torch.utils.data.DataLoader(Rows(50), 8, shuffle=True), False), 'no batches': (lambda: DataLoader(list(zip(torch.zeros(5,8,1), torch.zeros(5,8,1)))), False)}
+loaders = {'fastai': (lambda: DataLoader(Rows(50), 8, shuffle=True), True),
+           'last dropped': (lambda: DataLoader(Rows(50), 8, shuffle=True, drop_last=True), True),
+           'partial': (lambda: PartialDL(Rows(50), 8, partial_n=20, num_workers=0), True),
+           'weighted': (lambda: WeightedDL(Rows(50), 8, shuffle=True, num_workers=0), True),
+           'own order': (lambda: Shuffled(Rows(50), 8), True),
+           'workers': (lambda: DataLoader(Rows(50), 8, shuffle=True, num_workers=2), True),
+           'skips': (lambda: DataLoader(Rows(50, 3), 8), None),
+           'skips in workers': (lambda: DataLoader(Rows(50, 3), 8, num_workers=2), None),
+           'own items': (lambda: Own(Rows(50), 8), False),
+           'own batches': (lambda: DataLoader(Rows(50), 8, create_batch=collate), False),
+           'torch': (lambda: torch.utils.data.DataLoader(Rows(50), 8, shuffle=True), False),
+           'no batches': (lambda: DataLoader(list(zip(torch.zeros(5,8,1), torch.zeros(5,8,1)))), False)}
 
 @pytest.mark.parametrize('name', loaders)
 def test_items_are_right_or_not_named(name):
     make,named = loaders[name]
     dl = make()
-    learn = Learner(DataLoaders(dl, dl), nn.Linear(1, 1), loss_func=MSELossFlat(), lr=0., cbs=[note := NoteItems()])
+    learn = Learner(DataLoaders(dl, dl), nn.Linear(1, 1), loss_func=MSELossFlat(), lr=0.,
+                    cbs=[note := NoteItems()])
     fit(learn, 2)
     assert not note.wrong and (named is None or (note.named>0)==named)
     assert 'do_item' not in vars(dl)
@@ -198,7 +211,8 @@ def test_items_are_right_or_not_named(name):
 def test_a_batch_that_a_callback_has_changed():
     dl = DataLoader(Rows(50), 8, shuffle=True)
     for cb in (Reversed(), MixUp()):
-        learn = Learner(DataLoaders(dl, dl), nn.Linear(1, 1), loss_func=MSELossFlat(), lr=0., cbs=[note := NoteItems(), cb])
+        learn = Learner(DataLoaders(dl, dl), nn.Linear(1, 1), loss_func=MSELossFlat(), lr=0.,
+                        cbs=[note := NoteItems(), cb])
         fit(learn)
         assert not note.named
     note = NoteItems()
