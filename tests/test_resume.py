@@ -283,6 +283,14 @@ class Teachers(Callback):
             for p,q in zip(self.params, t.parameters()): q.data.lerp_(p.data, d)
         self.stats[0].add_(.01)
 
+def test_a_copy_of_the_model_is_in_the_same_mode():
+    "After a fit, the model is in evaluation mode: so is what the second fit copies, also where the first was done before"
+    class Copy(Callback):
+        def before_fit(self): self.slow = deepcopy(self.learn.model)
+        def after_pred(self):
+            if self.training: self.learn.pred = self.pred+self.slow(self.x).detach()
+    goes_on(lambda: small([Copy()]), lambda l,cbs: l.fine_tune(2, 1e-2, cbs=cbs), [(1,2)])
+
 def test_callbacks_that_own_things():
     out = goes_on(lambda: small([Teachers()], opt_func=SGD), fit(), [(0,2), (2,1)],
                   numbers=lambda l: (crash.digests(l), l.teachers.w.item()))

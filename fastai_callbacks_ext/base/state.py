@@ -46,7 +46,8 @@ def model_state(
     if first is not None: hidden = _changed_attributes(model, first) | hidden
     params,buffers = dict(model.named_parameters()),to_plain(dict(model.named_buffers()), lost, where)
     return dict(weights=to_plain(model.state_dict(), lost, where), buffers=buffers, hidden=hidden,
-                grads=_grads(params), frozen=[n for n,p in params.items() if not p.requires_grad])
+                grads=_grads(params), frozen=[n for n,p in params.items() if not p.requires_grad],
+                evaluating=[n for n,m in model.named_modules() if not m.training])
 
 def module_attributes(
     model:nn.Module # A model, maybe wrapped
@@ -87,6 +88,7 @@ def load_model_state(
     buffers,modules = dict(model.named_buffers()),dict(model.named_modules())
     for n,b in state['buffers'].items(): buffers[n].copy_(b)
     for n,s in state['hidden'].items(): set_attributes(modules[n], s)
+    for n,m in modules.items(): m.training = n not in state['evaluating']
     for n,p in model.named_parameters():
         p.requires_grad_(n not in state['frozen'])
         _load_grad(p, state['grads'], n)
