@@ -29,11 +29,12 @@ from .base.files import BackgroundWriter, FolderLock, Snapshot, StateFiles, map_
 from .base.position import (SeededItems, batches_from, keep_workers, load_random_state,
                                                 random_state,
                                                 skips_exactly)
-from .base.state import FitStart, learner_state, load_learner_state, model_differences, run_facts
+from .base.state import (FitStart, learner_state, load_learner_state, model_differences,
+                                             run_facts)
 
 # %% ../nbs/06_checkpoint.ipynb #7b2f4560
 class Checkpoint(ExtCallback):
-    "Saves the whole state of a fit; when the same script runs again, the fit goes on from there to the same bits"
+    "Saves the whole state of a fit; when the same script runs again, it goes on from there to the same bits"
     order,run_valid = 2000,False     # after all others
     _finished = {}                   # runs that have finished in this process: the process, and the callback
     def __init__(self,
@@ -43,10 +44,10 @@ class Checkpoint(ExtCallback):
         minutes:float=None, # Save when this many minutes have passed; None for not
         keep:int=2, # Checkpoints to keep of each fit
         resume:bool=True, # Go on from the newest intact checkpoint? False starts anew
-        background:bool=True, # Write in a thread, while the training goes on with a copy of the state in memory?
-        on_error:str='continue', # If a checkpoint cannot be saved: 'continue' says so and goes on, 'stop' raises the error
+        background:bool=True, # Write in a thread, while the training goes on? Needs memory for a copy
+        on_error:str='continue', # If a checkpoint cannot be saved: 'continue' says so, 'stop' raises the error
         extend:bool=False, # Accept a checkpoint of a fit of fewer epochs, if it had no schedule?
-        seed_items:bool=False # With workers: seed each item by epoch and index, so that resuming in mid-epoch is exact?
+        seed_items:bool=False # Workers: seed each item by epoch and index, to go on exactly in mid-epoch?
     ):
         self.path = Path(check_type('path', path, str, Path))
         for k,v in dict(epochs=epochs, steps=steps).items():
@@ -55,7 +56,8 @@ class Checkpoint(ExtCallback):
         self.keep = check_number('keep', keep, low=1, integer=True)
         for k,v in dict(resume=resume, background=background, extend=extend, seed_items=seed_items).items():
             setattr(self, k, check_type(k, v, bool))
-        if on_error not in ('continue','stop'): raise ValueError(f"on_error={on_error!r}: expected 'continue' or 'stop'")
+        if on_error not in ('continue','stop'):
+            raise ValueError(f"on_error={on_error!r}: expected 'continue' or 'stop'")
         self.on_error = on_error
         self._fit,self._told,self._resuming = 0,set(),None
         self._id = self._run = uuid4().hex
@@ -98,7 +100,8 @@ def _lock_folder(self:Checkpoint):
         holder = None
         self._say(f'cannot lock {self.path}, so nobody notices a second run there: {e.strerror or e}')
     if holder := from_first(holder):
-        raise ValueError(f'{self.name}: {self.path} is in use by {holder}. Use another path, or wait until that has ended')
+        raise ValueError(f'{self.name}: {self.path} is in use by {holder}. '
+                         'Use another path, or wait until that has ended')
 
 @patch
 def _find(self:Checkpoint):
@@ -116,8 +119,8 @@ def _go_on(self:Checkpoint, state, about):
     self._check_run(state, about['facts'], longer)
     process,callback = Checkpoint._finished.get(about['run'], (None,None))
     if process==os.getpid() and callback!=self._id and not longer:
-        raise ValueError(f'{self.name}: another Checkpoint of this script has finished a fit in {self.path} already. '
-                         f'{_own_path.format(self.path)}; resume=False begins anew')
+        raise ValueError(f'{self.name}: another Checkpoint of this script has finished a fit in {self.path} '
+                         f'already. {_own_path.format(self.path)}; resume=False begins anew')
     self._run = about['run']
     if about['versions']!=_versions():
         self._say(f"the checkpoint is from {about['versions']}, and this is {_versions()}: "
@@ -130,10 +133,12 @@ def _versions(): return f'torch {torch.__version__}, fastai {fastai.__version__}
 def _check_run(self:Checkpoint, state, facts, longer):
     "Refuse what another run has left"
     problems = model_differences(self.model, state['shared']['model']['weights'])
-    problems += _facts_differences(self._facts, facts | (dict(epochs=self._facts['epochs']) if longer else {}))
+    if longer: facts = facts | dict(epochs=self._facts['epochs'])
+    problems += _facts_differences(self._facts, facts)
     if not (problems := from_first(problems)): return
     hint = '; extend=True is for fits without a schedule' if self.extend else ''
-    raise ValueError(f"{self.name}: {self._files.folder} has the checkpoint of another run: {'; '.join(problems)}{hint}. "
+    raise ValueError(f'{self.name}: {self._files.folder} has the checkpoint of another run: '
+                     f"{'; '.join(problems)}{hint}. "
                      f'Use another path, or resume=False. {_own_path.format(self.path)}')
 
 def _facts_differences(mine, theirs):
@@ -148,7 +153,8 @@ def _tell_limits(self:Checkpoint):
         self._say(f'to go on in mid-epoch, the batches of this {type(dl).__name__} that were seen already '
                   'are read again and dropped')
     elif workers and not self.seed_items:
-        self._say(f'with num_workers={workers}, items with random transforms {rest}; seed_items=True makes them so')
+        self._say(f'with num_workers={workers}, items with random transforms {rest}; '
+                  'seed_items=True makes them so')
     elif workers and dl.fake_l.persistent_workers:
         self._say(f'with persistent_workers=True, items with random transforms {rest}')
 
@@ -191,7 +197,8 @@ class Resuming:
         load_learner_state(self.learn, {'shared': state['shared'],
                                         'own': state['own'][rank_distrib()]['state']})
         if not self.no_epoch: self.learn.epoch = self.at['epoch']
-        if self.learn.n_epoch!=self.at['n_epoch']: self.learn.pct_train *= self.at['n_epoch']/self.learn.n_epoch
+        longer = self.learn.n_epoch/self.at['n_epoch']
+        if longer!=1: self.learn.pct_train /= longer
         if not last: return
         self.state = None
         self.leave()
@@ -270,7 +277,7 @@ def after_fit(self:Checkpoint):
 
 @patch
 def pause(self:Checkpoint):
-    "At the end of a batch or an epoch: save, and note that this fit is not finished. The next run goes on from here"
+    "At the end of a batch or an epoch: save, and note that this fit is not finished; the next run goes on"
     self._paused = True
     self._save(self.epoch, self.iter+1) if self.training else self._save(self.epoch+1)
     try: self._writer.close()
@@ -328,7 +335,7 @@ def _failed(self:Checkpoint, e):
 
 # %% ../nbs/06_checkpoint.ipynb #f406d237
 class PreemptionGuard(ExtCallback):
-    "Ends the fit at the next batch when a signal announces the end of the machine; the next run goes on from there"
+    "Ends the fit at the next batch when a signal announces the end of the machine; the next run goes on"
     run_after,run_valid = Checkpoint,False
     def __init__(self,
         signals:tuple=(signal.SIGTERM, signal.SIGUSR1) # Signals to listen to
@@ -340,7 +347,8 @@ class PreemptionGuard(ExtCallback):
     def before_fit(self):
         "Put the handlers in place"
         if current_thread() is not main_thread():
-            raise RuntimeError(f'{self.name}: signals can be handled in the main thread only, and this fit runs in another')
+            raise RuntimeError(f'{self.name}: signals can be handled in the main thread only, '
+                               'and this fit runs in another')
         self._got,self._in_batch,self._ended = None,False,False
         self.at_end(self._pass_on)
         for s in self.signals: self._handle(s, self._note)
@@ -376,16 +384,17 @@ class PreemptionGuard(ExtCallback):
         saved = [cb for cb in self.learn.cbs if isinstance(cb, Checkpoint)]
         for cb in saved: cb.pause()
         name = signal.Signals(self._got).name if self._got else 'a signal to another process'
-        after = f'the next run goes on from {saved[0].path}' if saved else 'there is no Checkpoint to go on from'
+        after = 'there is no Checkpoint to go on from'
+        if saved: after = f'the next run goes on from {saved[0].path}'
         self.tell('ended the fit', f'{name}; {after}')
 
     def _keep_workers(self):
-        "Data workers are not ended by the signals; if one is, PyTorch's error does not come in the middle of a step"
+        "Signals do not end data workers; if one does, PyTorch's error does not come in the middle of a step"
         self.at_end((undo := ExitStack()).close)
         undo.enter_context(keep_workers(self.dls, self.signals))
         with suppress(AttributeError): torch.utils.data._utils.signal_handling._set_SIGCHLD_handler()
         theirs = signal.getsignal(signal.SIGCHLD)
-        self._handle(signal.SIGCHLD, lambda *args: theirs(*args) if callable(theirs) and self._got is None else None)
+        self._handle(signal.SIGCHLD, lambda *args: callable(theirs) and self._got is None and theirs(*args))
 
     def _rescue(self):
         "An error has ended the fit after a signal: save, if that was between two batches"
