@@ -61,7 +61,7 @@ def _refuse(cls, where, what=''):
 def replacing(
     file:str|Path # File to replace; its folder is made if need be
 )->BufferedWriter: # Write the new content to it
-    "A file that takes the place of `file` when the block ends and all is on the disk; `OSError` says what and why"
+    "A file that takes the place of `file` when the block ends and all is on the disk; `OSError` says why not"
     file = Path(file)
     temp = file.with_name(f'{file.name}.{uuid4().hex[:8]}.tmp')
     try:
@@ -101,7 +101,7 @@ def save_state(
     file:str|Path, # File to write; its folder is made if need be
     state:object # Tensors and plain values, in dicts, lists and tuples; a view takes all of its storage along
 )->dict: # `size` in bytes, and `sha256`
-    "Write `state` to `file`, which stays the old one until all is written. Errors: see `map_state`, `replacing`"
+    "Write `state` to `file`, which stays the old one until all is there. Errors: see `map_state`, `replacing`"
     state = map_state(state, lambda t: t)
     with replacing(file) as f:
         sink = _Sink(f)
@@ -168,7 +168,7 @@ class StateFiles:
         state:object, # See `save_state`
         about:dict # What the manifest says about it: epoch, iteration, ...; read back with the state
     )->int: # Its number
-        "Write `state` with the next number, then its manifest; remove what is too old. Errors as in `save_state`"
+        "Write `state` with the next number, then its manifest; remove old ones. Errors as in `save_state`"
         json.dumps(about)       # a `TypeError` now, and not when the state is written
         for f in self.folder.glob('*.tmp'):     # of a save that was cut off
             if _temp.fullmatch(f.name): f.unlink(missing_ok=True)
@@ -280,7 +280,8 @@ class Snapshot:
         sources,keys = _pieces(tensors)
         targets = dict(zip(sources, self._memory(sources.values())))
         _copy(list(targets.values()), list(sources.values()))
-        copies = (targets[k] if k==i else targets[k].as_strided(t.shape, t.stride(), t.storage_offset()) for i,(k,t) in enumerate(zip(keys, tensors)))
+        view = lambda o,t: o.as_strided(t.shape, t.stride(), t.storage_offset())
+        copies = (targets[k] if k==i else view(targets[k], t) for i,(k,t) in enumerate(zip(keys, tensors)))
         return map_state(state, lambda t: next(copies) if _dense(t) else t.to('cpu', copy=True))
 
     def _memory(self, sources):
@@ -311,7 +312,7 @@ def _whole(t): return t.as_strided((t.untyped_storage().nbytes()//t.itemsize,), 
 
 # %% ../../nbs/base/files.ipynb #ee4d9c4b
 class BackgroundWriter:
-    "Runs jobs beside the training, one at a time, each in a thread; a program that ends normally waits for it"
+    "Runs jobs beside the training, one at a time, each in a thread that a program waits for at its end"
     def __init__(self): self._thread,self._error = None,None
 
     @property
