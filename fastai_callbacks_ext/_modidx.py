@@ -441,8 +441,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                           'fastai_callbacks_ext/base/files.py'),
                                                  'fastai_callbacks_ext.base.files.StateFiles._file': ( 'base/files.html#statefiles._file',
                                                                                                        'fastai_callbacks_ext/base/files.py'),
-                                                 'fastai_callbacks_ext.base.files.StateFiles._files': ( 'base/files.html#statefiles._files',
-                                                                                                        'fastai_callbacks_ext/base/files.py'),
                                                  'fastai_callbacks_ext.base.files.StateFiles._load': ( 'base/files.html#statefiles._load',
                                                                                                        'fastai_callbacks_ext/base/files.py'),
                                                  'fastai_callbacks_ext.base.files.StateFiles._manifests': ( 'base/files.html#statefiles._manifests',

@@ -18,10 +18,11 @@ from fastai_callbacks_ext.test_utils import digits_learner, text_dls, text_learn
 
 # What is trained
 class CPUMixedPrecision(MixedPrecision):
-    "fastai's, on the CPU: bfloat16, with a loss scaler that grows every third step"
+    "fastai's, on a CPU too: bfloat16, with a loss scaler that grows every third step"
     def before_fit(self):
-        self.autocast,self.scales = torch.autocast('cpu', dtype=torch.bfloat16),L()
-        self.learn.scaler = torch.amp.GradScaler('cpu', init_scale=8., growth_interval=3)
+        device = self.dls.device.type
+        self.autocast,self.scales = torch.autocast(device, dtype=torch.bfloat16),L()
+        self.learn.scaler = torch.amp.GradScaler(device, init_scale=8., growth_interval=3)
 
 def tabular(folder):
     "A tabular net with embeddings, batch norm and Adam, on the diabetes data"
@@ -85,15 +86,40 @@ def ranks(folder):
     random.seed(rank_distrib())
     learn.dls = DataLoaders(DataLoader(train, bs=16, shuffle=True), DataLoader(valid, bs=16))
     torch.manual_seed(rank_distrib())
-    learn.model = DistributedDataParallel(learn.model)
+    learn.model = DistributedDataParallel(learn.model.to(learn.dls.device))
     return learn,lambda cb: learn.fit_one_cycle(2, 1e-2, cbs=cb)
 
-CASES = {f.__name__: f for f in (tabular, cnn, language, accumulation, workers, ranks)}
+class Teacher(Callback):
+    "A momentum encoder, which a trained temperature brings near"
+    def __init__(self): self.t = nn.Parameter(torch.zeros(1))
+    def before_fit(self):
+        self.slow,self.rng = deepcopy(self.learn.model),torch.Generator().manual_seed(1)
+        self.t.data = self.t.data.to(next(self.learn.model.parameters()).device)
+    def after_loss(self):
+        if not self.training: return
+        far = nn.functional.mse_loss(self.pred, self.slow(self.x).detach())
+        self.learn.loss_grad = self.loss_grad + far*torch.rand(1, generator=self.rng).item()*self.t.exp()
+    def after_step(self):
+        for p,q in zip(self.learn.model.parameters(), self.slow.parameters()): q.data.lerp_(p.data, .1)
+
+def teacher(folder):
+    "PyTorch's loader with a generator of its own, a callback that owns a model; both fits of fine_tune, with graph and table"
+    cb = Teacher()
+    learn = digits_learner([cb, ShowGraphCallback(), CSVLogger()], n=250, bs=32, path=folder,
+                           splitter=lambda m: [list(m[:6].parameters()), [*m[6:].parameters(), cb.t]])
+    train,valid = [[ds[i] for i in range(len(ds))] for ds in (learn.dls.train_ds, learn.dls.valid_ds)]
+    order = torch.Generator().manual_seed(5)
+    loader = torch.utils.data.DataLoader
+    learn.dls = DataLoaders(loader(train, 32, shuffle=True, generator=order), loader(valid, 32),
+                            device=default_device())
+    return learn,lambda cb: learn.fine_tune(2, 1e-2, cbs=cb)
+
+CASES = {f.__name__: f for f in (tabular, cnn, language, accumulation, workers, teacher, ranks)}
 
 # What must be the same
 def flat(o):
     "The values in `o`, as bytes"
-    if isinstance(o, Tensor): yield f'{o.dtype}{tuple(o.shape)}'.encode()+o.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    if isinstance(o, Tensor): yield f'{o.dtype}{tuple(o.shape)}'.encode()+o.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
     elif isinstance(o, dict):
         for k,v in o.items(): yield str(k).encode(); yield from flat(v)
     elif isinstance(o, (list,tuple,L)):
@@ -143,17 +169,17 @@ def plan(r, events, seconds):
                  'time': r.uniform(.02, seconds)}[kind],r.choice([-50, 55, 1999, 3000])
 
 # Runs
-def train(case, folder, kill, checkpoints):
+def train(case, folder, kill, checkpoints, bar=False):
     "Train `case` to the end; checksums, and the number of events"
     kind,at,order = kill or ('event',0,0)
     learn,fits = CASES[case](folder)
     if kind=='event' and at%2 in (0, rank_distrib()): learn.add_cb(KillAtEvent(at, order))
     if kind=='disk': kill_at_disk_step(at)
-    with learn.no_bar(): fits(Checkpoint(folder/'run', steps=3,
+    with contextlib.nullcontext() if bar or case=='teacher' else learn.no_bar(): fits(Checkpoint(folder/'run', steps=3,
                                          seed_items=case=='workers') if checkpoints else [])
     return digests(learn),KillAtEvent.sent
 
-def child(case, folder, kill, checkpoints, rank, store):
+def child(case, folder, kill, checkpoints, bar, rank, store):
     "The process id of one that trains, with its output in a file"
     if pid := os.fork(): return pid
     code = 1
@@ -164,18 +190,18 @@ def child(case, folder, kill, checkpoints, rank, store):
         if case=='ranks':
             os.environ |= dict(RANK=str(rank), WORLD_SIZE='2')
             dist.init_process_group('gloo', init_method=f'file://{store}', rank=rank, world_size=2)
-        (folder/f'result-{rank}.json').write_text(json.dumps(train(case, folder, kill, checkpoints)))
+        (folder/f'result-{rank}.json').write_text(json.dumps(train(case, folder, kill, checkpoints, bar)))
         code = 0
     except BaseException: traceback.print_exc()
     finally:
         sys.stdout.flush()
         os._exit(code)
 
-def attempt(case, folder, kill=None, checkpoints=True):
+def attempt(case, folder, kill=None, checkpoints=True, bar=False):
     "Run `case` once; the exit codes of its processes and what they wrote"
     n = 2 if case=='ranks' else 1
     store = tempfile.mktemp()
-    pids = [child(case, folder, kill, checkpoints, rank, store) for rank in range(n)]
+    pids = [child(case, folder, kill, checkpoints, bar, rank, store) for rank in range(n)]
     if kill and kill[0]=='time':
         time.sleep(kill[1])
         for pid in pids: os.kill(pid, signal.SIGKILL)
@@ -208,13 +234,13 @@ def unreadable(folder):
     return bad
 
 def trial(case, ref, seed, folder, most=8):
-    "Kill a run up to `most` times, then let it end; the kinds of kills, and the problems"
+    "Kill a run, every second one with a progress bar, up to `most` times, then let it end; the kills, and the problems"
     folder.mkdir(parents=True)
     r,kinds,problems = random.Random(f'{case} {seed}'),[],[]
     while True:
         saved = bool(list(folder.glob('run/*/*.json')))
         kill = plan(r, ref['events'], ref['seconds']) if len(kinds)<most else None
-        codes,out = attempt(case, folder, kill)
+        codes,out = attempt(case, folder, kill, bar=seed%2==0)
         problems += unreadable(folder)
         if -signal.SIGKILL in codes and kill: kinds.append(kill[0])
         elif any(codes): return kinds,[*problems, f'failed: {out[-2000:]}']

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-@pytest.mark.parametrize('case', ['tabular', 'cnn', 'language', 'accumulation', 'workers', 'ranks'])
+@pytest.mark.parametrize('case', ['tabular', 'cnn', 'language', 'accumulation', 'workers', 'teacher', 'ranks'])
 def test_killed_runs_end_with_the_same_bits(case):
     env = os.environ | {'OMP_NUM_THREADS':'1', 'PYTHONWARNINGS':'ignore'}
     cmd = [sys.executable, Path(__file__).parent/'crash.py', '--kills', '4', '--jobs', '1', '--cases', case,

@@ -10,7 +10,8 @@ from fastai.torch_core import TensorImage
 from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
-from fastai_callbacks_ext.base.files import BackgroundWriter, DamagedFile, Snapshot, StateFiles, load_state, map_state, replacing, save_state
+from fastai_callbacks_ext.base.files import (BackgroundWriter, DamagedFile, FolderLock, Snapshot, StateFiles, load_state,
+                                             map_state, replacing, save_state)
 
 torch.set_num_threads(1)     # a child that is forked beside a pool of threads hangs in its first large operation
 STATE = {'model': OrderedDict(w=torch.arange(600.).view(20,30), b=torch.ones(7).half()),
@@ -557,3 +558,42 @@ def test_training_goes_on_while_writing(tmp_path):
     for n in states._numbers('pt'):
         state,about = states._load(n)
         assert bits(state)==want[about['i']]
+
+# Other people's files, other runs
+def test_only_own_files_are_removed(tmp_path):
+    "Files of others that are named as ours stay, and so do their temporary ones; what a save left when it was cut off goes"
+    theirs = {'000000.pt': b'weights of the paper', '000001.json': b'{"epoch": 1}', '999999.json': b'[]', '000003.tmp': b'x',
+              'mine.tmp': b'x', '000002.pt.tmp': b'x'}
+    for name,content in theirs.items(): (tmp_path/name).write_bytes(content)
+    s = StateFiles(tmp_path, keep=1)
+    n = s.save([1], {})
+    (tmp_path/f'{n:06}.json').unlink()       # as when the process dies between the two
+    (tmp_path/f'{n+1:06}.pt.0123abcd.tmp').write_bytes(b'x')
+    last = [s.save([i], {}) for i in range(3)][-1]
+    own = {f'{last:06}.pt', f'{last:06}.json'}
+    assert {o.name for o in tmp_path.iterdir()}==own | set(theirs)
+    assert all((tmp_path/k).read_bytes()==v for k,v in theirs.items()) and s.load(lambda line: None)[0]==[2]
+    s = StateFiles(tmp_path, fresh=True)
+    s.save([4], {})
+    assert {o.name for o in tmp_path.iterdir()} > set(theirs) and not own & {o.name for o in tmp_path.iterdir()}
+
+def test_a_lock_lets_one_in(tmp_path):
+    "Of many processes that come at once, over and over, one has it at a time"
+    folder,log = tmp_path/'run',tmp_path/'log'
+    def use():
+        lock = FolderLock(folder)
+        while lock.take(): time.sleep(.001)
+        with open(log, 'a') as f: f.write('in\n')
+        time.sleep(.002)
+        with open(log, 'a') as f: f.write('out\n')
+        lock.release()
+    def often():
+        for _ in range(10): use()
+    pids = []
+    for _ in range(4):
+        if not (pid := os.fork()):
+            try: often()
+            finally: os._exit(0)
+        pids.append(pid)
+    for pid in pids: os.waitpid(pid, 0)
+    assert log.read_text()=='in\nout\n'*40 and not folder.exists()

@@ -31,14 +31,14 @@ def map_state(
     f:Callable, # Called with each tensor: a plain one, detached, that shares the memory of the one in `state`
     where:tuple=() # Path of `state` in a larger one, for messages
 )->object: # As `state`, in new containers
-    "`state` with `f(t)` in the place of each tensor `t`; a `TypeError` names the path of what could be read back only by running code"
+    "`state` with `f(t)` for each tensor `t`; a `TypeError` names the path of what only code could read back"
     cls = type(state)
     each = lambda k,v: v if type(v) in plain_types else map_state(v, f, (*where,k))
     if cls in plain_types: return state
     if cls in (list,tuple): return cls([each(i, o) for i,o in enumerate(state)])
     if cls in (dict,OrderedDict):
         res = cls([(_key(k, where), each(k, v)) for k,v in state.items()])
-        if cls is OrderedDict: vars(res).update(each('__dict__', vars(state)))    # the versions in a module's state
+        if cls is OrderedDict: vars(res).update(each('__dict__', vars(state)))    # versions of modules
         return res
     return f(_bare(state, where)) if isinstance(state, Tensor) else _refuse(cls, where)
 
@@ -53,14 +53,15 @@ def _key(k, where): return k if type(k) in plain_types else _refuse(type(k), whe
 
 def _refuse(cls, where, what=''):
     path = 'state' + ''.join(f'[{o!r}]' for o in where)
-    raise TypeError(f'{what}{path}: {cls.__module__}.{cls.__qualname__}; expected tensors and plain values in dicts, lists and tuples')
+    raise TypeError(f'{what}{path}: {cls.__module__}.{cls.__qualname__}; '
+                    'expected tensors and plain values in dicts, lists and tuples')
 
 # %% ../../nbs/base/files.ipynb #ae7aeeee
 @contextmanager
 def replacing(
     file:str|Path # File to replace; its folder is made if need be
 )->BufferedWriter: # Write the new content to it
-    "A file that takes the place of `file` when the block ends and all is on the disk; else nothing has changed. `OSError` says in a line what and why"
+    "A file that takes the place of `file` when the block ends and all is on the disk; `OSError` says why not"
     file = Path(file)
     temp = file.with_name(f'{file.name}.{uuid4().hex[:8]}.tmp')
     try:
@@ -84,7 +85,7 @@ def _sync_folder(folder):
 
 # %% ../../nbs/base/files.ipynb #5f7bf963
 class _Sink:
-    "What `torch.save` writes to: takes the checksum on the way, and keeps an error for later, which PyTorch would hide behind one of its own"
+    "What `torch.save` writes to: takes the checksum, and keeps an error, which PyTorch would hide"
     def __init__(self, f): self.f,self.sha,self.size,self.error = f,hashlib.sha256(),0,None
     def flush(self): pass
     def write(self, data):
@@ -98,9 +99,9 @@ class _Sink:
 
 def save_state(
     file:str|Path, # File to write; its folder is made if need be
-    state:object # Tensors and plain values, in dicts, lists and tuples; a view takes all of its storage along, unless it is from a `Snapshot`
+    state:object # Tensors and plain values, in dicts, lists and tuples; a view takes all of its storage along
 )->dict: # `size` in bytes, and `sha256`
-    "Write `state` to `file`, which is the old one until it is the complete new one. `TypeError`: see `map_state`; `OSError`: see `replacing`"
+    "Write `state` to `file`, which stays the old one until all is there. Errors: see `map_state`, `replacing`"
     state = map_state(state, lambda t: t)
     with replacing(file) as f:
         sink = _Sink(f)
@@ -121,7 +122,8 @@ def _reading(file):
     except DamagedFile as e: problem = str(e)
     except Exception as e:      # PyTorch's texts are long, and recommend to run the code
         code = re.search(r'GLOBAL (\S+)', str(e))
-        problem = f'it asks for {code[1]}, and no code in a file is run' if code else f'incomplete, or not a state ({type(e).__name__})'
+        problem = f'incomplete, or not a state ({type(e).__name__})'
+        if code: problem = f'it asks for {code[1]}, and no code in a file is run'
     else: return
     raise DamagedFile(f'{file}: {problem}')
 
@@ -152,20 +154,21 @@ def _sha256(f):
 
 # %% ../../nbs/base/files.ipynb #25327317
 class StateFiles:
-    "Numbered states in a folder, `000001.pt` and so on, each with a manifest that a person can read, `000001.json`; one process at a time writes there"
+    "Numbered states in a folder, `000001.pt` and so on, each with a manifest to read, `000001.json`"
     def __init__(self,
         folder:str|Path, # Made with the first state
         keep:int=2, # States to keep; an older one goes when a new one is complete on the disk
-        fresh:bool=False # Begin anew: no state that is there now is loaded, and all go when a new one is complete
+        fresh:bool=False # Begin anew: states that are there are not loaded, and go when a new one is complete
     ):
-        self.folder,self.keep,self._damaged = Path(folder),check_number('keep', keep, low=1, integer=True),set()
+        self.folder,self._damaged = Path(folder),set()
+        self.keep = check_number('keep', keep, low=1, integer=True)
         self._first = max(self._numbers(), default=0)+1 if fresh else 0
 
     def save(self,
         state:object, # See `save_state`
         about:dict # What the manifest says about it: epoch, iteration, ...; read back with the state
     )->int: # Its number
-        "Write `state` with the next number, then its manifest, then remove what is too old. Errors as in `save_state`: no earlier state is lost"
+        "Write `state` with the next number, then its manifest; remove old ones. Errors as in `save_state`"
         json.dumps(about)       # a `TypeError` now, and not when the state is written
         for f in self.folder.glob('*.tmp'):     # of a save that was cut off
             if _temp.fullmatch(f.name): f.unlink(missing_ok=True)
@@ -187,7 +190,8 @@ class StateFiles:
             self._damaged.add(n)
 
     def _load(self, n):
-        if not self._file(n, 'json').exists(): raise DamagedFile(f'{self._file(n)}: it has no manifest, as when a save is cut off')
+        if not self._file(n, 'json').exists():
+            raise DamagedFile(f'{self._file(n)}: it has no manifest, as when a save is cut off')
         with _reading(self._file(n, 'json')):
             manifest = json.loads(self._file(n, 'json').read_bytes())
             facts = dict(size=int(manifest['size']), sha256=str(manifest['sha256']))
@@ -203,8 +207,9 @@ class StateFiles:
 
     def _manifests(self): return {n for n in self._numbers('json') if _is_manifest(self._file(n, 'json'))}
     def _file(self, n, kind='pt'): return self.folder/f'{n:06}.{kind}'
-    def _files(self, kind): return [f for f in self.folder.glob(f'*.{kind}') if re.match(r'[0-9]{6,}\.', f.name)]
-    def _numbers(self, *kinds): return {int(f.stem) for kind in kinds or ('json','pt') for f in self._files(kind)}
+    def _numbers(self, *kinds):
+        files = [f for kind in kinds or ('json','pt') for f in self.folder.glob(f'*.{kind}')]
+        return {int(f.stem) for f in files if re.fullmatch('[0-9]{6,}', f.stem)}
 
 _temp = re.compile(r'[0-9]{6,}\.(pt|json)\.[0-9a-f]{8}\.tmp')
 
@@ -244,7 +249,8 @@ class FolderLock:
             if _is_at(fd, self.file): self._fd = fd
             else: os.close(fd)       # its holder has removed it
         os.ftruncate(fd, 0)
-        os.write(fd, f'process {os.getpid()} on {gethostname()}, since {datetime.now():%Y-%m-%d %H:%M:%S}'.encode())
+        now = f'{datetime.now():%Y-%m-%d %H:%M:%S}'
+        os.write(fd, f'process {os.getpid()} on {gethostname()}, since {now}'.encode())
         FolderLock._held.add(self._key)
 
     def release(self):
@@ -274,7 +280,8 @@ class Snapshot:
         sources,keys = _pieces(tensors)
         targets = dict(zip(sources, self._memory(sources.values())))
         _copy(list(targets.values()), list(sources.values()))
-        copies = (targets[k] if k==i else targets[k].as_strided(t.shape, t.stride(), t.storage_offset()) for i,(k,t) in enumerate(zip(keys, tensors)))
+        view = lambda o,t: o.as_strided(t.shape, t.stride(), t.storage_offset())
+        copies = (targets[k] if k==i else view(targets[k], t) for i,(k,t) in enumerate(zip(keys, tensors)))
         return map_state(state, lambda t: next(copies) if _dense(t) else t.to('cpu', copy=True))
 
     def _memory(self, sources):
@@ -292,7 +299,7 @@ def _copy(targets, sources):
 
 # %% ../../nbs/base/files.ipynb #fc5d8a2c
 def _pieces(tensors):
-    "What to copy for `tensors`, by key: whole storages, and single tensors, whose key is their number; and the key of each of `tensors`"
+    "What to copy for `tensors`, by key: whole storages, and single tensors by number; and the key of each"
     used = Counter()
     for t in tensors: used[_storage(t)] += t.nbytes
     keys = [_storage(t) if used[_storage(t)]>=t.untyped_storage().nbytes() else i for i,
@@ -305,7 +312,7 @@ def _whole(t): return t.as_strided((t.untyped_storage().nbytes()//t.itemsize,), 
 
 # %% ../../nbs/base/files.ipynb #ee4d9c4b
 class BackgroundWriter:
-    "Runs jobs beside the training, one at a time, each in a thread of its own, which a program that ends normally waits for"
+    "Runs jobs beside the training, one at a time, each in a thread that a program waits for at its end"
     def __init__(self): self._thread,self._error = None,None
 
     @property
@@ -316,7 +323,7 @@ class BackgroundWriter:
     def submit(self,
         f:Callable # The job
     ):
-        "Start a job, after the one before it has ended; raises the error of that one, if any, and does not start then"
+        "Start a job when the one before has ended; the error of that one is raised instead, if there is one"
         self.close()
         self._thread = Thread(target=self._run, args=(f,), name=type(self).__name__)
         self._thread.start()

@@ -28,7 +28,7 @@ _named = {cls.__name__: back for cls,(_,back) in _forms.items()}
 
 def to_plain(
     o:object, # Anything
-    lost:list=None, # Entries of dicts without a plain form are left out, and added to this list; None for an error
+    lost:list=None, # Entries without a plain form are left out and named in this list; None for an error
     where:str='' # What `o` is called in that list
 )->object: # Plain values, and tensors that share memory with those in `o`
     "`o` in plain values and tensors; `NotPlain` if that cannot be"

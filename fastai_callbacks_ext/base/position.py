@@ -25,7 +25,7 @@ from .plain import from_plain, to_plain
 def random_state(
     dls # `DataLoaders`
 )->dict:
-    "Where all random generators are, those of the loaders too, and the order of texts in a language-model loader"
+    "Where all random generators are, also those of loaders, and the order of texts in one for language models"
     kind,words,*rest = np.random.get_state()
     device_state = lambda o: o.get_rng_state_all() if hasattr(o, 'get_rng_state_all') else o.get_rng_state()
     devices = {o.__name__.rpartition('.')[2]: device_state(o) for o in _accelerators()}
@@ -155,7 +155,7 @@ class _Skip:
 
 # %% ../../nbs/base/position.ipynb #884cc843
 class SeededItems:
-    "A `do_item` for a `DataLoader` with workers that seeds the random numbers of each item by epoch and index"
+    "A `do_item` for a loader with workers that seeds the random numbers of each item by epoch and index"
     def __init__(self,
         dl:DataLoader, # The loader
         seed:int, # Of the run
@@ -176,11 +176,11 @@ def keep_workers(
 ):
     "Data workers that are started inside the block are ended by their own process only"
     with ExitStack() as undo:
-        for dl in dls.loaders if hasattr(signal, 'sigwaitinfo') else ():      # macOS has neither that nor workers
+        for dl in dls.loaders if hasattr(signal, 'sigwaitinfo') else ():      # not on macOS
             loader = getattr(dl, 'fake_l', dl)
             if not getattr(loader, 'num_workers', 0) or not hasattr(loader, 'worker_init_fn'): continue
             own,init = 'worker_init_fn' in vars(loader),loader.worker_init_fn
-            undo.callback(setattr, loader, 'worker_init_fn', init) if own else undo.callback(delattr, loader, 'worker_init_fn')
+            undo.callback(setattr if own else delattr, loader, 'worker_init_fn', *[init]*own)
             loader.worker_init_fn = _KeptWorker(signals, init)
         yield
 

@@ -28,7 +28,8 @@ from torch.utils.hooks import RemovableHandle
 from .core import n_ranks
 from .files import map_state, plain_types
 from .model import modules_own, stateful_modules, unwrap_model
-from .plain import NotPlain, attributes, from_plain, is_trained, set_attributes, to_plain
+from .plain import (NotPlain, attributes, from_plain, is_trained, set_attributes,
+                                             to_plain)
 from .position import generator_kinds, kind_of, load_random_state, random_state
 from .step import opt_params, tensors_in
 
@@ -45,7 +46,8 @@ def model_state(
     if first is not None: hidden = _changed_attributes(model, first) | hidden
     params,buffers = dict(model.named_parameters()),to_plain(dict(model.named_buffers()), lost, where)
     return dict(weights=to_plain(model.state_dict(), lost, where), buffers=buffers, hidden=hidden,
-                grads=_grads(params), frozen=[n for n,p in params.items() if not p.requires_grad])
+                grads=_grads(params), frozen=[n for n,p in params.items() if not p.requires_grad],
+                evaluating=[n for n,m in model.named_modules() if not m.training])
 
 def module_attributes(
     model:nn.Module # A model, maybe wrapped
@@ -86,6 +88,7 @@ def load_model_state(
     buffers,modules = dict(model.named_buffers()),dict(model.named_modules())
     for n,b in state['buffers'].items(): buffers[n].copy_(b)
     for n,s in state['hidden'].items(): set_attributes(modules[n], s)
+    for n,m in modules.items(): m.training = n not in state['evaluating']
     for n,p in model.named_parameters():
         p.requires_grad_(n not in state['frozen'])
         _load_grad(p, state['grads'], n)
@@ -161,7 +164,8 @@ def _leaves(o, path):
     if inside is None: yield path,o,_in_place(o)
     for k,v in (inside or {}).items():
         where = f'{path}[{k!r}]'
-        if isinstance(v, (int,float,Tensor)) and not is_trained(v): yield where,v,None      # beside what is not plain
+        beside = isinstance(v, (int,float,Tensor)) and not is_trained(v)      # plain, but not all is
+        if beside: yield where,v,None
         else: yield from _leaves(v, where)
 
 def _is_plain(o):
@@ -200,7 +204,8 @@ def _matters(o, path, k, look):
     "May `o`, which is in the attribute `k`, be other than it was when the fit began?"
     same = k in look.attrs and vars(look.of)[k] is look.attrs[k]
     if isinstance(o, _fixed): return isinstance(o, _functions) and not same
-    if not same or path!=k or isinstance(o, IOBase) or any(hasattr(type(o), m) for m in _contents): return True
+    if not same or path!=k or isinstance(o, IOBase): return True
+    if any(hasattr(type(o), m) for m in _contents): return True
     return hasattr(o, '__dict__') and not (k in look.within and look.within[k].same())
 
 # %% ../../nbs/base/state.ipynb #5d1f3c03
@@ -226,7 +231,7 @@ def _is_kept(o, learners):
     return bool(ts) and all(id(t) in learners for t in ts)
 
 def _owned_states(cb, look, lost, learners):
-    "States of what `cb` owns and is not plain, by path; what has none is lost, but for that of fastai's callbacks"
+    "States of what `cb` owns, by path; what has none is lost, and that of fastai's callbacks is not missed"
     name,known = type(cb).__name__,type(cb).__module__.startswith('fastai.')
     own = {k:v for k,v in vars(cb).items() if k!='learn' and k not in modules_own}
     leaves = [(k,*leaf) for k,v in own.items() for leaf in _leaves(v, k)]
@@ -235,7 +240,8 @@ def _owned_states(cb, look, lost, learners):
         if id(o) in learners: continue
         where = f'{name}.{path}'
         if way and (look is None or path in look.owned or not path): yield path,way[0](o, lost, where)
-        elif look and not known and (way or _matters(o, path, k, look)): lost.append(f'{where} ({type(o).__qualname__})')
+        elif look and not known and (way or _matters(o, path, k, look)):
+            lost.append(f'{where} ({type(o).__qualname__})')
 
 def load_callback_state(
     cb, # The same callback
