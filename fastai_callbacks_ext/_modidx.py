@@ -1134,8 +1134,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                     'fastai_callbacks_ext/checkpoint.py'),
                                                  'fastai_callbacks_ext.checkpoint._begun_earlier': ( 'checkpoint.html#_begun_earlier',
                                                                                                      'fastai_callbacks_ext/checkpoint.py'),
-                                                 'fastai_callbacks_ext.checkpoint._facts_differences': ( 'checkpoint.html#_facts_differences',
-                                                                                                         'fastai_callbacks_ext/checkpoint.py'),
                                                  'fastai_callbacks_ext.checkpoint._versions': ( 'checkpoint.html#_versions',
                                                                                                 'fastai_callbacks_ext/checkpoint.py')},
             'fastai_callbacks_ext.gradients': { 'fastai_callbacks_ext.gradients.GradientCentralization': ( 'gradients.html#gradientcentralization',
