@@ -394,3 +394,11 @@ def test_as_people_run_it(capsys):
     for a,b in zip(small.model.parameters(), big.model.parameters()):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     assert len(small.recorder.losses)==len(big.recorder.losses) and 'accuracy' in capsys.readouterr().out
+
+def test_a_rate_that_is_set_in_a_step_stays():
+    class Own(Callback):
+        order,run_valid = 70,False
+        def before_step(self): self.opt.set_hyper('lr', .05)
+        def after_step(self): assert self.opt.hypers[-1]['lr']==.05
+    learn = learner(batched(*data(24), [6]*4), nn.Linear(5, 4), CrossEntropyLossFlat(), GradientAccumulation(12), Own())
+    with quiet(learn): learn.fit_one_cycle(1, .1)
