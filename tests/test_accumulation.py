@@ -400,5 +400,6 @@ def test_a_rate_that_is_set_in_a_step_stays():
         order,run_valid = 70,False
         def before_step(self): self.opt.set_hyper('lr', .05)
         def after_step(self): assert self.opt.hypers[-1]['lr']==.05
-    learn = learner(batched(*data(24), [6]*4), nn.Linear(5, 4), CrossEntropyLossFlat(), GradientAccumulation(12), Own())
+    learn = learner(batched(*data(24), [6]*4), nn.Linear(5, 4), CrossEntropyLossFlat(),
+                    GradientAccumulation(12), Own())
     with quiet(learn): learn.fit_one_cycle(1, .1)
