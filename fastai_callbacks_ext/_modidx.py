@@ -27,6 +27,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                      'fastai_callbacks_ext/accumulation.py'),
                                                    'fastai_callbacks_ext.accumulation.GradientAccumulation._per_process': ( 'accumulation.html#gradientaccumulation._per_process',
                                                                                                                             'fastai_callbacks_ext/accumulation.py'),
+                                                   'fastai_callbacks_ext.accumulation.GradientAccumulation._record_rate': ( 'accumulation.html#gradientaccumulation._record_rate',
+                                                                                                                            'fastai_callbacks_ext/accumulation.py'),
                                                    'fastai_callbacks_ext.accumulation.GradientAccumulation._say': ( 'accumulation.html#gradientaccumulation._say',
                                                                                                                     'fastai_callbacks_ext/accumulation.py'),
                                                    'fastai_callbacks_ext.accumulation.GradientAccumulation._say_dropped': ( 'accumulation.html#gradientaccumulation._say_dropped',

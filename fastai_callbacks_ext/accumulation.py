@@ -181,7 +181,7 @@ def _assumed(call):
 class GradientAccumulation(ExtCallback):
     "A step for every `n_acc` items, equal to that of one batch of all of them"
     order,run_valid = 6,False    # as fastai's: before `MixedPrecision` and clipping
-    fit_state = dict(_window=None, _steps=0)
+    fit_state = dict(_window=None, _steps=0, _rate=None)
     def __init__(self,
         # Items to a step, or more if the batches do not divide them; or a function of the epoch and of the
         # steps taken in this fit, asked when a window opens
@@ -209,6 +209,7 @@ class GradientAccumulation(ExtCallback):
     def before_batch(self):
         "Open a window; processes share their gradients in its last batch only"
         self._batch = None
+        self._record_rate()
         if self._window is None: self._window = dict(n_acc=self._size(), items=0, weight=0, loss=0)
         if is_ddp(self.model) and not self._closes(n_items(self.learn)):
             self._lend(self.model, 'require_backward_grad_sync', False)
@@ -252,7 +253,7 @@ class GradientAccumulation(ExtCallback):
 
     def before_step(self):
         "Go on to the next batch, or close the window"
-        added = zip(('items','weight','loss'), self._batch or ())     # nothing after a cancelled backward pass
+        added = zip(('items','weight','loss'), self._batch or ())     # nothing if that was cancelled
         for k,v in added: self._window[k] += v
         self._batch = None
         self._close_window() if self._closes() else self._skip_step()
@@ -275,8 +276,15 @@ def _lend_hypers(self:GradientAccumulation, hypers):
     for k in self.opt.hypers[0].keys() & hypers[0].keys():
         own,lent = [h[k] for h in self.opt.hypers],[h[k] for h in hypers]
         if own==lent: continue
+        if k=='lr' and hasattr(self.learn, 'recorder'): self._rate = len(self.recorder.lrs),lent[-1]
         self.opt.set_hyper(k, lent)
         self._lent.append(partial(self._give_back, k, own, lent))
+
+@patch
+def _record_rate(self:GradientAccumulation):
+    "The recorder has the learning rate of the step, which was given back before it looked"
+    if self._rate and self._rate[0]<len(self.recorder.lrs): self.recorder.lrs[self._rate[0]] = self._rate[1]
+    self._rate = None
 
 @patch
 def _give_back(self:GradientAccumulation, name, own, lent):
@@ -355,6 +363,7 @@ def _drop(self:GradientAccumulation):
 def _clean(self:GradientAccumulation):
     "Nothing is lent, and the recorder leaves no batch out"
     self.after_step()
+    self._record_rate()
     vars(getattr(self.learn, 'recorder', self)).pop('after_batch', None)
 
 @patch

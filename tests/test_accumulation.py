@@ -138,7 +138,9 @@ def test_beside(cb): assert_same(*pair(cb), rtol=1e-4, atol=1e-5)
 @pytest.mark.parametrize('method', ['fit_one_cycle','fit_flat_cos','fit_sgdr'])
 def test_schedules_count_steps(method):
     run = lambda o: o.fit_sgdr(2, 1) if method=='fit_sgdr' else getattr(o, method)(3, 0.1)
-    assert_same(*pair(fit=run))
+    small,big = pair(fit=run)
+    assert_same(small, big)
+    assert small.recorder.lrs==big.recorder.lrs
 
 def test_window_loss_in_recorder_and_metrics():
     small,big = pair(fit=lambda o: o.fit(2), metrics=accuracy)
@@ -202,8 +204,8 @@ def test_a_left_over_window_that_is_refused():
     learn = learner(batched(*data(48), [6]*8), nn.Linear(5, 4), CrossEntropyLossFlat(),
                     GradientAccumulation(30), Refuse(), ShortEpochCallback(0.7), lr=0.1)
     with quiet(learn): learn.fit(1)
-    assert len(learn.grads.grads)==1 and len(learn.recorder.values)==1 and not any(p.grad.any()
-                                                                                   for p in learn.model.parameters())
+    assert len(learn.grads.grads)==1 and len(learn.recorder.values)==1
+    assert not any(p.grad.any() for p in learn.model.parameters())
 
 @pytest.mark.parametrize('batch', [0,3,4,7])
 def test_a_skipped_batch_was_never_there(batch):
@@ -392,3 +394,12 @@ def test_as_people_run_it(capsys):
     for a,b in zip(small.model.parameters(), big.model.parameters()):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     assert len(small.recorder.losses)==len(big.recorder.losses) and 'accuracy' in capsys.readouterr().out
+
+def test_a_rate_that_is_set_in_a_step_stays():
+    class Own(Callback):
+        order,run_valid = 70,False
+        def before_step(self): self.opt.set_hyper('lr', .05)
+        def after_step(self): assert self.opt.hypers[-1]['lr']==.05
+    learn = learner(batched(*data(24), [6]*4), nn.Linear(5, 4), CrossEntropyLossFlat(),
+                    GradientAccumulation(12), Own())
+    with quiet(learn): learn.fit_one_cycle(1, .1)
