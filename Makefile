@@ -39,6 +39,7 @@ bench: .venv/bench-ready ## Measure the callbacks and the loop beside their peer
 
 techniques: .venv/ready ## Train digits and a language model with and without each technique, five seeds (an hour)
 	OMP_NUM_THREADS=1 $(RUN)/python benchmarks/techniques.py
+	OMP_NUM_THREADS=1 $(RUN)/python benchmarks/average_defaults.py
 
 soak-contract: .venv/ready ## Every callback in every setting, every pair, in a notebook and in 2 processes (an hour)
 	$(RUN)/python tests/contract.py --all

@@ -55,7 +55,8 @@ class InFit(Callback):
 def fit(layers, width, folder, f):
     torch.manual_seed(42)
     dls = DataLoaders(*[DataLoader(items(width), bs=2) for _ in range(2)])
-    learn = Learner(dls, net(layers, width), F.mse_loss, opt_func=Adam, cbs=[Checkpoint(folder, epochs=None, keep=1), InFit(f)])
+    learn = Learner(dls, net(layers, width), F.mse_loss, opt_func=Adam,
+                    cbs=[Checkpoint(folder, epochs=None, keep=1), InFit(f)])
     with learn.no_bar(), learn.no_logging(): learn.fit(1, LR)
 
 def state_of(learn): return learner_state(learn, (learn.checkpoint,))
@@ -117,7 +118,8 @@ def _lightning(layers, width, folder, background):
                 for io in plugins: io._executor.submit(int).result()
     logging.getLogger('lightning.pytorch').setLevel(logging.ERROR)
     module,plugins = Module(),[AsyncCheckpointIO()]*background
-    L.Trainer(max_epochs=1, accelerator='cpu', devices=1, plugins=plugins, logger=False, enable_progress_bar=False, enable_checkpointing=False,
+    L.Trainer(max_epochs=1, accelerator='cpu', devices=1, plugins=plugins, logger=False,
+              enable_progress_bar=False, enable_checkpointing=False,
               enable_model_summary=False).fit(module, torch.utils.data.DataLoader(items(width), 2))
     return module.seconds
 
@@ -136,22 +138,28 @@ def tables(size, rounds, folder):
     def in_fit(learn):
         state = tensors_of(learn)
         copies = [t.clone() for t in state]
-        saves = {PLAIN:(plain, learn, folder), OURS:(ours, learn, folder), 'Checkpoint, background, first of a fit':(ours, learn, folder, True, True),
-                 'Checkpoint, background=False':(ours, learn, folder, False), COPY:(seconds, torch._foreach_copy_, copies, state)}
+        saves = {PLAIN:(plain, learn, folder), OURS:(ours, learn, folder),
+                 'Checkpoint, background, first of a fit':(ours, learn, folder, True, True),
+                 'Checkpoint, background=False':(ours, learn, folder, False),
+                 COPY:(seconds, torch._foreach_copy_, copies, state)}
         if find_spec('lightning'):
             args = LIGHTNING,lightning,layers,width,folder
             saves |= {'Lightning':args, 'Lightning, AsyncCheckpointIO':(*args, True)}
-        res[f'Training waits: {title}'] = measure({k:partial(saved, k, *o) for k,o in saves.items()}, rounds, 'ms a save')
-        sizes = {TENSORS:sum(t.nbytes for t in state)/1e6, 'Checkpoint':mb[OURS]} | {k:mb[k] for k in (PLAIN,'Lightning') if k in mb}
+        res[f'Training waits: {title}'] = measure({k:partial(saved, k, *o) for k,o in saves.items()}, rounds,
+                                                  'ms a save')
+        sizes = {TENSORS:sum(t.nbytes for t in state)/1e6,
+                 'Checkpoint':mb[OURS]} | {k:mb[k] for k in (PLAIN,'Lightning') if k in mb}
         res[f'On disk: {title}'] = measure({k:partial(float, v) for k,v in sizes.items()}, 1, 'MB')
         copies.clear()
-        cases = {'no checkpoint':partial(undisturbed, learn), 'while one is written':partial(writing, learn, folder)}
+        cases = {'no checkpoint':partial(undisturbed, learn),
+                 'while one is written':partial(writing, learn, folder)}
         res[f'Training goes on: {title}'] = measure(cases, rounds, 'ms a step')
     fit(layers, width, folder, in_fit)
     clear(folder)
     return res
 
-LIMITS = {'Training waits': [(OURS, PLAIN, 0.25), (OURS, COPY, 1.5)], 'On disk': [('Checkpoint', TENSORS, 1.05)]}
+LIMITS = {'Training waits': [(OURS, PLAIN, 0.25), (OURS, COPY, 1.5)],
+          'On disk': [('Checkpoint', TENSORS, 1.05)]}
 
 def targets(tables):
     "The ratios that the package is held to; a model of 1 M is too small for those of time"
@@ -159,13 +167,15 @@ def targets(tables):
         what,_,title = table.partition(': ')
         for row,over,limit in LIMITS.get(what, ()):
             if what=='On disk' or not title.startswith('1 M'):
-                yield dict(table=table, row=row, over=over, limit=limit, ratio=ratio(dict(tables=tables), table, row, over))
+                yield dict(table=table, row=row, over=over, limit=limit,
+                           ratio=ratio(dict(tables=tables), table, row, over))
 
 # The command
 
 def main():
     parser = options(__doc__, rounds=5)
-    parser.add_argument('--sizes', type=int, nargs='+', choices=SIZES, default=list(SIZES), help='in million parameters (default: all)')
+    parser.add_argument('--sizes', type=int, nargs='+', choices=SIZES, default=list(SIZES),
+                        help='in million parameters (default: all)')
     args = parser.parse_args()
     if not find_spec('lightning'): print('Lightning is not installed: its rows are left out')
     default_device(False)

@@ -6,7 +6,7 @@ warnings.filterwarnings('ignore')
 import torch
 from fastai.basics import *
 from fastai.callback import training
-from fastai_callbacks_ext.all import SAM, GradientAccumulation, GradientCentralization, GradientClip, GradientNoise, Lookahead
+from fastai_callbacks_ext.all import SAM, GradientAccumulation, GradientCentralization, GradientClip, GradientNoise, LookaheadWeights
 from fastai_callbacks_ext.test_utils import digits_learner
 from harness import measure, options, ratio, report
 from loop import NETS, fastai, net, seconds
@@ -25,7 +25,7 @@ CASES = {   # title: peer first
                             'GradientClip(auto=10)': lambda: [GradientClip(auto=10)], 'GradientClip(max_value=0.01)': lambda: [GradientClip(max_value=0.01)],
                             "timm's adaptive_clip_grad(0.01)": lambda: [AGC()], 'GradientClip(adaptive=0.01)': lambda: [GradientClip(adaptive=0.01)]},
     'Others': lambda bs: {'plain fastai': list, 'SAM()': lambda: [SAM()], 'SAM(adaptive=True)': lambda: [SAM(adaptive=True)], 'GradientCentralization()': lambda: [GradientCentralization()],
-                          'GradientNoise()': lambda: [GradientNoise()], 'Lookahead()': lambda: [Lookahead()]}}
+                          'GradientNoise()': lambda: [GradientNoise()], 'LookaheadWeights()': lambda: [LookaheadWeights()]}}
 
 def tensors():
     "Bytes of all tensors that there are, each storage once"

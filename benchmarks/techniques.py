@@ -12,7 +12,7 @@ warnings.filterwarnings('ignore')
 
 import torch
 from fastai.callback.all import *
-from fastai_callbacks_ext.all import EMA, LAWA, SAM, SWA, GradientCentralization, GradientClip, GradientNoise, Lookahead, rnn_cbs
+from fastai_callbacks_ext.all import EMA, LAWA, SAM, SWA, GradientCentralization, GradientClip, GradientNoise, LookaheadWeights, rnn_cbs
 from fastai_callbacks_ext.test_utils import digits_learner
 from harness import facts, seeds_table
 sys.path.insert(0, str(Path(__file__).parents[1]/'examples'))
@@ -22,7 +22,7 @@ FILE,NOTES = [Path(__file__).parent/f'results/techniques.{o}' for o in ('json','
 PLAIN = 'plain'
 GRADIENTS = {
     'SAM(0.05)': lambda: SAM(), 'SAM(1, adaptive=True)': lambda: SAM(1., adaptive=True), 'GradientCentralization()': GradientCentralization,
-    'GradientNoise(1e-6)': lambda: GradientNoise(1e-6), 'GradientNoise(0.01)': GradientNoise, 'Lookahead()': Lookahead, 'GradientClip(1)': GradientClip,
+    'GradientNoise(1e-6)': lambda: GradientNoise(1e-6), 'GradientNoise(0.01)': GradientNoise, 'LookaheadWeights()': LookaheadWeights, 'GradientClip(1)': GradientClip,
     'GradientClip(adaptive=0.1)': lambda: GradientClip(adaptive=0.1), 'GradientClip(auto=50)': lambda: GradientClip(auto=50)}
 raw = dict(validate='raw', final='raw')
 AVERAGING = {     # these leave the training alone: one run for all

@@ -6,11 +6,14 @@
 __all__ = []
 
 # %% ../nbs/all.ipynb #728a6161
-from . import averaging, best, checkpoint, gradients, loop, rnn, safety, stopping, tracing
-from .base import core, model, step
+from . import (accumulation, averaging, best, checkpoint, gradients, loop, rnn, safety,
+                                   stopping, tracing, upgrades)
+from .base import core, model, passes, step
+from .accumulation import *
 from .averaging import *
 from .base.core import *
 from .base.model import *
+from .base.passes import *
 from .base.step import *
 from .best import *
 from .checkpoint import *
@@ -20,6 +23,8 @@ from .rnn import *
 from .safety import *
 from .stopping import *
 from .tracing import *
+from .upgrades import *
 
-_modules = averaging, best, checkpoint, gradients, loop, rnn, safety, stopping, tracing, core, model, step
+_modules = (accumulation, averaging, best, checkpoint, gradients, loop, rnn, safety, stopping, tracing, upgrades,
+            core, model, passes, step)
 __all__ = [o for m in _modules for o in m.__all__]

@@ -9,153 +9,228 @@ __all__ = ['EMA', 'SWA', 'LAWA', 'soup']
 import codecs
 from collections.abc import Sequence
 from contextlib import contextmanager
+from math import inf, isfinite
 from pathlib import Path
 
 import numpy as np
 import torch
-from fastai.callback.core import Callback
-from fastai.callback.tracker import TrackerCallback
 from fastai.learner import Learner
+from fastai.torch_core import rank_distrib
 from fastcore.basics import patch
 from fastcore.foundation import L
-from torch import Tensor
-from .base.core import ExtCallback, check_number, check_type
+from .base.core import ExtCallback, check_number, check_type, smaller_is_better
 from .base.files import load_state
-from .base.model import refresh_batchnorm, unwrap_model
+from .base.model import (buffer_marks, load_weights, mean_state, norm_places, statistic_places,
+                                             tensor_places, unwrap_model, weight_places)
+from .base.passes import refresh_batchnorm, validate_aside
 from .base.state import load_random_state, random_state
 
 # %% ../nbs/09_averaging.ipynb #f3434176
-def _move(average, tensors, part):
+def _lerp(average, tensors, part):
     "Move each of `average` a `part` of the way to its one of `tensors`"
-    same = [t if t.dtype==a.dtype else t.to(a.dtype) for a,t in zip(average, tensors)]
-    torch._foreach_lerp_(average, same, part)
+    torch._foreach_lerp_(average, tensors, part)
 
-def _clone(tensors):
-    "Copies, in float32 at least"
-    return [t.detach().to(torch.promote_types(t.dtype, torch.float32), copy=True) for t in tensors]
+def _dtype(t): return torch.promote_types(t.dtype, torch.float32)
+def _clone(t):
+    "A copy, in float32 at least"
+    return t.detach().to(_dtype(t), copy=True)
 
 # %% ../nbs/09_averaging.ipynb #02a37c9f
 class _Averager(ExtCallback):
     "Lends averaged weights to the model for validation, and leaves it with those of `final`"
     order,average_name = 52,'ema'       # after the recorder, before those that look at its rows
-    raw,_learner,_peers,_lent,_shown,_in_use = None,None,(),False,0,('raw',0)     # `raw`: the trained weights and buffers, while the model has averaged ones
+    # steps, updates, averages by name of the tensor; the trained tensors while the model has averaged ones; refreshed statistics
+    fit_state = dict(_t=0, _n=0, _kept=[], raw=None, _stats=None)
+    _learner,_peers,_shown,_done,_left,_added = None,(),None,False,None,0
+    _places,_norm,_loose,_half,_shapeless,_marks = None,(),(),False,frozenset(),{}
+
     def _choose(self, validate, buffers, final):
         names = self.average_name,'raw','both'
-        if validate not in names: raise ValueError(f"validate={validate!r}: expected {', '.join(map(repr, names))}")
-        if buffers not in (kinds := ('average','copy','refresh')): raise ValueError(f"buffers={buffers!r}: expected {', '.join(map(repr, kinds))}")
-        if final not in names[:2]: raise ValueError(f"final={final!r}: expected {names[0]!r} or 'raw'")
+        for k,v,accepted in (('validate', validate, names), ('buffers', buffers, ('average','copy','refresh')),
+                             ('final', final, names[:2])):
+            if v not in accepted: raise ValueError(f"{k}={v!r}: expected {', '.join(map(repr, accepted))}")
         self.validate,self.buffers,self.final = validate,buffers,final
-        self._reset()
-
-    def _reset(self): self._kept,self._t,self._n,self.raw,self._skipped,self._in_use = [],0,0,None,False,('raw',0)
 
     def before_fit(self):
         "Begin anew"
-        if not self.fitting: return
-        self._reset()
-        self._learner,self._lent = self.learn,False
-        self._peers = [cb for cb in self.learn.cbs if isinstance(cb, _Averager) and cb is not self]
-        if self._others() and any(cb.validate!='raw' for cb in self._peers):
-            raise ValueError(f"validate={self.validate!r}: beside this, expected validate='raw' in every other average, since validation is with one at a time")
+        peers = [cb for cb in self.learn.cbs if isinstance(cb, _Averager) and cb is not self]
+        if self._others() and any(cb.validate!='raw' for cb in peers):
+            raise ValueError(f"validate={self.validate!r}: beside this, expected validate='raw' in every other average, "
+                             "since validation is with one at a time")
+        self._learner,self._peers,self._places,self._loose,self._shapeless = self.learn,peers,None,(),frozenset()
+        self._done = False
+        self._marks = buffer_marks(self.learn.model)
         self._add_columns()
-        self.learn.add_cb(helper := _AfterEpoch(self))
-        self.at_end(self.learn.remove_cb, helper)
-        self.at_end(self._on_error)
+        self.at_end(self._leave)
+        self._tell_plan()
+        self.learn.add_cb(helper := _AfterAll(self))
+        helper('before_fit')
 
     def before_epoch(self):
         "Validation is with the average, unless something else was asked for"
         self._shown = None if self.validate=='raw' else 0
 
+    def before_train(self):
+        "What is averaged may change with the epoch"
+        self._places = None
+
+    def step_taken(self):
+        "Count the steps"
+        self._t += 1
+        with torch.no_grad(): self._stepped()
+
     def before_validate(self):
         "Lend the averaged weights"
-        if self.fitting and self._shown is not None: self._lend(self._shown)
-
-    def after_cancel_step(self):
-        "This step was not taken"
-        self._skipped = True
-
-    def after_step(self):
-        "Count the steps that were taken"
-        taken,self._skipped = not self._skipped,False
-        if not (self.fitting and taken): return
-        self._t += 1
-        self._stepped()
+        if self._shown is not None: self._lend(self._shown)
 
     def after_fit(self):
         "Leave the model with the weights of `final`"
-        if not self.fitting: return
         self._give_back()
-        if self.final!='raw': self._lend()
-        self._lent = False
+        if not self._n: self._tell_nothing()
+        elif self.final!='raw':
+            self._lend()
+            name = type(self).__name__
+            self.tell('left the averaged weights in the model', f'final={self.final!r}. To get the trained ones, keep '
+                      f'the callback, as in avg = {name}(), and call avg.use(\'raw\')')
+        self._done,self._left = True,self._versions()
 
-    def use(self,
-        which:str, # 'raw' for the trained weights, or the name of the average: 'ema', 'swa', 'lawa'
-        i:int=0 # Of several averages, which one?
-    ):
-        "Give the model other weights, after a fit"
-        if which not in (self.average_name,'raw'): raise ValueError(f"which={which!r}: expected {self.average_name!r} or 'raw'")
-        if self._scopes: raise RuntimeError(f"{self.name}.use({which!r}): a fit is running, which has its own plan for the weights")
-        if self._learner is None or not self._n: raise RuntimeError(f'{self.name}.use({which!r}): there is no average; it is made in a fit, and is not in an export')
-        if which!='raw': return self._lend(i)
-        for cb in (self, *self._peers): cb._give_back()
-
-    @contextmanager
-    def using(self,
-        which:str, # As for `use`
-        i:int=0 # As for `use`
-    ):
-        "Give the model other weights inside a `with` block"
-        before = self._in_use
-        self.use(which, i)
-        try: yield
-        finally: self.use(*before)
-
-    def _on_error(self):
-        if self._lent: self._give_back()
+    def _leave(self):
+        "The fit is over, or the callback was taken off"
+        if not self._done: self._give_back()
 
     def _stepped(self): "A step was taken"
 
-    def __getstate__(self): return super().__getstate__() | dict(_learner=None, _peers=(), _kept=[], _n=0, raw=None)    # an export has the weights in use, and no others
+    def load_state_dict(self, state):
+        "Put back what `state_dict` gave"
+        super().load_state_dict(state)
+        self._places,self._marks = None,buffer_marks(self._learner.model) if self._learner else {}
+
+    def __getstate__(self):     # an export has the weights in use, and no others
+        gone = dict(_learner=None, _peers=(), _places=None, _loose=(), _marks={}, _left=None)
+        return super().__getstate__() | gone | dict(_kept=[], _n=0, raw=None, _stats=None)
 
 # %% ../nbs/09_averaging.ipynb #02110259
 @patch
-def _tensors(self:_Averager):
-    "What is averaged"
-    model = unwrap_model(self._learner.model)
-    buffers = [b for b in model.buffers() if b.is_floating_point()] if self.buffers=='average' else []
-    return [p.detach() for p in model.parameters()] + buffers
+def _gather(self:_Averager):
+    "Look up what is averaged. A tensor that is new, or has another shape, begins as it is"
+    model,known = self._learner.model,{n for kept in self._kept for n in kept}
+    stats,norm = statistic_places(model, self._marks, known),norm_places(model)
+    others = {n: o for n,o in stats.items() if n not in norm and n not in self._shapeless}
+    self._loose = [(n, d, k, d[k].shape) for n,(d,k) in others.items()]
+    self._norm = list(norm) if self.buffers=='average' else []
+    self._places = weight_places(model, known) | (others if self.buffers!='copy' else {}) | {n: norm[n] for n in self._norm}
+    now = {n: d[k] for n,(d,k) in self._places.items()}
+    self._half = any(t.dtype!=_dtype(t) for t in now.values())
+    same = lambda kept,n: n in kept and kept[n].shape==now[n].shape
+    self._kept = [{n: kept[n] if same(kept, n) else _clone(t) for n,t in now.items()} for kept in self._kept]
 
 @patch
+def _tensors(self:_Averager):
+    "What is averaged, as it is now"
+    if changed := [n for n,d,k,shape in self._loose if d[k].shape!=shape]:      # a buffer that changes its shape has no mean
+        self._places,self._shapeless = None,self._shapeless.union(changed)
+    if self._places is None: self._gather()
+    return [d[k] for d,k in self._places.values()]
+
+@patch
+def _numbers(self:_Averager):
+    "What is averaged, in the precision of the average"
+    tensors = self._tensors()
+    return [t.to(_dtype(t)) for t in tensors] if self._half else tensors
+
+@patch
+def _copies(self:_Averager):
+    "Copies of what is averaged, by name"
+    tensors = self._tensors()
+    return dict(zip(self._places, map(_clone, tensors)))
+
+@patch
+def _now(self:_Averager):
+    "What a swap of the weights changes, by name"
+    self._tensors()
+    return {n: d[k] for n,(d,k) in (self._places | norm_places(self._learner.model)).items()}
+
+# %% ../nbs/09_averaging.ipynb #336ed258
+@patch
+@torch.no_grad()
 def _lend(self:_Averager, i=0):
     "Give the model its `i`th average, if there is one yet"
     if not self._n: return
-    for cb in self._peers: cb._give_back()      # one at a time
-    model = unwrap_model(self._learner.model)
-    self.raw = self.raw or [t.detach().clone() for t in (*model.parameters(), *model.buffers())]
-    self._lent,self._in_use = True,(self.average_name,i)
-    torch._foreach_copy_(self._tensors(), self._average(i))
-    if self.buffers=='refresh': _refresh(self._learner)
+    for cb in (self, *self._peers): cb._give_back()      # one at a time
+    now = self._now()
+    average = self._average(i)
+    self.raw = {n: t.detach().clone() for n,t in now.items()}
+    # an infinite constant has no mean
+    new = [torch.where(a.isfinite(), a, now[n]) for n,a in average.items()]
+    torch._foreach_copy_([now[n].detach() for n in average], new)
+    if self.buffers=='refresh': self._refresh(i)
 
 @patch
+def _refresh(self:_Averager, i):
+    "Give batch norm the statistics of the `i`th average, computed once for each"
+    stats = {n: d[k] for n,(d,k) in norm_places(self._learner.model).items()}
+    if self._stats is None or self._stats['of']!=[self._n, i]:
+        refresh_batchnorm(self._learner, inner=bool(self._scopes))
+        self._stats = dict(of=[self._n, i], values={n: b.clone() for n,b in stats.items()})
+    elif stats: torch._foreach_copy_(list(stats.values()), [self._stats['values'][n] for n in stats])
+
+@patch
+@torch.no_grad()
 def _give_back(self:_Averager):
     "Give the model its trained weights"
     if self.raw is None: return
-    model = unwrap_model(self._learner.model)
-    torch._foreach_copy_([t.detach() for t in (*model.parameters(), *model.buffers())], self.raw)
-    self.raw,self._lent,self._in_use = None,False,('raw',0)
+    self._put(self.raw)
+    self.raw = None
 
-def _refresh(learn):
-    "Statistics of batch norm for the weights as they are; no random number is used up"
-    state = random_state(learn.dls)
-    refresh_batchnorm(learn)
-    load_random_state(learn.dls, state)
+@patch
+def _put(self:_Averager, values):
+    "Give the model tensors by name"
+    now = {n: d[k].detach() for n,(d,k) in tensor_places(self._learner.model).items()}
+    torch._foreach_copy_([now[n] for n in values], list(values.values()))
 
-class _AfterEpoch(Callback):
-    "What `averager` does after all others: validate with other weights too; give the trained ones back"
-    order,run_valid = 100,False
-    def __init__(self, averager): self.averager = averager
-    def after_train(self): self.averager._validate_others()
-    def after_epoch(self): self.averager._give_back()
+@patch
+def _versions(self:_Averager):
+    "Changes when a weight does"
+    return [d[k]._version for d,k in weight_places(self._learner.model).values()]
+
+# %% ../nbs/09_averaging.ipynb #14653bf7
+@patch
+def use(self:_Averager,
+    which:str, # 'raw' for the trained weights, or the name of the average: 'ema', 'swa', 'lawa'
+    i:int=0 # Of several averages, which one?
+):
+    "Give the model other weights, after a fit; the callback need not be on the learner any more"
+    self._check_use(which, i)
+    if which!='raw': return self._lend(i)
+    for cb in (self, *self._peers): cb._give_back()
+
+@patch
+@contextmanager
+def using(self:_Averager,
+    which:str, # As for `use`
+    i:int=0 # As for `use`
+):
+    "Give the model other weights inside a `with` block; afterwards it has those that it had"
+    self._check_use(which, i)
+    cbs = self,*self._peers
+    had,raws = {n: t.detach().clone() for n,t in self._now().items()},[cb.raw for cb in cbs]
+    try:
+        self.use(which, i)
+        yield
+    finally:
+        self._put(had)
+        for cb,raw in zip(cbs, raws): cb.raw = raw
+
+@patch
+def _check_use(self:_Averager, which, i):
+    this,names = f'{self.name}.use({which!r})',(self.average_name, 'raw')
+    if which not in names: raise ValueError(f"which={which!r}: expected {names[0]!r} or 'raw'")
+    if self._scopes: raise RuntimeError(f"{this}: a fit is running, which has its own plan for the weights")
+    if self._learner is None or not self._n:
+        raise RuntimeError(f'{this}: there is no average; it is made in a fit, and is not in an export')
+    if i not in range(self._several): raise ValueError(f'i={i!r}: expected a whole number from 0 to {self._several-1}')
+    if missing := set(self.raw or self._kept[0])-tensor_places(self._learner.model).keys():
+        raise RuntimeError(f'{this}: the model is not the one of the fit any more: it has no {min(missing)!r}')
 
 # %% ../nbs/09_averaging.ipynb #37b86024
 @patch
@@ -165,15 +240,16 @@ def _others(self:_Averager):
 
 @patch
 def _add_columns(self:_Averager):
-    rec = getattr(self.learn, 'recorder', None)
+    rec,self._added = getattr(self.learn, 'recorder', None),0
     if rec is None or not rec.valid_metrics or not hasattr(rec, 'metric_names'): return
     end = len(rec.metric_names)-rec.add_time
     usual = rec.metric_names[end-1-len(self.learn.metrics):end]
-    rec.metric_names = rec.metric_names[:end-len(usual)] + [p+o for p in self._others() for o in usual] + rec.metric_names[end-len(usual):]
+    more = [p+o for p in self._others() for o in usual]
+    rec.metric_names = rec.metric_names[:end-len(usual)] + more + rec.metric_names[end-len(usual):]
+    self._added = len(more)
 
 @patch
 def _validate_others(self:_Averager):
-    if not (self.fitting and self._others()): return
     learn,usual,state = self.learn,self._shown,random_state(self.dls)
     for self._shown in self._others().values():
         learn._do_epoch_validate()
@@ -181,32 +257,72 @@ def _validate_others(self:_Averager):
         load_random_state(learn.dls, state)
     self._shown = usual
 
+class _AfterAll(ExtCallback):
+    "What `averager` does after all others"
+    order = 100
+    def __init__(self, averager): self.averager = averager
+
+    def before_fit(self):
+        "Be there until the fit ends, also if the average is taken off"
+        self.at_end(self.learn.remove_cb, self)
+
+    def after_train(self):
+        "Validate with other weights too"
+        if self.averager.learn is not None: self.averager._validate_others()
+        else: self.recorder.log += [None]*self.averager._added
+
+    def after_epoch(self):
+        "Training goes on with the trained weights"
+        self.averager._give_back()
+
+    def after_fit(self):
+        "Say whose weights are in the model"
+        cb = self.averager
+        if cb._done and cb._left!=cb._versions():
+            cb.tell('was followed by a callback that loaded other weights', f'they are in the model now, '
+                    f'not those of final={cb.final!r}')
+
+# %% ../nbs/09_averaging.ipynb #126ce622
+@patch
+def _tell_plan(self:_Averager):
+    "Say what will come to nothing in a fit of this length"
+    try: batches = self.n_epoch*len(self.dls.train)
+    except TypeError: return        # a loader without a length
+    for what,why in self._problems(batches): self.tell(what, f'{why}, and this fit has {batches} batches')
+
+@patch
+def _tell_nothing(self:_Averager):
+    self.tell('has averaged no weights', f'{self._t} steps were taken; the model has the trained weights')
+
 # %% ../nbs/09_averaging.ipynb #4ea72e53
 class EMA(_Averager):
     "Exponential moving average of the weights"
-    state_attrs = '_kept','_t','_n','raw','_in_use'
     def __init__(self,
-        decay:float|Sequence=0.999, # Share of the past in the average, for a step; of several, the first is the one to validate with
+        decay:float|Sequence=None, # How much of the old average is kept at each step, 0 to 1. None: as much as makes the averaged weights a twentieth of the fit so far old. A list makes several averages; the first is used for validation
         half_life:float|Sequence=None, # Instead of `decay`: steps after which a weight counts half
         every:int=1, # Move the average every n-th step, n times as far
         warmup:bool=True, # Average over the steps that were taken only? If not, the untrained weights are the past
         start:int=0, # Steps to take before the average begins
         validate:str='ema', # Validate with the average ('ema'), with the trained weights ('raw'), or with 'both': columns with 'raw_' for the trained ones
-        buffers:str='average', # Statistics of batch norm: 'average' them as well, 'copy' those of training, or 'refresh' them by a pass over the training set
+        buffers:str='average', # Running statistics of batch norm: 'average' them as well, 'copy' those of training, or 'refresh' them by a pass over the training set
         final:str='ema' # Weights of the model after the fit: 'ema' or 'raw'
     ):
-        if half_life is not None: self.decays = [0.5**(1/check_number('half_life', o, low=1e-3)) for o in _several('half_life', half_life)]
-        else: self.decays = [check_number('decay', o, low=0, high=1) for o in _several('decay', decay)]
+        if half_life is None: self.decays = [o if o is None else check_number('decay', o, low=0, high=1) for o in _listed('decay', decay)]
+        else: self.decays = [0.5**(1/check_number('half_life', o, low=1e-3)) for o in _listed('half_life', half_life)]
         self.every,self.start = check_number('every', every, low=1, integer=True),check_number('start', start, low=0, integer=True)
         self.warmup = check_type('warmup', warmup, bool)
         self._choose(validate, buffers, final)
 
+    @property
+    def _several(self): return len(self.decays)
+
     def before_train(self):
         "Without a warm-up, the average begins with the weights as they are"
-        if self.fitting: self._begin()
+        self._begin()
+        super().before_train()
 
     def _begin(self):
-        if not self.warmup and not self._n and self._t>=self.start: self._kept,self._n = [_clone(self._tensors()) for _ in self.decays],1
+        if not self.warmup and not self._n and self._t>=self.start: self._kept,self._n = [self._copies() for _ in self.decays],1
 
     def _stepped(self):
         if self._t>self.start and (self._t-self.start)%self.every==0: self._update()
@@ -214,10 +330,16 @@ class EMA(_Averager):
 
     def _update(self):
         self._n += 1
-        if self._n==1: self._kept = [_clone(self._tensors()) for _ in self.decays]
+        if self._n==1: self._kept = [self._copies() for _ in self.decays]
         else:
-            tensors = self._tensors()
-            for d,average in zip(self.decays, self._kept): _move(average, tensors, self._part(d**self.every))
+            tensors = self._numbers()
+            for d,kept in zip(self.decays, self._kept): self._move(list(kept.values()), tensors, d)
+
+    def _move(self, kept, tensors, d):
+        if d is not None: return _lerp(kept, tensors, self._part(d**self.every))
+        weights = len(kept)-len(self._norm)
+        _lerp(kept[:weights], tensors[:weights], 19/(self._n+18))
+        if self._norm: _lerp(kept[weights:], tensors[weights:], 1/(1+_age_beyond_norm(self._n*self.every)/self.every))
 
     def _part(self, d):
         if not self.warmup: return 1-d
@@ -226,7 +348,17 @@ class EMA(_Averager):
     def _average(self, i): return self._kept[i]
     def _others(self): return super()._others() | {f'ema{i+1}_': i for i in range(1, len(self.decays)) if self.validate!='raw'}
 
-def _several(name, o):
+    def _problems(self, batches):
+        if self.start+self.every*self.warmup>batches: yield 'will average no weights',f'start={self.start}, every={self.every}'
+        for d in self.decays:
+            if d is not None and batches/2<1/(1-min(d, 1-1e-12))<1e12:
+                yield 'will average weights that are hardly trained',f'decay={d:.6g} remembers {1/(1-d):.0f} steps'
+
+def _age_beyond_norm(steps):
+    "A twentieth of `steps`, less the ten that batch norm's statistics are old by themselves"
+    return max(0, steps/20-10)
+
+def _listed(name, o):
     "One number, or a list or tuple of them"
     if isinstance(o, (list,tuple)) and not o: raise ValueError(f'{name}={o!r}: expected a number, or several')
     return list(o) if isinstance(o, (list,tuple)) else [o]
@@ -234,101 +366,164 @@ def _several(name, o):
 # %% ../nbs/09_averaging.ipynb #ca6a74ae
 class _Every(_Averager):
     "Looks at the weights at the end of each epoch, or every `every` steps"
+    _several = 1
     def _stepped(self):
         if self.every and self._t%self.every==0 and self._on(): self._look()
-
-    def after_train(self):
-        "Look at the weights of the epoch"
-        if self.fitting and not self.every and self._on(): self._look()
 
     def _on(self): return True
 
 class SWA(_Every):
     "Mean of the weights from a point of the fit on"
-    average_name,state_attrs = 'swa',('_kept','_t','_n','raw','_in_use')
+    average_name,fit_state = 'swa',_Every.fit_state | dict(_ratios=None)
+    _borrowed = None
     def __init__(self,
-        start:float=0.75, # Share of the fit after which it begins
+        start:float=0.75, # Share of the fit, 0 to 1, after which it begins
         every:int=None, # Take the weights every n-th step; None for at the end of each epoch
-        lr:float=None, # Learning rate from then on; None leaves it to the schedule
+        lr:float=None, # Learning rate from then on, of the last group of parameters; None leaves it to the schedule
         validate:str='swa', # Validate with the mean ('swa'), with the trained weights ('raw'), or with 'both': columns with 'raw_' for the trained ones
-        buffers:str='refresh', # Statistics of batch norm: 'refresh' them by a pass over the training set, 'average' them as well, or 'copy' those of training
+        buffers:str='refresh', # Running statistics of batch norm: 'refresh' them by a pass over the training set, 'average' them as well, or 'copy' those of training
         final:str='swa' # Weights of the model after the fit: 'swa' or 'raw'
     ):
-        self.start,self.every = check_number('start', start, low=0, high=1),None if every is None else check_number('every', every, low=1, integer=True)
+        self.start = check_number('start', start, low=0, high=1)
+        self.every = None if every is None else check_number('every', every, low=1, integer=True)
         self.lr = None if lr is None else check_number('lr', lr, low=0)
         self._choose(validate, buffers, final)
 
+    def before_fit(self):
+        "Begin anew"
+        super().before_fit()
+        self.at_end(self._return_lr)
+
     def before_step(self):
-        "Set the learning rate"
-        if self.fitting and self.lr is not None and self.pct_train>=self.start: self.opt.set_hyper('lr', self.lr)
+        "Borrow the learning rates"
+        if self.lr is None or self.pct_train<self.start: return
+        lrs = [h['lr'] for h in self.opt.hypers]
+        if self._ratios is None: self._ratios = [float(o/lrs[-1]) if lrs[-1] else 1. for o in lrs]
+        self._borrowed = lrs,[self.lr*o for o in self._ratios]
+        self.opt.set_hyper('lr', self._borrowed[1])
 
-    def _on(self): return (self.epoch/self.n_epoch if not self.every else self.pct_train)>=self.start
+    def after_batch(self):
+        "Return them, after the recorder has seen those of the step"
+        self._return_lr()
 
+    def _return_lr(self):
+        if self._borrowed is None: return
+        (lrs,ours),self._borrowed = self._borrowed,None
+        if [h['lr'] for h in self._learner.opt.hypers]==ours: self._learner.opt.set_hyper('lr', lrs)
+
+    def after_train(self):
+        "Take the weights of the epoch"
+        if not self.every and self._on(): self._look()
+
+    def _on(self): return self.pct_train>=self.start if self.every else (self.epoch+1)/self.n_epoch>self.start
+
+    @torch.no_grad()
     def _look(self):
         self._n += 1
-        if self._n==1: self._kept = _clone(self._tensors())
-        else: _move(self._kept, self._tensors(), 1/self._n)
+        if self._n==1: self._kept = [self._copies()]
+        else:
+            tensors = self._numbers()
+            _lerp(list(self._kept[0].values()), tensors, 1/self._n)
 
-    def _average(self, i): return self._kept
+    def _average(self, i): return self._kept[0]
+
+    def _problems(self, batches):
+        if self.every: sets = sum((t-1)/batches>=self.start for t in range(self.every, batches+1, self.every))
+        else: sets = sum((i+1)/self.n_epoch>self.start for i in range(self.n_epoch))
+        when = f'start={self.start}, every={self.every}'
+        if sets<2: yield ('will average one set of weights only' if sets else 'will average no weights'),when
 
 # %% ../nbs/09_averaging.ipynb #a94d5f11
 class LAWA(_Every):
     "Mean of the latest `k` sets of weights"
-    average_name,state_attrs = 'lawa',('_kept','_t','_n','raw','_in_use')
+    average_name,fit_state = 'lawa',_Every.fit_state | dict(_at=[])
     def __init__(self,
-        k:int=5, # Sets of weights
-        every:int=None, # Take the weights every n-th step; None for at the end of each epoch
+        k:int=5, # Sets of weights, at most
+        every:int=None, # Take the weights every n-th step; None spreads the sets over the latest tenth of the steps so far
         validate:str='lawa', # Validate with the mean ('lawa'), with the trained weights ('raw'), or with 'both': columns with 'raw_' for the trained ones
-        buffers:str='average', # Statistics of batch norm: 'average' them as well, 'copy' those of training, or 'refresh' them by a pass over the training set
+        buffers:str='average', # Running statistics of batch norm: 'average' them as well, 'copy' those of training, or 'refresh' them by a pass over the training set
         final:str='lawa' # Weights of the model after the fit: 'lawa' or 'raw'
     ):
         self.k,self.every = check_number('k', k, low=1, integer=True),None if every is None else check_number('every', every, low=1, integer=True)
         self._choose(validate, buffers, final)
 
+    def _stepped(self):
+        if self.every: super()._stepped()
+        elif not self._at or self._t-self._at[-1]>=self._t/(10*self.k): self._look()
+
     def _look(self):
         self._n += 1
-        self._kept = [*self._kept, [t.clone() for t in self._tensors()]][-self.k:]
+        new = self._copies()
+        self._at,self._kept = [*self._at, self._t][-self.k:],[*self._kept, new][-self.k:]
+        if self.every: return
+        recent = sum(t>=min(0.9*self._t, self._at[-1]) for t in self._at)
+        self._at,self._kept = self._at[-recent:],self._kept[-recent:]
 
     def _average(self, i):
-        mean = _clone(self._kept[0])
-        for n,tensors in enumerate(self._kept[1:], 2): _move(mean, tensors, 1/n)
-        return mean
+        if self.every: return _mean(self._kept)
+        latest = min(self._at[-1], self._t-2*_age_beyond_norm(self._t))
+        norm = [{n: kept[n] for n in self._norm} for t,kept in zip(self._at, self._kept) if t>=latest]
+        return _mean(self._kept) | _mean(norm)
+
+    def _problems(self, batches):
+        if (self.every or 0)>batches: yield 'will average no weights',f'every={self.every}'
+
+def _mean(states):
+    mean = {n: _clone(t) for n,t in states[0].items()}
+    for n,state in enumerate(states[1:] if mean else [], 2): _lerp(list(mean.values()), list(state.values()), 1/n)
+    return mean
 
 # %% ../nbs/09_averaging.ipynb #0c6bc312
 def soup(
     learn:Learner, # Its validation set chooses, and it gets the weights
-    files:list, # Saved models: paths, or names in the learner's `path/model_dir`, as `learn.save`, `SaveModelCallback` or `SaveTopK` write them
+    files:list, # Saved models: paths, or names in the learner's `path/model_dir`, as `learn.save`, `SaveModelCallback` or `SaveTopK` write them, of a compiled model too
     greedy:bool=True, # Take in only what does no harm on the validation set?
     monitor:str='valid_loss', # Name of the loss or metric that decides
-    maximize:bool=None # Is larger better? None says no for names with 'loss' or 'error', and yes for others
+    maximize:bool=None # Is larger better? None for what the name says
 )->list: # The files that are in the mean, best first
     "Load the mean of the weights of saved models; batch norm gets the statistics of the training set under that mean"
     if not (files := L(files)): raise ValueError(f'files={list(files)}: expected at least 1 saved model')
-    if monitor not in (names := ['valid_loss', *learn.metrics.attrgot('name')]): raise ValueError(f"monitor={monitor!r}: expected one of {', '.join(names)}")
-    if maximize is None: maximize = not ('loss' in monitor or 'error' in monitor)
+    names = ['valid_loss', *learn.metrics.attrgot('name')]
+    if monitor not in names: raise ValueError(f"monitor={monitor!r}: expected one of {', '.join(names)}")
+    sign = -1 if _larger_is_better(learn, monitor, maximize) else 1
     model = unwrap_model(learn.model)
     before = {k: v.clone() for k,v in model.state_dict().items()}
-    def score(): return _validate(learn)[names.index(monitor)] * (-1 if maximize else 1)
-    def scored(f):
-        model.load_state_dict(_weights(learn, f))
-        return score()
+    def value():
+        "The smaller the better; infinite for what is not a finite number"
+        res = validate_aside(learn)[names.index(monitor)]
+        return sign*res if res is not None and isfinite(res) else inf
+    def load(fs):
+        load_weights(model, mean_state(_weights(learn, f) for f in fs))
+        if len(fs)>1: refresh_batchnorm(learn)
     try:
-        ranked = sorted(((scored(f), f) for f in files), key=lambda o: o[0])
-        best,kept,mean = ranked[0][0],[],None
-        for _,f in ranked:
-            trial = _mix(mean, _weights(learn, f), len(kept)+1)
-            _load(learn, trial, refresh=bool(kept))
-            if greedy and kept:
-                if not (value := score())<=best: continue
-                best = value
-            kept,mean = [*kept, f],trial
-        _load(learn, mean, refresh=len(kept)>1)
+        values = {f: (load([f]), value())[1] for f in files}
+        first,*others = ranked = sorted((f for f in values if values[f]<inf), key=values.get) or [None]
+        if first is None: raise ValueError(f'files={list(files)}: {monitor} is not a finite number for any of them')
+        if not greedy: kept = ranked
+        else:
+            kept,best = [first],values[first]
+            for f in others:
+                load([*kept, f])
+                if (v := value())<=best: kept,best = [*kept, f],v
+        load(kept)
     except BaseException:
         model.load_state_dict(before)
         raise
+    if (gone := [f for f in values if values[f]==inf]) and rank_distrib()==0:
+        print(f"soup: left out {', '.join(map(str, gone))}: {monitor} is not a finite number")
     return kept
 
 # %% ../nbs/09_averaging.ipynb #114dcd04
+def _larger_is_better(learn, monitor, maximize):
+    "What the user says, or else the name of the metric"
+    if maximize is not None: return check_type('maximize', maximize, bool)
+    smaller = smaller_is_better(monitor, learn=learn)
+    if smaller is None:
+        smaller = 'loss' in monitor or 'error' in monitor
+        if rank_distrib()==0:
+            print(f"soup: takes {'smaller' if smaller else 'larger'} for better in {monitor!r}; if not: maximize={smaller}")
+    return not smaller
+
 def _weights(learn, file):
     "State of the model in `file`"
     path = Path(file)
@@ -338,20 +533,3 @@ def _weights(learn, file):
 
 # what numbers of numpy are made of, as a schedule leaves them in the optimizer's hyper-parameters
 _in_hypers = [L, codecs.encode, np.dtype, type(np.dtype(float)), np.float64(0).__reduce__()[0]]
-
-def _mix(mean, state, n):
-    "Mean of `n` states, of which `mean` is that of all but `state`"
-    if mean is None: return {k: v.double() if v.is_floating_point() else v for k,v in state.items()}
-    return {k: torch.lerp(v, state[k].to(v), 1/n) if v.is_floating_point() else v for k,v in mean.items()}
-
-def _load(learn, state, refresh):
-    unwrap_model(learn.model).load_state_dict(state)
-    if refresh: _refresh(learn)
-
-def _validate(learn):
-    "As `learn.validate`, without its traces: callbacks that would save the model are away, and the recorder keeps its rows"
-    rec = learn.recorder
-    rows = {k: v for k,v in vars(rec).items() if k in ('lrs','iters','losses','values')}
-    with learn.removed_cbs([cb for cb in learn.cbs if isinstance(cb, TrackerCallback)]), learn.no_bar(): res = learn.validate()
-    vars(rec).update(rows)
-    return res

@@ -7,102 +7,127 @@ __all__ = ['SaveTopK']
 
 # %% ../nbs/12_best.ipynb #dc1bb72c
 import json
-import os
+import re
 import shutil
 from collections.abc import Callable
 from itertools import islice
 from math import isfinite
 from pathlib import Path
+from uuid import uuid4
 
-import numpy as np
 from fastai.learner import Learner
-from fastai.torch_core import rank_distrib
+from fastai.torch_core import get_model, rank_distrib
 from fastcore.basics import patch
-from .base.core import ExtCallback, check_number, check_type, from_first
-from .base.files import DamagedFile, load_state, replacing, save_state
-from .base.model import mean_state, refresh_batchnorm, unwrap_model
+from torch import Tensor
+from .base.core import check_number, check_type, from_first
+from .base.files import DamagedFile, load_state, map_state, replacing, save_state
+from .base.model import mean_state, unwrap_model
+from .base.monitor import Monitor
+from .base.passes import refresh_batchnorm
 from .base.state import load_opt_state, opt_state
 
 # %% ../nbs/12_best.ipynb #53c53be2
-class SaveTopK(ExtCallback):
+class SaveTopK(Monitor):
     "Keeps the models of the best `k` epochs, and loads the best one however the fit ends"
-    order,state_attrs = 61,('best','_n')    # as fastai's `SaveModelCallback`
+    order = 61                                  # as fastai's `SaveModelCallback`
+    fit_state = dict(best=[], _missing='no epoch was finished')
+    state_attrs = '_n','_run'
     def __init__(self,
         monitor:str='valid_loss', # Name in the epoch table of the loss or metric to watch
         k:int=3, # Models to keep; None for all
-        comp:Callable=None, # `np.less` if smaller is better, `np.greater` if larger; None takes `np.less` for names with 'loss' or 'error'
+        comp:Callable=None, # `np.less` if smaller is better, `np.greater` if larger; None looks it up
         min_delta:float=0., # A model replaces one that is kept if it is better by more than this
-        fname:str='model', # The best is `{fname}.pth` in the learner's `path/model_dir`, and all are in the folder `fname` beside it
+        fname:str='model', # The best is `{fname}.pth` in the learner's models, all are in a folder `fname`
         with_opt:bool=False, # Save, and load, the optimizer's state too?
         reset_on_fit:bool=True, # Forget the models of the fit before when one begins?
         load_best:bool=True # Load the best model when the fit ends?
     ):
-        self.monitor,self.fname = check_type('monitor', monitor, str),check_type('fname', fname, str)
-        self.k = None if k is None else check_number('k', k, low=1, integer=True)
-        if comp not in (None, np.less, np.greater): raise ValueError(f'comp={comp!r}: expected np.less, np.greater or None')
-        self.comp = comp or (np.less if 'loss' in monitor or 'error' in monitor else np.greater)
+        super().__init__(monitor, comp)
+        self.fname = check_type('fname', fname, str)
         self.min_delta = check_number('min_delta', min_delta, low=0)
-        self.with_opt,self.reset_on_fit,self.load_best = [check_type(k, v, bool) for k,v in (('with_opt',with_opt),('reset_on_fit',reset_on_fit),('load_best',load_best))]
-        self.best,self._n = [],0
+        self.k = None if k is None else check_number('k', k, low=1, integer=True)
+        self.with_opt = check_type('with_opt', with_opt, bool)
+        self.load_best = check_type('load_best', load_best, bool)
+        self.reset_on_fit = check_type('reset_on_fit', reset_on_fit, bool)
+        self._n,self._run = 0,None
 
     def before_fit(self):
         "Refuse a metric that is not there"
-        if not self.fitting: return
-        self.metric(self.monitor)
+        super().before_fit()
         self._models = Path(self.learn.path)/self.learn.model_dir
-        if self.reset_on_fit: self.best = []
+        if self._run is None: self._run = from_first(uuid4().hex[:6])
         if self.load_best: self.at_end(self._load_best)
 
     def after_epoch(self):
         "Save the model, if it is one of the best"
-        if not self.fitting: return
-        value = from_first(float(self.metric(self.monitor)))
-        if not (isfinite(value) and self._enters(value)): return
-        self._n += 1
-        entry = dict(file=f'{self.fname}/{self._n:04}.pth', epoch=self.epoch, value=value)
-        facts = from_first(self._write(entry) if rank_distrib()==0 else None)
-        if not facts: return
-        self.best = sorted([*self.best, entry | facts], key=lambda o: self._sign()*o['value'])[:self.k]
-        if rank_distrib()==0: self._tidy()
+        value = self.epoch_value()
+        if value is None or not isfinite(value):
+            was = 'not computed' if value is None else value
+            self._missing = f'{self.monitor} was {was} in epoch {self.epoch}'
+        elif self._enters(value): self._add(value)
 
-    def _sign(self): return 1 if self.comp is np.less else -1
     def _enters(self, value):
         if self.k is None or len(self.best)<self.k: return True
-        return self._sign()*value < self._sign()*self.best[-1]['value'] - self.min_delta
+        return self.sign*value < self.sign*self.best[-1]['value'] - self.min_delta
+
+    def _add(self, value):
+        self._n += 1
+        entry = dict(file=f'{self.fname}/{self._n:04}-{self._run}.pth', epoch=self.epoch, value=value)
+        facts = from_first(self._tries(self._write, entry) if rank_distrib()==0 else None)
+        if not facts:
+            self._missing = f'that of epoch {self.epoch} could not be saved'
+            return
+        self.best = sorted([*self.best, entry | facts], key=lambda o: self.sign*o['value'])[:self.k]
+        if rank_distrib()==0:
+            for f in (self._copy_best, self._list_best, self._remove_others): self._tries(f, entry)
 
 # %% ../nbs/12_best.ipynb #6f18b2e2
 @patch
+def _tries(self:SaveTopK, f, entry):
+    "What `f` returns; that it could not do it is said once, and the training goes on"
+    try: return f(entry)
+    except Exception as e: self.tell('could not save', str(e), once=True)
+
+@patch
 def _write(self:SaveTopK, entry):
-    "Size and checksum of the file that is written; None if that was not possible"
-    state = unwrap_model(self.model).state_dict()
+    "Size and checksum of the file that is written"
+    state = {k: v for k,v in get_model(self.model).state_dict().items() if self._is_plain(k, v)}
     if self.with_opt:
         opt = opt_state(self.opt)
         state = {'model': state, 'opt': opt.get('torch', opt)}
-    try: return save_state(self._models/entry['file'], state)
-    except OSError as e: self.tell('could not save', str(e))
+    return save_state(self._models/entry['file'], state)
 
 @patch
-def _tidy(self:SaveTopK):
-    "Write the manifest, point `{fname}.pth` to the best model, remove those that are no longer among the best"
-    try: self._rename()
-    except OSError as e: self.tell('could not save', str(e))
+def _is_plain(self:SaveTopK, name, value):
+    "Can it be saved? An extra state of a module may be any object, and is left out"
+    try: map_state(value, lambda t: t, (name,))
+    except TypeError as e:
+        if isinstance(value, Tensor): raise
+        self.tell('left out', str(e), once=True)
+        return False
+    return True
 
 @patch
-def _rename(self:SaveTopK):
+def _copy_best(self:SaveTopK, entry):
+    "To `{fname}.pth`"
+    if entry['file']!=self.best[0]['file']: return
+    with replacing(self._models/f'{self.fname}.pth') as f, open(self._models/entry['file'], 'rb') as best:
+        shutil.copyfileobj(best, f, 2**22)
+
+@patch
+def _list_best(self:SaveTopK, _):
+    with replacing(self._models/self.fname/'best.json') as f:
+        f.write(json.dumps(dict(monitor=self.monitor, best=self.best), indent=2).encode())
+
+@patch
+def _remove_others(self:SaveTopK, _):
+    "Remove those of this run that are no longer among the best"
     folder,kept = self._models/self.fname,{Path(o['file']).name for o in self.best}
-    with replacing(folder/'best.json') as f: f.write(json.dumps(dict(monitor=self.monitor, best=self.best), indent=2).encode())
-    _link(self._models/self.best[0]['file'], self._models/f'{self.fname}.pth')
-    for f in folder.glob('*.pth'):
+    own,all_ = [set(folder.glob(o)) for o in (f'*-{self._run}.pth', '*.pth')]
+    for f in own:
         if f.name not in kept: f.unlink()
-
-def _link(file, name):
-    "Give `file` another name in one step; a copy where the disk has no links"
-    temp = name.with_name(f'{name.name}.tmp')
-    temp.unlink(missing_ok=True)
-    try: os.link(file, temp)
-    except OSError: shutil.copyfile(file, temp)
-    os.replace(temp, name)
-    temp.unlink(missing_ok=True)     # it stays where both are the same file already
+    if others := len(all_-own):
+        self.tell('left files alone', f'{others} in {folder} are not of this run', once=True)
 
 # %% ../nbs/12_best.ipynb #b0ea6ce4
 @patch
@@ -111,18 +136,28 @@ def _load_best(self:SaveTopK):
     for state,_ in self._states():
         self._load(state)
         return
-    if rank_distrib()==0: print(f'{self.name}: no model to load: {self.monitor} was not a finite number after any epoch')
+    why = f'none of the {len(self.best)} that were saved can be read' if self.best else self._missing
+    if rank_distrib()==0: print(f'{self.name}: no model to load: {why}')
 
 @patch
 def _states(self:SaveTopK):
     "State and entry of each model that can be read, best first"
     for o in self.best:
         try: yield load_state(self._models/o['file'], o['size'], o['sha256']),o
-        except DamagedFile as e: print(f'{self.name}: {e}')
+        except DamagedFile as e:
+            if rank_distrib()==0: print(f'{self.name}: {e}')
+
+def _load_model(model, state):
+    "Load `state`, whatever `model` was wrapped in when it was saved; what could not be saved stays"
+    model = unwrap_model(model)
+    own = model.state_dict()
+    if not state.keys()<=own.keys():
+        state = {re.sub(r'^((_orig_mod|module)\.)+', '', k): v for k,v in state.items()}
+    model.load_state_dict({k: v for k,v in own.items() if not isinstance(v, Tensor)} | state)
 
 @patch
 def _load(self:SaveTopK, state):
-    unwrap_model(self.model).load_state_dict(state['model'] if self.with_opt else state)
+    _load_model(self.model, state['model'] if self.with_opt else state)
     if not self.with_opt: return
     opt = state['opt']
     load_opt_state(self.opt, opt if 'hypers' in opt else dict(torch=opt, frozen_idx=self.opt.frozen_idx))
@@ -132,10 +167,12 @@ def average(self:SaveTopK,
     k:int=None, # Models to average, best first; None for all that are kept
     learn:Learner=None # The learner; None if this callback is still one of its own
 ):
-    "Load the mean of the weights of the best `k` models; statistics of batch norm are those of the training set under that mean"
+    "Load the mean of the weights of the best `k` models; batch norm gets statistics of the training set"
     learn = learn or self.learn
-    if learn is None: raise ValueError('save_top_k.average: learn=None: expected a Learner, since this callback was passed to a fit and is no longer on it')
+    if learn is None:
+        why = 'this callback was passed to a fit and is no longer on it'
+        raise ValueError(f'{self.name}.average: learn=None: expected a Learner, since {why}')
     states = [s['model'] if self.with_opt else s for s,_ in islice(self._states(), k)]
     if not states: raise ValueError(f'{self.name}.average: no model can be read; expected at least 1')
-    unwrap_model(learn.model).load_state_dict(mean_state(states))
+    _load_model(learn.model, mean_state(states))
     refresh_batchnorm(learn)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from fastai.callback.rnn import RNNCallback as _FastaiRNNCallback, RNNRegularizer as _FastaiRNNRegularizer
+from fastai.callback import rnn as fastai_rnn
 from fastai.learner import ValueMetric
 from fastai.torch_core import to_detach
 from fastcore.xtras import is_listy
@@ -21,12 +21,16 @@ from .base.model import resettable, submodule, unwrap_model
 
 # %% ../nbs/01_rnn.ipynb #577a617f
 class ModelResetter(ExtCallback):
-    "Resets the hidden state before training, before validation and after the fit; a model without any `reset` is an error"
-    run_outside = True
+    """Resets the hidden state before training, before validation and after the fit.
+
+    `ValueError` if no module of the model has a method `reset`."""
+    run_outside,stand_in = True,fastai_rnn.ModelResetter
     def __init__(self,
-        detach:bool=False, # Keep the numbers of the state and cut only its graph, so that training goes on where validation stopped
+        detach:bool=False, # Keep the numbers of the state, cut its graph: training goes on after validation
         missing_ok:bool=False # Do nothing for a model that has nothing to reset?
-    ): self.detach,self.missing_ok = check_type('detach', detach, bool),check_type('missing_ok', missing_ok, bool)
+    ):
+        self.detach = check_type('detach', detach, bool)
+        self.missing_ok = check_type('missing_ok', missing_ok, bool)
 
     def before_fit(self):
         "Refuse a model that this callback can do nothing for"
@@ -55,27 +59,52 @@ class ModelResetter(ExtCallback):
 
 # %% ../nbs/01_rnn.ipynb #415427ac
 class RNNCallback(ExtCallback):
-    "Takes the triple that an AWD-LSTM returns apart: the output for the loss, the last layer's activations in `raw_out` and, after dropout, in `out`"
-    run_outside,raw_out,out = True,None,None
+    """Gives the loss an AWD-LSTM's predictions, and keeps its activations for `RNNRegularizer`.
+
+    The last layer's activations are in `raw_out` and, after dropout, in `out`, until the loss is computed."""
+    run_outside,stand_in,raw_out,out = True,fastai_rnn.RNNCallback,None,None
+    _beside = False     # fastai's?
+
+    @property
+    def name(self)->str:
+        "`rnn`, or `rnn_ext` beside fastai's, whose regulariser reads `learn.rnn`"
+        if self.learn is not None: vars(self)['_beside'] = _has(self.learn, fastai_rnn.RNNCallback)
+        return 'rnn_ext' if self._beside else 'rnn'
 
     def before_fit(self):
-        "Refuse a learner whose output another `RNNCallback` takes apart already"
-        if any(isinstance(cb, _FastaiRNNCallback) for cb in self.learn.cbs):
-            raise ValueError("RNNCallback: the learner has fastai's RNNCallback too, as `language_model_learner` adds it; "
-                             'take it off first: learn.remove_cb(fastai.callback.rnn.RNNCallback)')
+        "Refuse a learner whose output fastai's `RNNCallback` takes apart already"
+        _refuse_beside(self, fastai_rnn.RNNCallback)
         self.at_end(self._forget)
 
     def _forget(self): self.raw_out = self.out = None
 
     def after_pred(self):
         "Leave the output in `learn.pred`, keep the activations"
+        if _first_of(self) is not self: return      # there are two, and one has done it
         if not (is_listy(self.pred) and len(self.pred)==3):
-            raise TypeError(f'RNNCallback: expected a model that returns (output, raw_outputs, outputs), as AWD-LSTM does, and got {_shown(self.pred)}; '
-                            'other models need no RNNCallback: use RNNRegularizer(module=...)')
+            raise TypeError('RNNCallback: expected a model that returns (output, raw_outputs, outputs), as '
+                            f'AWD-LSTM does, and got {_shown(self.pred)}; other models need no RNNCallback: '
+                            'use RNNRegularizer(module=...)')
         self.learn.pred,self.raw_out,self.out = [o[-1] if is_listy(o) else o for o in self.pred]
 
 # %% ../nbs/01_rnn.ipynb #1ca4811b
-def _shown(o): return f'a tensor of shape {tuple(o.shape)}' if isinstance(o, Tensor) else f'a {type(o).__name__} of {len(o)}' if is_listy(o) else type(o).__name__
+def _shown(o):
+    if isinstance(o, Tensor): return f'a tensor of shape {tuple(o.shape)}'
+    return f'a {type(o).__name__} of {len(o)}' if is_listy(o) else type(o).__name__
+
+def _first_of(cb):
+    "The first callback of the class of `cb` on its learner"
+    return next(o for o in cb.learn.cbs if isinstance(o, type(cb)))
+
+def _has(learn, cls): return any(isinstance(o, cls) for o in learn.cbs)
+
+def _refuse_beside(cb, theirs):
+    "Refuse a learner that has fastai's callback of the same job"
+    if not _has(cb.learn, theirs): return
+    raise ValueError(f"{type(cb).__name__}: the learner has fastai's {theirs.__name__} too, as "
+                     "language_model_learner adds it. Swap fastai's callbacks for ours of the same job, with "
+                     'their arguments, and fit again: '
+                     'from fastai_callbacks_ext.all import upgrade; upgrade(learn)')
 
 # %% ../nbs/01_rnn.ipynb #42435069
 def mean_square(
@@ -91,7 +120,7 @@ def mean_square(
 def time_steps(
     h:Tensor, # Activations `(bs, seq, features)`
     keep:Tensor=None # Positions to count `(bs, seq)`, bool; None for all
-)->tuple: # Differences `(bs, seq-1, features)`, and the ones between two counted positions `(bs, seq-1)` or None
+)->tuple: # Differences `(bs, seq-1, features)`; those between two counted positions `(bs, seq-1)`, or None
     "What changes from each time step to the next"
     return _wide(h).diff(dim=1), None if keep is None else keep[:,1:] & keep[:,:-1]
 
@@ -100,38 +129,55 @@ def _wide(h): return h.to(torch.promote_types(h.dtype, torch.float32))   # 300²
 
 # %% ../nbs/01_rnn.ipynb #9f612ba4
 class RNNRegularizer(ExtCallback):
-    "Adds AR and TAR to the loss that is differentiated; the recorder keeps the plain loss, and shows the penalties beside it as `ar` and `tar`"
+    """Adds AR and TAR to the loss that is differentiated.
+
+    The recorder keeps the plain loss. The epoch table shows the penalties beside it, as `ar` and `tar`."""
     run_after,run_valid,run_outside = RNNCallback,False,True
-    state_attrs = '_n','_sums'
+    fit_state = dict(_n=0, _sums={})
     def __init__(self,
         alpha:float=0., # Weight of AR; 2 in the paper
         beta:float=0., # Weight of TAR; 1 in the paper
-        module:str=None, # Regularise the output of this submodule, e.g. 'rnn', instead of what `RNNCallback` keeps
-        mask:Callable=None, # Function of the batch's inputs that gives the positions that are not padding: bool `(bs, seq)`
-        lengths:Callable=None # Function of the batch's inputs that gives the length of each sequence: `(bs,)`
+        module:str=None, # Regularise the output of this submodule: 'rnn'; None for what `RNNCallback` keeps
+        mask:Callable=None, # Function of the inputs: which positions are not padding, bool `(bs, seq)`
+        lengths:Callable=None # Function of the inputs: the length of each sequence, `(bs,)`
     ):
         self.alpha,self.beta = [check_number(k, v, low=0) for k,v in (('alpha',alpha),('beta',beta))]
         self.module = check_type('module', module, str, type(None))
         for k,v in (('mask',mask),('lengths',lengths)):
-            if not (v is None or callable(v)): raise TypeError(f'{k}={v!r}: expected a function of the inputs of a batch, or None')
+            if v is None or callable(v): continue
+            raise TypeError(f'{k}={v!r}: expected a function of the inputs of a batch, or None')
         if mask and lengths: raise ValueError(f'mask={mask!r} and lengths={lengths!r}: expected one of them')
         self.mask,self.lengths = mask,lengths
-        self._n,self._sums = 0,{}
         self._forget()
 
     def _forget(self): self.raw_out = self.out = self._padding = None
 
     def before_fit(self):
         "Take hold of the activations; add the columns `ar` and `tar` to the epoch table of a real fit"
-        if any(isinstance(cb, _FastaiRNNRegularizer) for cb in self.learn.cbs):
-            raise ValueError("RNNRegularizer: the learner has fastai's RNNRegularizer too; take it off first: learn.remove_cb(fastai.callback.rnn.RNNRegularizer)")
+        _refuse_beside(self, fastai_rnn.RNNRegularizer)
+        self._stands_by = self._has_double()
+        if self._stands_by: return
         self.at_end(self._forget)
-        if self.module: self.at_end(submodule(self.model, self.module, 'RNNRegularizer').register_forward_hook(self._hook).remove)
-        elif not self._rnn(): raise ValueError('RNNRegularizer: no RNNCallback on the learner to take the activations from; '
-                                               'add one, or name a submodule: RNNRegularizer(module=...)')
+        if self.module: self._watch(submodule(self.model, self.module, 'RNNRegularizer'))
+        elif not self._rnn():
+            raise ValueError('RNNRegularizer: no RNNCallback on the learner to take the activations from; '
+                             'add one, or name a submodule: RNNRegularizer(module=...)')
         if self.fitting: self._add_columns()
 
-    def _rnn(self): return [cb for cb in self.learn.cbs if isinstance(cb, (RNNCallback, _FastaiRNNCallback))]
+    def _has_double(self):
+        "Does another one add these penalties already?"
+        others = [cb for cb in self.learn.cbs if isinstance(cb, RNNRegularizer) and cb.module==self.module]
+        if others[0] is self: return False
+        if others[0]._arguments()==self._arguments(): return True
+        first = others[0]
+        raise ValueError(f'RNNRegularizer: alpha={self.alpha}, beta={self.beta}, and the learner has one '
+                         f'already, with alpha={first.alpha}, beta={first.beta}. Take that one off: from '
+                         'fastai_callbacks_ext.all import RNNRegularizer; learn.remove_cb(RNNRegularizer)')
+
+    def _arguments(self): return self.alpha,self.beta,self.mask,self.lengths
+    def _watch(self, module): self.at_end(module.register_forward_hook(self._hook).remove)
+    def _rnn(self):
+        return [cb for cb in self.learn.cbs if isinstance(cb, (RNNCallback, fastai_rnn.RNNCallback))]
 
     def _add_columns(self):
         self._sums = {k:0. for k,weight in (('ar',self.alpha),('tar',self.beta)) if weight}
@@ -139,12 +185,14 @@ class RNNRegularizer(ExtCallback):
         self.at_end(self._remove_columns, columns)
         self.learn.metrics = self.learn.metrics + columns
 
-    def _remove_columns(self, columns): self.learn.metrics = [m for m in self.learn.metrics if m not in columns]
+    def _remove_columns(self, columns):
+        self.learn.metrics = [m for m in self.learn.metrics if m not in columns]
+
     def _mean(self, k): return self._sums[k]/max(self._n, 1)
 
     def before_train(self):
         "Start the means of this epoch"
-        self._n,self._sums = 0,dict.fromkeys(getattr(self, '_sums', ()), 0.)
+        self._n,self._sums = 0,dict.fromkeys(self._sums, 0.)
 
     def _hook(self, module, inputs, output):
         if not module.training: return
@@ -157,8 +205,12 @@ class RNNRegularizer(ExtCallback):
 
     def _activations(self):
         source = self if self.module else self._rnn()[0]
-        if source.out is None: raise RuntimeError(f'RNNRegularizer: module={self.module!r} was not called in the forward pass of this batch')
-        if source.out.ndim!=3: raise ValueError(f'RNNRegularizer: expected activations (bs, seq, features), and got {_shown(source.out)}')
+        if source.out is None:
+            raise RuntimeError(f'RNNRegularizer: module={self.module!r} was not called in the forward pass '
+                               'of this batch')
+        if source.out.ndim!=3:
+            got = _shown(source.out)
+            raise ValueError(f'RNNRegularizer: expected activations (bs, seq, features), and got {got}')
         return source.raw_out,source.out
 
     def _keep(self, h):
@@ -166,11 +218,13 @@ class RNNRegularizer(ExtCallback):
         if self.lengths: return _positions(self.lengths(*self.xb), h)
         if not self.mask: return self._padding
         keep = self.mask(*self.xb).bool()
-        if keep.shape!=h.shape[:2]: raise ValueError(f'RNNRegularizer: mask gives {_shown(keep)}, expected {tuple(h.shape[:2])}, as the activations')
-        return keep
+        if keep.shape==h.shape[:2]: return keep
+        want = tuple(h.shape[:2])
+        raise ValueError(f'RNNRegularizer: mask gives {_shown(keep)}, expected {want}, as the activations')
 
     def after_loss(self):
         "Add the penalties to `learn.loss_grad`"
+        if self._stands_by: return
         raw,out = self._activations()
         keep,parts = self._keep(out),{}
         if self.alpha: parts['ar'] = self.alpha * mean_square(out, keep)

@@ -30,9 +30,11 @@ def tabular(folder):
     x,y = load_diabetes(return_X_y=True, as_frame=True)
     df = x.assign(target=y.astype('float32')/100, sex=(x.sex>0).map({True:'a', False:'b'})).iloc[:200]
     set_seed(7)
-    dls = TabularDataLoaders.from_df(df, procs=[Categorify, FillMissing, Normalize], cat_names=['sex'], cont_names=['age','bmi','bp','s1','s5'], y_names='target',
+    dls = TabularDataLoaders.from_df(df, procs=[Categorify, FillMissing, Normalize], cat_names=['sex'],
+                                     cont_names=['age','bmi','bp','s1','s5'], y_names='target',
                                      valid_idx=list(range(40)), bs=32, num_workers=0)
-    learn = tabular_learner(dls, layers=[20,10], config=dict(ps=.1, embed_p=.1), metrics=[mae], cbs=ReduceLROnPlateau(patience=1))
+    learn = tabular_learner(dls, layers=[20,10], config=dict(ps=.1, embed_p=.1), metrics=[mae],
+                            cbs=ReduceLROnPlateau(patience=1))
     return learn,lambda cb: learn.fit_flat_cos(3, 1e-2, cbs=cb)
 
 def cnn(folder):
@@ -54,7 +56,9 @@ def language(folder):
 
 def accumulation(folder):
     "Gradients that wait for their step, trackers, files of other callbacks, a PyTorch optimizer; two fits"
-    learn = digits_learner([GradientAccumulation(80), EarlyStoppingCallback(patience=2), SaveTopK('accuracy', k=2, fname='top'), SaveModelCallback(fname='best'), CSVLogger()],
+    learn = digits_learner([GradientAccumulation(80), EarlyStoppingCallback(patience=2),
+                            SaveTopK('accuracy', k=2, fname='top'), SaveModelCallback(fname='best'),
+                            CSVLogger()],
                            n=250, bs=32, path=folder, opt_func=partial(OptimWrapper, opt=torch.optim.AdamW))
     def fits(cb):
         learn.fit(2, 1e-2, cbs=cb)
@@ -69,13 +73,15 @@ def workers(folder):
     "Two data workers that draw random numbers for each item"
     learn = digits_learner(n=250, bs=32)
     train,valid = learn.dls.train_ds,learn.dls.valid_ds
-    learn.dls = DataLoaders(TfmdDL(train, bs=32, shuffle=True, num_workers=2, after_item=Noise()), TfmdDL(valid, bs=32, num_workers=0))
+    learn.dls = DataLoaders(TfmdDL(train, bs=32, shuffle=True, num_workers=2, after_item=Noise()),
+                            TfmdDL(valid, bs=32, num_workers=0))
     return learn,lambda cb: learn.fit_one_cycle(2, 1e-2, cbs=cb)
 
 def ranks(folder):
     "Each of two processes with its part of the data, and with random numbers of its own"
     learn = digits_learner(TerminateOnNaN(), n=250, bs=16)
-    train,valid = [[ds[i] for i in range(rank_distrib(), len(ds), 2)] for ds in (learn.dls.train_ds, learn.dls.valid_ds)]
+    train,valid = [[ds[i] for i in range(rank_distrib(), len(ds),
+                                         2)] for ds in (learn.dls.train_ds, learn.dls.valid_ds)]
     random.seed(rank_distrib())
     learn.dls = DataLoaders(DataLoader(train, bs=16, shuffle=True), DataLoader(valid, bs=16))
     torch.manual_seed(rank_distrib())
@@ -97,9 +103,12 @@ def flat(o):
 def digests(learn):
     "A checksum for each part of the result"
     opt,rec = learn.opt,learn.recorder
-    parts = dict(model=dict(learn.model.state_dict()), opt=[dict(opt.state.get(p, {})) if isinstance(opt, Optimizer) else opt.opt.state[p] for g in opt.param_lists for p in g],
-                 hypers=[dict(h) for h in opt.hypers], losses=rec.losses, lrs=rec.lrs, values=rec.values, iters=rec.iters, hps=getattr(rec, 'hps', None),
-                 random=[torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist(), [dl.rng.getstate() for dl in learn.dls.loaders if hasattr(dl, 'rng')]])
+    parts = dict(model=dict(learn.model.state_dict()),
+                 opt=[dict(opt.state.get(p, {})) if isinstance(opt, Optimizer) else opt.opt.state[p] for g in opt.param_lists for p in g],
+                 hypers=[dict(h) for h in opt.hypers], losses=rec.losses, lrs=rec.lrs, values=rec.values,
+                 iters=rec.iters, hps=getattr(rec, 'hps', None),
+                 random=[torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist(),
+                         [dl.rng.getstate() for dl in learn.dls.loaders if hasattr(dl, 'rng')]])
     return {k: hashlib.sha256(b'|'.join(flat(v))).hexdigest()[:12] for k,v in parts.items()}
 
 # How it is killed
@@ -130,7 +139,8 @@ def kill_at_disk_step(n):
 def plan(r, events, seconds):
     "Where to kill: at an event, at a step on the disk, or whenever"
     kind = r.choice(['event','event','disk','time'])
-    return kind,{'event': r.randint(1, events), 'disk': r.randint(1, 150), 'time': r.uniform(.02, seconds)}[kind],r.choice([-50, 55, 1999, 3000])
+    return kind,{'event': r.randint(1, events), 'disk': r.randint(1, 150),
+                 'time': r.uniform(.02, seconds)}[kind],r.choice([-50, 55, 1999, 3000])
 
 # Runs
 def train(case, folder, kill, checkpoints):
@@ -139,7 +149,8 @@ def train(case, folder, kill, checkpoints):
     learn,fits = CASES[case](folder)
     if kind=='event' and at%2 in (0, rank_distrib()): learn.add_cb(KillAtEvent(at, order))
     if kind=='disk': kill_at_disk_step(at)
-    with learn.no_bar(): fits(Checkpoint(folder/'run', steps=3, seed_items=case=='workers') if checkpoints else [])
+    with learn.no_bar(): fits(Checkpoint(folder/'run', steps=3,
+                                         seed_items=case=='workers') if checkpoints else [])
     return digests(learn),KillAtEvent.sent
 
 def child(case, folder, kill, checkpoints, rank, store):

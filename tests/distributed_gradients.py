@@ -1,4 +1,4 @@
-"Run by torchrun: each process has its own batches, a different part of the targets ignored; each writes what it saw to OUT/RANK.json"
+"Run by torchrun: each process has its own batches and ignored targets, and writes what it saw to a file"
 import json, os, sys, warnings
 from pathlib import Path
 warnings.filterwarnings('ignore')
@@ -6,6 +6,7 @@ warnings.filterwarnings('ignore')
 import torch
 import torch.distributed as dist
 from fastai.callback.all import ShortEpochCallback
+from fastai.callback.core import Callback
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import SGD
 from fastai.torch_core import set_seed
@@ -13,7 +14,9 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 from common import quiet
-from fastai_callbacks_ext.all import EMA, LAWA, SAM, SWA, FastLoop, GradientAccumulation, GradientCentralization, GradientClip, GradientNoise, Lookahead, SkipNonFinite
+from fastai_callbacks_ext.all import (EMA, LAWA, SAM, SWA, FastLoop, GradientAccumulation,
+                                      GradientCentralization,
+                                      GradientClip, GradientNoise, LookaheadWeights, SkipNonFinite)
 from fastai_callbacks_ext.test_utils import PoisonBatch
 from test_gradients import batched, data, learner
 
@@ -23,24 +26,36 @@ def batches(rank):
     y[torch.arange(48)%6 < 4*rank] = -100
     return batched(x, y, [6]*8)
 
+class Sharing(Callback):
+    "Gradients are shared again after each backward pass"
+    order,run_valid = 7,False
+    def look(self): assert self.model.require_backward_grad_sync
+    after_backward = before_step = after_batch = look
+
 def run(rank, *cbs, lr=0.1, n=2):
     "What a fit did: gradients, how often they were shared, weights"
     set_seed(0)
-    learn = learner(batches(rank), nn.Linear(5, 4), CrossEntropyLossFlat(), *cbs, opt_func=SGD, lr=lr)
+    learn = learner(batches(rank), nn.Linear(5, 4), CrossEntropyLossFlat(), Sharing(), *cbs, opt_func=SGD,
+                    lr=lr)
     shared = []
     learn.model = DistributedDataParallel(learn.model)
-    learn.model.register_comm_hook(None, lambda state, bucket: (shared.append(1), allreduce_hook(None, bucket))[1])
+    learn.model.register_comm_hook(None,
+                                   lambda state, bucket: (shared.append(1), allreduce_hook(None, bucket))[1])
     with quiet(learn): learn.fit(n)
-    return dict(grads=torch.stack(learn.grads.grads).tolist(), shared=len(shared), weights=[p.tolist() for p in learn.model.parameters()], syncs=learn.model.require_backward_grad_sync)
+    return dict(grads=torch.stack(learn.grads.grads).tolist(), shared=len(shared),
+                weights=[p.tolist() for p in learn.model.parameters()],
+                syncs=learn.model.require_backward_grad_sync)
 
 cases = dict(
     windows=lambda: dict(cbs=[GradientAccumulation(12)], lr=0., n=1),
     left_over=lambda: dict(cbs=[GradientAccumulation(18)], lr=0., n=1),
     cut_short=lambda: dict(cbs=[GradientAccumulation(30), ShortEpochCallback(0.7)], lr=0., n=1),
     sam=lambda: dict(cbs=[SAM(0.5)], lr=0., n=1),
-    skipped=lambda: dict(cbs=[GradientAccumulation(12), SkipNonFinite(), PoisonBatch((3,4,7) if dist.get_rank() else ())]),
+    skipped=lambda: dict(cbs=[GradientAccumulation(12), SkipNonFinite(),
+                              PoisonBatch((3,4,7) if dist.get_rank() else ())]),
     sam_window=lambda: dict(cbs=[SAM(0.5), GradientAccumulation(12)]),
-    all=lambda: dict(cbs=[SAM(), GradientAccumulation(12), GradientClip(0.1), GradientCentralization(), GradientNoise(), Lookahead(2), EMA(0.5), FastLoop()]),
+    all=lambda: dict(cbs=[SAM(), GradientAccumulation(12), GradientClip(0.1), GradientCentralization(),
+                          GradientNoise(), LookaheadWeights(2), EMA(0.5), FastLoop()]),
     averages=lambda: dict(cbs=[SWA(0.), LAWA(2, validate='raw', final='raw')]))
 
 if __name__=='__main__':

@@ -1,4 +1,4 @@
-"Run by torchrun: one process has a reason to stop, all stop in the same batch; each writes what it saw to OUT/RANK.json"
+"Run by torchrun: one process has a reason to stop, all stop in the same batch; each writes OUT/RANK.json"
 import json, os, sys, warnings
 from math import inf
 from pathlib import Path
@@ -16,7 +16,7 @@ rank = int(os.environ['RANK'])
 dist.init_process_group('gloo')
 
 class Fault(Callback):
-    "The clock of the second process goes faster; it makes a file in batch 5, and its metrics are infinite from epoch 2 on"
+    "In the second process: a faster clock, a file in batch 5, and infinite metrics from epoch 2 on"
     order,seconds = -100,0.
     def __init__(self, what, cb):
         self.what,self.cb = what,cb
@@ -34,9 +34,13 @@ def run(what, cb):
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(6, 1e-2)
     records = [(r.epoch, r.batch, r.iteration, r.what, r.why) for r in cb.records]
     weights = torch.cat([p.detach().flatten() for p in learn.model.parameters()]).double().tolist()
-    return dict(records=records, batches=len(learn.recorder.losses), rows=len(learn.recorder.values), best=getattr(cb, 'best_epoch', None), weights=weights)
+    rec,best = learn.recorder,getattr(cb, 'best_epoch', None)
+    return dict(records=records, batches=len(rec.losses), rows=len(rec.values), best=best, weights=weights)
 
-cases = dict(clock=TimeLimit(minutes=1), schedule=TimeLimit(minutes=1.5, schedule=True), file=StopFile(out/'stop'), metric=EarlyStopping(divergence=100., patience=9, restore_best=True),
-             patience=EarlyStopping('accuracy', min_delta=1, patience=.7, unit='minutes'), samples=SampleLimit(320))
+cases = dict(
+    clock=TimeLimit(minutes=1), schedule=TimeLimit(minutes=1.5, schedule=True), file=StopFile(out/'stop'),
+    samples=SampleLimit(320),
+    metric=EarlyStopping(divergence=100., patience=9, restore_best=True),
+    patience=EarlyStopping('accuracy', min_delta=1, patience=.7, unit='minutes'))
 (out/f'{rank}.json').write_text(json.dumps({what: run(what, cb) for what,cb in cases.items()}))
 dist.destroy_process_group()

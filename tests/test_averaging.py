@@ -1,27 +1,27 @@
 "Each average is its definition, and a swap of weights leaves no trace however it ends"
-import copy, os
-from functools import partial
+import contextlib, io
+from types import SimpleNamespace
 
 import numpy as np, pytest, torch
-from fastai.callback.all import EarlyStoppingCallback, SaveModelCallback, ShortEpochCallback
+from fastai.basics import DataLoaders, Learner, MSELossFlat
+from fastai.callback.all import BnFreeze, EarlyStoppingCallback, MixedPrecision, MixUp, ParamScheduler, SaveModelCallback
 from fastai.callback.core import Callback, CancelEpochException, CancelFitException, CancelStepException, CancelValidException
 from fastai.learner import load_learner
-from fastai.losses import CrossEntropyLossFlat
-from fastai.optimizer import SGD
+from fastai.metrics import Metric, rmse
 from fastai.torch_core import set_seed
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from common import fit, quiet
-from fastai_callbacks_ext.all import (EMA, LAWA, SWA, Checkpoint, EarlyStopping, FastLoop, GradientAccumulation, Lookahead, SaveTopK, SkipNonFinite, StepLimit, TerminateOnNaN,
-                                      refresh_batchnorm, soup)
+from fastai_callbacks_ext.all import (EMA, LAWA, SWA, Checkpoint, EarlyStopping, ExtCallback, FastLoop,
+                                      GradientAccumulation, SaveTopK, SkipNonFinite, refresh_batchnorm, soup)
 from fastai_callbacks_ext.base.files import DamagedFile
 from fastai_callbacks_ext.test_utils import PoisonBatch, digits_learner, text_learner
 
 @pytest.fixture(autouse=True)
 def in_a_folder_of_its_own(tmp_path, monkeypatch): monkeypatch.chdir(tmp_path)
 
-averagers = {'EMA': lambda **kw: EMA(0.8, **kw), 'SWA': lambda **kw: SWA(0., **kw), 'LAWA': lambda **kw: LAWA(3, **kw)}
+averagers = {'EMA': lambda **kw: EMA(0.8, **kw), 'SWA': lambda **kw: SWA(0., **kw), 'LAWA': lambda **kw: LAWA(3, 7, **kw)}
 each = pytest.mark.parametrize('make', averagers.values(), ids=averagers)
 
 class Steps(Callback):
@@ -66,6 +66,48 @@ def test_without_warmup_the_past_is_what_was_there(decay, every, start):
     d = decay**every
     assert_close(state(learn), mean(states, [d**(len(states)-1)] + [(1-d)*d**(len(states)-1-i) for i in range(1, len(states))]), rtol=1e-3, atol=1e-5)
 
+def age(shares):
+    "Mean number of steps that weights with these `shares`, the oldest first, are old"
+    return sum(o*(len(shares)-i) for i,o in enumerate(shares, 1))/sum(shares)
+
+def poly(n):
+    "Shares of the default of EMA after n steps"
+    shares = []
+    for i in range(1, n+1): shares = [o*(1-19/(i+18)) for o in shares] + [19/(i+18)]
+    return shares
+
+def test_defaults_are_a_twentieth_of_the_fit_old():
+    assert age(poly(4000))==pytest.approx(200, rel=0.01)
+    learn = run(ema := EMA(), LAWA(validate='raw', final='raw'), epochs=4)
+    steps = learn.steps.steps
+    with ema.using('ema'): got = state(learn)
+    want = mean(steps, poly(len(steps))) | {k: v for k,v in steps[-1].items() if 'running' in k}   # these are old enough
+    assert_close(got, {k: v for k,v in want.items() if 'num_' not in k}, rtol=1e-3, atol=1e-5)
+
+@pytest.mark.parametrize('steps', [7,50,60,1000,1001,1013])
+def test_lawa_spreads_its_sets_over_the_latest_tenth(steps):
+    cb = LAWA(buffers='average')
+    cb._learner = SimpleNamespace(model=(m := nn.Linear(1,1)))
+    for i in range(1, steps+1):
+        with torch.no_grad(): m.weight.fill_(i)
+        cb._t = i
+        cb._stepped()
+    at = [int(o['weight']) for o in cb._kept]
+    assert at==cb._at and len(at)<=5 and at[0]>=0.88*steps-1 and at[-1]>=steps-max(1, steps/50)
+    assert len(at)>=4 or steps<100
+
+def test_statistics_are_as_old_as_the_weights():
+    "Batch norm's own are ten steps old, in a long fit the average of them is shorter by as much"
+    cb = EMA()
+    cb._learner = SimpleNamespace(model=(m := nn.BatchNorm1d(1)))
+    for i in range(1, 1001):
+        with torch.no_grad(): m.weight.fill_(i), m.running_mean.fill_(i)
+        cb._t = i
+        with torch.no_grad(): cb._stepped()
+    kept = cb._kept[0]
+    assert 1000-kept['weight'].item()==pytest.approx(50, rel=.03)
+    assert 1000-kept['running_mean'].item()==pytest.approx(40, abs=3)
+
 def test_half_life():
     a,b = run(EMA(half_life=5)),run(EMA(0.5**0.2))
     assert_close(state(a), state(b), rtol=1e-6, atol=1e-7)
@@ -99,14 +141,15 @@ def test_as_timm():
 def test_swa_is_the_mean(start, every):
     learn = run(SWA(start, every, buffers='average'), epochs=3)
     n,steps = len(learn.dls.train),learn.steps.steps
-    used = [s for i,s in enumerate(learn.steps.epochs) if i/3>=start] if every is None else [s for i,s in enumerate(steps) if (i+1)%every==0 and i/(3*n)>=start-1e-9]
+    if every is None: used = [s for i,s in enumerate(learn.steps.epochs, 1) if i/3>start]
+    else: used = [s for i,s in enumerate(steps) if (i+1)%every==0 and i/(3*n)>=start-1e-9]
     assert_close(state(learn), mean(used, [1]*len(used)) if used else learn.steps.epochs[-1])
 
 @settings(max_examples=6, deadline=None, derandomize=True)
-@given(st.integers(1, 4), st.sampled_from([None, 1, 4]))
+@given(st.integers(1, 4), st.sampled_from([1, 4, 7]))
 def test_lawa_is_the_mean_of_the_last(k, every):
     learn = run(LAWA(k, every), epochs=3)
-    used = (learn.steps.epochs if every is None else learn.steps.steps[every-1::every])[-k:]
+    used = learn.steps.steps[every-1::every][-k:]
     assert_close(state(learn), mean(used, [1]*len(used)))
 
 def test_swa_learning_rate():
@@ -124,16 +167,14 @@ def test_swa_learning_rate():
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 def test_small_updates_of_half_precision(dtype):
     "An average in half precision would not move"
-    learn = learner(ema := EMA(0.999, warmup=False))
-    ema._learner = learn
-    model = learn.model.to(dtype)
-    with torch.no_grad(): [p.fill_(1.) for p in model.parameters()]
-    ema._begin(); ema._t = 1
-    scopes,ema._n = ema._scopes,0
-    ema._t = 0; ema._begin()
-    with torch.no_grad(): [p.fill_(2.) for p in model.parameters()]
-    for _ in range(700): ema._update()
-    for a in ema._kept[0][:4]: torch.testing.assert_close(a, torch.full_like(a, 2-.999**700), rtol=1e-4, atol=1e-5)
+    ema,model = EMA(0.999, warmup=False),nn.Linear(3,3).to(dtype)
+    ema._learner = SimpleNamespace(model=model)
+    fill = lambda v: [p.data.fill_(v) for p in model.parameters()]
+    fill(1.)
+    ema._begin()
+    fill(2.)
+    with torch.no_grad(): [ema._update() for _ in range(700)]
+    for a in ema._kept[0].values(): torch.testing.assert_close(a, torch.full_like(a, 2-.999**700), rtol=1e-4, atol=1e-5)
     ema._lend()
     for p in model.parameters(): assert p.dtype==dtype and p.eq(torch.tensor(2-.999**700, dtype=dtype)).all()
 
@@ -159,13 +200,218 @@ def test_buffers(buffers):
         return
     assert_close(got, want)
 
-def test_refresh_leaves_the_mode():
-    learn = digits_learner(n=160)
-    learn.model.train(); learn.model[1].eval()
-    before = [m.training for m in learn.model.modules()]
-    refresh_batchnorm(learn)
-    assert [m.training for m in learn.model.modules()]==before
+# Weights and statistics, and no constants
 
+class Net(nn.Module):
+    "Has weights, a statistic of its own, and constants of several kinds"
+    def __init__(self):
+        super().__init__()
+        self.inside,self.out,self.teacher = nn.Linear(5,8),nn.Linear(8,1),nn.Linear(5,8).requires_grad_(False)
+        self.ids = nn.Parameter(torch.tensor([16777217,123456789]), requires_grad=False)
+        for k,v in dict(center=torch.zeros(5), mask=torch.full((3,3), -torch.inf).triu(1), seen=torch.zeros(1).long(),
+                        flag=torch.tensor([True]), table=torch.rand(7), cache=torch.zeros(0)).items(): self.register_buffer(k, v)
+    def forward(self, x):
+        if self.training:
+            self.center = self.center.lerp(x.mean(0), .2)
+            self.seen += 1
+            self.cache = torch.rand(int(self.seen)%3+1, device=x.device)
+            for p,q in zip(self.teacher.parameters(), self.inside.parameters()): p.data.lerp_(q.detach(), .1)
+        return self.out(torch.relu(self.inside(x-self.center)))
+
+def numbers(model=None, cbs=(), bs=8, n=64, **kwargs):
+    "A learner on numbers, with plain PyTorch loaders"
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(n, 5, generator=g)
+    data = list(zip(x, x.sum(1, keepdim=True)))
+    set_seed(0)
+    dls = DataLoaders(*(torch.utils.data.DataLoader(o, bs, shuffle=i==0) for i,o in enumerate((data, data[:n//4]))))
+    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    kwargs = dict(lr=1e-2, metrics=rmse) | kwargs
+    learn = Learner(dls, (model or Net()).to(device), MSELossFlat(), cbs=[*cbs, Steps()], **kwargs)
+    learn.recorder.add_time = False
+    return learn
+
+everywhere = dict(EMA=lambda **kw: EMA(0.8, **kw), SWA=lambda **kw: SWA(0., 1, buffers='average', **kw), LAWA=lambda **kw: LAWA(3, 1, **kw))
+
+@pytest.mark.parametrize('make', everywhere.values(), ids=everywhere)
+def test_only_weights_and_statistics_are_averaged(make):
+    class Touch(Callback):
+        "As DDP's broadcast, which writes into all buffers"
+        def before_batch(self):
+            for b in self.model.buffers(): b.copy_(b.clone())
+    learn = fit(numbers(cbs=[cb := make(), Touch()]), 2)
+    got,last,n = state(learn),learn.steps.steps[-1],len(learn.steps.steps)
+    shares = dict(ema=[0.8**(n-1-i) for i in range(n)], swa=[1]*n, lawa=[0]*(n-3)+[1]*3)[cb.average_name]
+    want = mean(learn.steps.steps, shares) if 'cache' not in last else \
+        mean([{k: v for k,v in s.items() if k!='cache'} for s in learn.steps.steps], shares)
+    moved = [k for k in want if k.split('.')[0] in ('inside','out','center')]
+    assert_close(got, {k: want[k] for k in moved}, rtol=1e-3, atol=1e-5)
+    constant = [k for k in got if k not in moved]
+    assert {k.split('.')[0] for k in constant}=={'teacher','ids','mask','seen','flag','table','cache'}
+    assert_equal(got, {k: last[k] for k in constant if k!='cache'})
+    cb.use('raw'); assert_equal(state(learn), {k: v for k,v in last.items() if k!='cache'})
+
+@pytest.mark.parametrize('wrap', [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm, nn.utils.spectral_norm])
+def test_parametrized_weights(wrap):
+    "The parts of a weight are averaged; a unit vector is that of the last step"
+    model = nn.Sequential(wrap(nn.Linear(5,8)), nn.ReLU(), nn.Linear(8,1))
+    learn = fit(numbers(model, [EMA(0.8)]), 2)
+    got,last = state(learn),learn.steps.steps[-1]
+    want = mean(learn.steps.steps, [0.8**i for i in range(len(learn.steps.steps))][::-1])
+    vectors = {k: v for k,v in last.items() if k.endswith(('_u','_v'))}
+    assert_equal(got, vectors); assert_close(got, {k: v for k,v in want.items() if k not in vectors})
+
+def test_sparse_gradients():
+    class Words(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.emb,self.out = nn.Embedding(9, 4, sparse=True),nn.Linear(4,1)
+        def forward(self, x): return self.out(self.emb(x.abs().long().clamp(max=8)).mean(1))
+    from fastai.optimizer import OptimWrapper
+    learn = fit(numbers(Words(), [EMA(0.8)], opt_func=lambda ps,lr,**kw: OptimWrapper(ps, torch.optim.SGD, lr=lr)), 1)
+    assert_close(state(learn), mean(learn.steps.steps, [0.8**i for i in range(len(learn.steps.steps))][::-1]))
+
+@pytest.mark.parametrize('buffers', ['average','refresh'])
+def test_compiled(buffers):
+    def go(wrap):
+        learn = digits_learner([EMA(0.8, buffers=buffers)], n=200, bs=32)
+        learn.model = wrap(learn.model)
+        return fit(learn, 1)
+    a,b = go(lambda m: m),go(lambda m: torch.compile(m, backend='eager'))
+    assert_close({f'_orig_mod.{k}': v for k,v in state(a).items()}, state(b))
+
+def test_frozen_and_unfrozen_in_mid_fit():
+    "A weight that is trained for a while only is averaged, and before and after has the value that it had"
+    class Change(Callback):
+        def before_epoch(self):
+            self.model.inside.weight.requires_grad_(self.epoch!=0); self.model.out.weight.requires_grad_(self.epoch!=2)
+    learn = fit(numbers(cbs=[ema := EMA(0.8), Change()]), 3)
+    assert not torch.equal(learn.model.inside.weight, learn.steps.steps[-1]['inside.weight'])
+    for k in ('inside.weight','out.weight'):
+        moved = [s[k] for s in learn.steps.steps]
+        n = len(moved)
+        want = sum(0.8**(n-1-i)*v.double() for i,v in enumerate(moved))/sum(0.8**i for i in range(n))
+        # the first of its steps counts for those before it
+        torch.testing.assert_close(state(learn)[k].double(), want, rtol=1e-2, atol=1e-2)
+    ema.use('raw'); assert_equal(state(learn), {k: v for k,v in learn.steps.steps[-1].items() if k!='cache'})
+
+# Statistics of batch norm
+
+def normed(cbs=(), **kwargs): return numbers(nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5,8), nn.BatchNorm1d(8), nn.Linear(8,1)), cbs, **kwargs)
+def statistics(learn): return {k: v for k,v in state(learn).items() if 'running' in k}
+def seen(learn): return torch.cat([x for x,_ in learn.dls.train]).to(learn.model[0].weight.device)
+
+def test_refreshed_statistics_are_those_of_the_training_set():
+    learn = fit(normed(), 1)
+    with torch.no_grad(): learn.model[0].running_var.fill_(torch.nan), learn.model[1].weight.mul_(3)
+    count = learn.model[0].num_batches_tracked.clone()
+    refresh_batchnorm(learn)
+    torch.testing.assert_close(learn.model[0].running_mean, seen(learn).mean(0), rtol=1e-4, atol=1e-5)
+    assert all(v.isfinite().all() for v in statistics(learn).values()) and learn.model[0].num_batches_tracked==count
+
+@pytest.mark.parametrize('inside', [False,True])
+def test_a_refresh_is_a_pass_of_the_learner(inside):
+    "With the inputs that the callbacks make, and without a trace on anything"
+    class Scale(Callback):
+        n,log = 0,None
+        def before_fit(self): self.log = self.log or []
+        def before_batch(self):
+            self.learn.xb = ((self.xb[0]-3)*10,)
+            if not hasattr(self.learn, 'gather_preds'): self.counted = True
+            self.n += 1; self.log.append(self.n)
+    class Own(ExtCallback):
+        "Acts in real fits only"
+        calls = 0
+        def before_batch(self): self.calls += 1
+    cbs = [scale := Scale(), own := Own()]
+    def traces(learn):
+        return dict(attrs=set(vars(learn)), scale=(scale.n, list(scale.log)), own=own.calls, rows=list(learn.recorder.values),
+                    losses=len(learn.recorder.losses), hypers=[dict(h) for h in learn.opt.hypers], training=learn.training,
+                    modes=[m.training for m in learn.model.modules()], cbs=set(map(str, learn.cbs)), draw=torch.get_rng_state().tolist())
+    learn = normed(cbs)
+    if not inside: fit(learn, 1)
+    else:
+        class Refresh(Callback):
+            order = 40
+            def before_validate(self):
+                before = traces(self.learn)
+                refresh_batchnorm(self.learn, inner=True)
+                assert traces(self.learn)==before
+        fit(learn, 2, method='fit_one_cycle', cbs=Refresh())
+        assert len(learn.recorder.values)==2 and len(learn.recorder.losses)==16
+    before = traces(learn)
+    if not inside: refresh_batchnorm(learn)
+    assert traces(learn)==before
+    torch.testing.assert_close(learn.model[0].running_mean, ((seen(learn)-3)*10).mean(0), rtol=.01, atol=.01)
+
+def test_a_refresh_sees_what_mixup_mixes():
+    learn = fit(digits_learner(n=200), 1)
+    before = torch.get_rng_state()
+    with learn.added_cbs(MixUp(1.)):
+        loss = learn.loss_func
+        refresh_batchnorm(learn)
+        assert learn.loss_func is loss
+        mixed = statistics(learn)
+    assert torch.equal(torch.get_rng_state(), before)
+    refresh_batchnorm(learn)
+    assert (mixed['1.running_var']<statistics(learn)['1.running_var']).float().mean()>.8     # mixed images vary less
+
+class BFloat16(MixedPrecision):
+    "fastai's, on the CPU too"
+    def before_fit(self):
+        device = next(self.model.parameters()).device.type
+        self.autocast,self.learn.scaler,self.scales = torch.autocast(device, dtype=torch.bfloat16),torch.amp.GradScaler(device, enabled=False),[]
+
+@pytest.mark.parametrize('buffers', ['refresh','average'])
+def test_a_refresh_has_the_precision_of_the_training(buffers):
+    dtypes = []
+    learn = normed([BFloat16(), SWA(0., buffers=buffers)])
+    learn.model[1].register_forward_hook(lambda m,i,o: dtypes.append(o.dtype))
+    fit(learn, 2)
+    refresh_batchnorm(learn)
+    assert set(dtypes)=={torch.bfloat16} and not torch.is_autocast_enabled(learn.model[1].weight.device.type)
+
+def test_frozen_statistics_stay():
+    "In eval mode while the model is trained, with a momentum of 0, or not tracked at all"
+    class Freeze(Callback):
+        def before_train(self): self.model[0].eval()
+    for prepare,cbs in ((lambda m: None, [Freeze()]), (lambda m: setattr(m[0], 'momentum', 0.), []),
+                        (lambda m: m[0].requires_grad_(False), [BnFreeze()])):
+        learn = normed(cbs)
+        prepare(learn.model)
+        before = statistics(learn)
+        with learn.added_cbs(SWA(0.)): fit(learn, 1)
+        assert_equal(statistics(learn), {k: v for k,v in before.items() if k[0]=='0'})
+        assert not torch.equal(learn.model[2].running_mean, before['2.running_mean'])
+    refresh_batchnorm(numbers(nn.Sequential(nn.BatchNorm1d(5, track_running_stats=False), nn.Linear(5,1))))
+
+def test_no_pass_without_batch_norm(monkeypatch):
+    learn = fit(numbers(nn.Linear(5,1), [swa := SWA(0.)]), 1)
+    monkeypatch.setattr(type(learn.dls.train), '__iter__', lambda self: 1/0)
+    refresh_batchnorm(learn)
+    with swa.using('swa'): pass
+
+def test_one_refresh_for_each_average(monkeypatch):
+    "Not one more at the end of the fit, or for each `use`"
+    import fastai_callbacks_ext.averaging as averaging
+    n,real = [],refresh_batchnorm
+    monkeypatch.setattr(averaging, 'refresh_batchnorm', lambda *args, **kwargs: (n.append(1), real(*args, **kwargs)))
+    learn = fit(normed([swa := SWA(0.)]), 3)
+    want = state(learn)
+    swa.use('raw'); swa.use('swa')
+    assert_equal(state(learn), want); assert len(n)==3
+
+def test_a_batch_of_a_refresh_waits_for_nothing(monkeypatch):
+    waits = []
+    def counts(f): return lambda self, *args: (waits.append(1), f(self, *args))[1]
+    def n_waits(learn):
+        waits.clear()
+        refresh_batchnorm(learn)
+        return len(waits)
+    a,b = fit(normed(n=32), 1),fit(normed(n=320), 1)
+    for o in ('item','__float__','__bool__','__int__','tolist','cpu'): monkeypatch.setattr(torch.Tensor, o, counts(getattr(torch.Tensor, o)), raising=False)
+    monkeypatch.setattr('torch.utils.data.dataloader._BaseDataLoaderIter', torch.utils.data.dataloader._BaseDataLoaderIter)
+    assert n_waits(b)-n_waits(a)<=1
 def test_freezing():
     learn = digits_learner(n=300, bs=32, splitter=lambda m: [list(m[:4].parameters()), list(m[4:].parameters())])
     cb,first = EMA(0.8),learn.model[0].weight.detach().clone()
@@ -178,8 +424,7 @@ def test_freezing():
 # The training is left alone
 
 @each
-@pytest.mark.parametrize('validate', ['avg','raw','both'])
-@pytest.mark.parametrize('final', ['avg','raw'])
+@pytest.mark.parametrize('validate,final', [('avg','avg'), ('both','raw'), ('raw','avg')])
 def test_training_is_the_same(make, validate, final):
     "Bit by bit, with any kind of validation"
     cb = make()
@@ -262,8 +507,8 @@ class Leave(Callback):
         if self.learn.epoch==1 and not (self.learn.training and 'batch' in str(self.exc)): raise self.exc
 
 @each
-@pytest.mark.parametrize('event', ['before_validate','after_validate','after_epoch','after_train','before_epoch'])
-@pytest.mark.parametrize('order', [-20,70,300])
+@pytest.mark.parametrize('event,order', [('before_validate',-20), ('before_validate',300), ('after_validate',70),
+                                         ('after_epoch',70), ('after_epoch',300), ('after_train',70)])
 def test_an_interrupt_leaves_the_trained_weights(make, event, order):
     learn = learner(cb := make(validate='both'), Leave(event, KeyboardInterrupt(), order))
     with quiet(learn), pytest.raises(KeyboardInterrupt): learn.fit(3)
@@ -341,7 +586,7 @@ def test_export(make, tmp_path):
     assert_equal(state(load_learner(tmp_path/'inside.pkl')), torch.load(tmp_path/'in_use.pth'))
 
 @each
-@pytest.mark.parametrize('stop', [3,10,14])
+@pytest.mark.parametrize('stop', [3,13])
 def test_resume(make, stop, tmp_path):
     "To the same bits: model, average, and the row of the epoch"
     class Kill(Callback):
@@ -367,7 +612,8 @@ def test_fast_loop(make):
     assert_equal(state(a), state(b)); assert list(values(a))==list(values(b))
 
 def test_several_averagers():
-    learn = run(EMA(0.8, validate='raw', final='raw'), SWA(0., validate='raw', final='raw'), LAWA(2, validate='raw', final='raw'))
+    learn = run(EMA(0.8, validate='raw', final='raw'), SWA(0., validate='raw', final='raw'),
+                LAWA(2, 7, validate='raw', final='raw'))
     assert_equal(state(learn), learn.steps.steps[-1])
     for cb in (learn.ema, learn.swa, learn.lawa):
         with cb.using(cb.average_name): assert any(not torch.equal(v, learn.steps.steps[-1][k]) for k,v in state(learn).items())
@@ -376,10 +622,10 @@ def test_several_averagers():
 @pytest.mark.parametrize('validate', ['avg','raw'])
 def test_averagers_that_both_lend(validate):
     "The last one is in use; no average is ever taken for the trained weights"
-    cbs = EMA(0.8),LAWA(2, validate='lawa' if validate=='avg' else 'raw')
+    cbs = EMA(0.8),LAWA(2, 7, validate='lawa' if validate=='avg' else 'raw')
     a,b = run(epochs=3),run(*cbs, epochs=3)
     for s,t in zip(a.steps.steps, b.steps.steps, strict=True): assert_equal(s, t)
-    alone = [state(run(o, epochs=3)) for o in (EMA(0.8), LAWA(2))]
+    alone = [state(run(o, epochs=3)) for o in (EMA(0.8), LAWA(2, 7))]
     assert_equal(state(b), alone[1])
     for cb,want in zip(cbs, alone): cb.use(cb.average_name); assert_equal(state(b), want)
     cbs[0].use('raw'); assert_equal(state(b), a.steps.steps[-1])
@@ -388,12 +634,82 @@ def test_columns_of_two_that_lend():
     with pytest.raises(ValueError, match="validate='both'.*validate='raw'"): run(EMA(0.8, validate='both'), LAWA(2))
     assert 'raw_valid_loss' in values(run(EMA(0.8, validate='both'), LAWA(2, validate='raw')))
 
-def test_short_fits():
-    "An average that never began is none"
+def test_short_fits(capsys):
+    "An average that never began is none, and says so"
     learn = run(cb := EMA(0.9, start=1000))
     assert_equal(state(learn), learn.steps.steps[-1])
     with pytest.raises(RuntimeError, match='no average'): cb.use('ema')
+    out = capsys.readouterr().out
+    assert 'ema: will average no weights' in out and 'start=1000' in out and 'this fit has 14 batches' in out
+    assert 'ema: has averaged no weights' in out and '14 steps' in out
     assert_equal(state(run(SWA(1.))), state(run()))
+    assert 'swa: will average no weights' in capsys.readouterr().out
+
+@pytest.mark.parametrize('make,said', [
+    (lambda: SWA(), 'swa: will average one set of weights only in epoch 0, batch 0: start=0.75, every=None, and this fit has 14'),
+    (lambda: SWA(0.5, 6), 'one set of weights only'), (lambda: SWA(0.99, 5), 'will average no weights'), (lambda: LAWA(2, 15), 'every=15'),
+    (lambda: EMA(0.999), 'decay=0.999 remembers 1000 steps, and this fit has 14 batches'), (lambda: EMA(every=20), 'every=20')])
+def test_what_an_average_says_when_a_fit_begins(make, said, capsys):
+    run(make())
+    assert said in capsys.readouterr().out
+
+def test_the_defaults_say_nothing_when_a_fit_begins(capsys):
+    run(EMA(), SWA(validate='raw', final='raw'), LAWA(validate='raw', final='raw'), epochs=8)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines)==1 and lines[0].startswith('ema: left the averaged weights in the model') and "avg = EMA(), and call avg.use('raw')" in lines[0]
+
+# Taken off, or followed by others
+
+@each
+@pytest.mark.parametrize('event', ['after_epoch','before_validate','after_train','before_batch'])
+def test_taken_off_in_mid_fit(make, event):
+    "Training goes on with the trained weights; trackers still find their column"
+    class Off(Callback):
+        order = 55
+        def __init__(self): setattr(self, event, self.off)
+        def off(self):
+            if self.epoch==1 and cb.learn is self.learn: self.learn.remove_cb(cb)
+    cb = make(validate='both')
+    learn = run(cb, Off(), SaveModelCallback('accuracy'), epochs=3)
+    want = run(epochs=3)
+    for s,t in zip(learn.steps.steps, want.steps.steps, strict=True): assert_equal(s, t)
+    assert not any('after_all' in cb.name for cb in learn.cbs) and 'remove_cbs' not in vars(learn)
+    assert len({len(o) for o in learn.recorder.values})==1 and values(learn)['accuracy']==values(want)['accuracy']
+
+@pytest.mark.parametrize('final', ['ema','raw'])
+def test_what_is_loaded_at_the_end_is_left(final, capsys):
+    learn = run(cb := EMA(0.8, final=final), SaveModelCallback('accuracy', fname='best'), epochs=3)
+    left = state(learn)
+    assert_equal(left, torch.load(learn.path/learn.model_dir/'best.pth', map_location=next(learn.model.parameters()).device))
+    assert f'was followed by a callback that loaded other weights' in capsys.readouterr().out
+    with cb.using('ema'): assert_close(state(learn), mean(learn.steps.steps, [0.8**i for i in range(21)][::-1]))
+    assert_equal(state(learn), left)
+    with cb.using('raw'): assert_equal(state(learn), learn.steps.steps[-1] if final=='ema' else left)
+    assert_equal(state(learn), left)
+
+def test_another_model_is_not_given_weights():
+    learn = run(cb := EMA(0.8))
+    learn.model = nn.Sequential(*list(learn.model)[:-1])
+    before = state(learn)
+    with pytest.raises(RuntimeError, match="not the one of the fit any more: it has no '8"): cb.use('raw')
+    assert_equal(state(learn), before)
+    with pytest.raises(ValueError, match='i=1: expected a whole number from 0 to 0'): cb.use('ema', 1)
+
+# The learning rate of SWA
+
+def test_learning_rates_of_groups_keep_their_proportion_and_are_returned():
+    class Rates(Callback):
+        order,run_valid = 53,False
+        def before_fit(self): self.lrs,self.after = [],[]
+        def before_step(self): self.lrs.append([h['lr'] for h in self.opt.hypers])
+        def after_batch(self): self.after.append([h['lr'] for h in self.opt.hypers])
+    split = lambda m: [list(m[:4].parameters()), list(m[4:].parameters())]
+    learn = digits_learner([SWA(0.5, lr=0.1), rates := Rates()], bs=32, n=300, splitter=split)
+    fit(learn, 4, lr=slice(1e-3, 1e-2))
+    half = len(rates.lrs)//2
+    assert rates.lrs[:half]==[[1e-3,1e-2]]*half
+    assert np.allclose(rates.lrs[half:], [1e-2,1e-1])
+    assert rates.after==[[1e-3,1e-2]]*2*half and learn.recorder.lrs[half:]==[0.1]*half
 
 # Soup
 
@@ -444,7 +760,51 @@ def test_soup_leaves_the_rest_alone():
     for kwargs,match in ((dict(files=[]),'files='), (dict(files=files, monitor='f1'),'monitor=.*valid_loss, accuracy')):
         with pytest.raises(ValueError, match=match): soup(learn, **kwargs)
 
-@pytest.mark.parametrize('make,match', [(lambda: EMA(1.1),'decay='), (lambda: EMA([]),'decay='), (lambda: EMA(half_life=0),'half_life='), (lambda: EMA(validate='swa'),'validate='), (lambda: SWA(2.),'start='),
-                                        (lambda: SWA(lr=-1.),'lr='), (lambda: LAWA(0),'k='), (lambda: LAWA(buffers='none'),'buffers='), (lambda: EMA(final='both'),'final='), (lambda: EMA(every=0),'every=')])
+def compiled(learn):
+    learn.model = torch.compile(learn.model, backend='eager')
+    return learn
+
+@pytest.mark.parametrize('there,here', [(compiled, lambda o: o), (lambda o: o, compiled), (compiled, compiled)])
+def test_soup_of_compiled_models(there, here):
+    learn = there(digits_learner(n=200)); learn.path = learn.path.cwd()
+    for i in range(2): fit(learn, 1); learn.save(f'm{i}')
+    other = here(digits_learner(n=200)); other.path = learn.path
+    assert soup(other, ['m0','m1'], greedy=False)
+    want = mean([torch.load(learn.path/learn.model_dir/f'm{i}.pth', weights_only=False)['model'] for i in range(2)], [1,1])
+    plain = lambda state: {k.removeprefix('_orig_mod.'): v.cpu() for k,v in state.items() if 'running' not in k and 'num' not in k}
+    assert_close(plain(state(other)), plain(want))
+
+@pytest.mark.parametrize('greedy', [True,False])
+def test_a_diverged_model_is_in_no_soup(greedy, capsys):
+    learn = fit(digits_learner(n=200), 1); learn.path = learn.path.cwd()
+    learn.save('good')
+    with torch.no_grad(): learn.model[-1].weight.fill_(torch.nan)
+    learn.save('diverged')
+    assert list(soup(learn, ['diverged','good'], greedy))==['good']
+    assert 'soup: left out diverged: valid_loss is not a finite number' in capsys.readouterr().out
+    with pytest.raises(ValueError, match='valid_loss is not a finite number for any'): soup(learn, ['diverged'])
+    assert state(learn)['8.weight'].isfinite().all()
+
+class Odd(Metric):
+    "A metric that nothing is known of; it has no value at first"
+    name,seen = 'oddness',[]
+    def reset(self): self.seen.append(1)
+    def accumulate(self, learn): pass
+    value = property(lambda self: None if len(self.seen)==1 else float(len(self.seen)))
+
+def test_which_way_is_better(capsys):
+    learn = numbers(nn.Linear(5,1)); learn.path = learn.path.cwd()
+    for f in ('bad','good'):
+        learn.save(f)
+        fit(learn, 3, lr=.1)
+    assert list(soup(learn, ['bad','good'], monitor='_rmse'))[0]=='good'
+    learn.metrics = [Odd()]
+    assert list(soup(learn, ['bad','good'], monitor='oddness'))==['good']
+    assert "soup: takes larger for better in 'oddness'; if not: maximize=False" in capsys.readouterr().out
+
+@pytest.mark.parametrize('make,match', [
+    (lambda: EMA(1.1),'decay='), (lambda: EMA([]),'decay='), (lambda: EMA(half_life=0),'half_life='), (lambda: EMA(validate='swa'),'validate='),
+    (lambda: SWA(2.),'start='), (lambda: SWA(lr=-1.),'lr='), (lambda: LAWA(0),'k='), (lambda: LAWA(buffers='none'),'buffers='),
+    (lambda: EMA(final='both'),'final='), (lambda: EMA(every=0),'every=')])
 def test_wrong_arguments(make, match):
     with pytest.raises(ValueError, match=match): make()

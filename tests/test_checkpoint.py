@@ -11,9 +11,9 @@ from fastai.text.data import SortedDL
 from torch import nn
 import fastai_callbacks_ext.checkpoint as module
 from fastai_callbacks_ext.all import Checkpoint, PreemptionGuard, SaveTopK
-from fastai_callbacks_ext.base.model import refresh_batchnorm
+from fastai_callbacks_ext.base.passes import refresh_batchnorm
 from fastai_callbacks_ext.base.core import ExtCallback
-from fastai_callbacks_ext.base.state import batches_from, load_random_state, random_state, skips_exactly
+from fastai_callbacks_ext.base.position import batches_from, load_random_state, random_state, skips_exactly
 from fastai_callbacks_ext.test_utils import digits_learner
 import crash
 
@@ -42,6 +42,7 @@ def leave_autocast():
 def run(case, cb=None, stop=None):
     "Checksums of a run of `case`, what it printed, and how many events there were; None for the first where it was stopped"
     StopAt.sent = 0
+    Checkpoint._finished.clear()     # as in a process of its own
     learn,fits = crash.CASES[case](Path('.')) if isinstance(case, str) else case()
     learn.add_cb(StopAt(stop))
     with contextlib.redirect_stdout(io.StringIO()) as out, learn.no_bar():
@@ -110,7 +111,7 @@ def test_goes_on_after_interruption():
     want = run(digits())[0]
     cb,threads = Checkpoint('run', steps=3),threading.active_count()
     for n in (70, 30, 40): run(digits(), cb, stop=n)
-    assert threading.active_count()==threads and cb._snapshot is None and cb._saved is None
+    assert threading.active_count()==threads and cb._snapshot is None and cb._resuming is None
     assert run(digits(), cb)[0]==want
 
 def test_on_the_learner():
@@ -500,117 +501,3 @@ def test_preemption(when, where):
 def test_preemption_signals():
     with pytest.raises(ValueError, match='signals=.*expected'): PreemptionGuard([9999])
     assert PreemptionGuard(signal.SIGUSR2).signals==[signal.SIGUSR2]
-
-# The best models
-def test_top_k():
-    learn = digits_learner(n=250, bs=32, path='.')
-    kept = {}
-    class Keep(Callback):
-        order = 70
-        def after_epoch(self): kept[self.epoch] = {k:v.clone() for k,v in self.model.state_dict().items()}
-    cb = SaveTopK('valid_loss', k=2)
-    with learn.no_bar(), learn.no_logging(): learn.fit(5, 5e-2, cbs=[cb, Keep()])
-    losses = [v[1] for v in learn.recorder.values]
-    order = sorted(range(5), key=lambda i: losses[i])
-    assert [o['epoch'] for o in cb.best]==order[:2] and [o['value'] for o in cb.best]==[losses[i] for i in order[:2]]
-    same = lambda state: all(torch.equal(v, kept[order[0]][k]) for k,v in state.items())
-    assert same(learn.model.state_dict()) and json.loads(Path('models/model/best.json').read_text())=={'monitor': 'valid_loss', 'best': cb.best}
-    assert sorted(o.name for o in Path('models').rglob('*'))==sorted(['model','model.pth','best.json', *(Path(o['file']).name for o in cb.best)])
-    fit = digits_learner(n=250, bs=32, path='.')
-    assert same(fit.load('model').model.state_dict()) and same(fit.load(cb.best[0]['file'].removesuffix('.pth')).model.state_dict())
-
-@pytest.mark.parametrize('ending', [KeyboardInterrupt, OSError('broken'), CancelFitException])
-def test_best_after_interruption(ending):
-    class End(Callback):
-        def before_batch(self):
-            if self.epoch==3: raise ending
-    learn = digits_learner([SaveTopK('accuracy', k=1), End()], n=250, bs=32, path='.')
-    with learn.no_bar(), learn.no_logging(), contextlib.suppress(KeyboardInterrupt, OSError): learn.fit(5, 1e-2)
-    with learn.no_bar(): assert learn.validate()[1]==pytest.approx(learn.save_top_k.best[0]['value']) and learn.save_top_k.best[0]['value']==max(v[-1] for v in learn.recorder.values)
-
-def test_nan_is_never_best(capsys):
-    class Spoil(Callback):
-        order = 51
-        def after_validate(self):
-            if self.epoch in bad: self.recorder.loss.total = torch.tensor(float('nan'))
-    for bad,left in (({0,2}, {1,3}), ({0,1,2,3}, set())):
-        learn = digits_learner([SaveTopK(k=4), Spoil()], n=250, bs=32, path='.')
-        with learn.no_bar(), learn.no_logging(): learn.fit(4, 1e-2)
-        assert {o['epoch'] for o in learn.save_top_k.best}==left
-    assert capsys.readouterr().out.count('no model to load: valid_loss was not a finite number')==1
-
-def test_validate_and_lr_find_leave_the_best_alone():
-    learn = digits_learner([SaveTopK(k=1)], n=250, bs=32, path='.')
-    with learn.no_bar(), learn.no_logging():
-        learn.fit(2, 1e-2)
-        files = {o:o.read_bytes() for o in Path('models').rglob('*') if o.is_file()}
-        best = list(learn.save_top_k.best)
-        for p in learn.model.parameters(): p.data.mul_(0)
-        learn.validate(), learn.get_preds(), learn.lr_find(num_it=5, show_plot=False, suggest_funcs=None)
-    assert all(p.abs().sum()==0 for p in learn.model.parameters()) and learn.save_top_k.best==best
-    assert all(o.read_bytes()==c for o,c in files.items())
-
-def test_top_k_arguments():
-    learn = digits_learner([SaveTopK('valid_acc')], n=250, bs=32)
-    with pytest.raises(ValueError, match="no metric 'valid_acc'; there are: train_loss, valid_loss, accuracy"), learn.no_bar(): learn.fit(1)
-    with pytest.raises(ValueError, match='comp='): SaveTopK(comp=max)
-    for monitor,sign in (('valid_loss',1), ('error_rate',1), ('accuracy',-1)): assert SaveTopK(monitor)._sign()==sign
-    assert SaveTopK('valid_loss', comp=np.greater)._sign()==-1
-
-def test_min_delta_and_all():
-    learn = digits_learner([SaveTopK('accuracy', k=1, min_delta=2.)], n=250, bs=32, path='.')
-    with learn.no_bar(), learn.no_logging(): learn.fit(3, 1e-2)
-    assert [o['epoch'] for o in learn.save_top_k.best]==[0]
-    learn = digits_learner([SaveTopK(k=None, fname='all')], n=250, bs=32, path='.')
-    with learn.no_bar(), learn.no_logging():
-        learn.fit(3, 1e-2)
-        assert len(list(Path('models/all').glob('*.pth')))==3
-        learn.save_top_k.reset_on_fit = False
-        learn.fit(2, 1e-2)
-    assert len(learn.save_top_k.best)==5==len(list(Path('models/all').glob('*.pth')))
-
-@pytest.mark.parametrize('opt_func', [Adam, partial(OptimWrapper, opt=torch.optim.AdamW)])
-def test_with_opt(opt_func):
-    learn = digits_learner([SaveTopK(k=1, with_opt=True)], n=250, bs=32, path='.', opt_func=opt_func)
-    with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-2)
-    other = digits_learner(n=250, bs=32, path='.', opt_func=opt_func)
-    other.create_opt()
-    other.load('model', with_opt=True)
-    with other.no_bar(), other.no_logging(): other.fit(1)
-
-def test_a_best_file_that_is_gone(capsys):
-    learn = digits_learner([SaveTopK('accuracy', k=2, load_best=False)], n=250, bs=32, path='.')
-    with learn.no_bar(), learn.no_logging(): learn.fit(3, 1e-2)
-    (Path('models')/learn.save_top_k.best[0]['file']).unlink()
-    learn.save_top_k._load_best()
-    assert ': missing' in capsys.readouterr().out
-    with learn.no_bar(): assert learn.validate()[1]==pytest.approx(learn.save_top_k.best[1]['value'])
-
-def test_failed_save_of_the_best(monkeypatch, capsys):
-    def fsync(fd): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    monkeypatch.setattr(os, 'fsync', fsync)
-    learn = digits_learner([SaveTopK(k=2)], n=250, bs=32, path='.')
-    with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-2)
-    out = capsys.readouterr().out
-    assert out.count('save_top_k: could not save')==2 and 'No space left' in out and learn.save_top_k.best==[]
-
-def test_average():
-    "The mean of the weights; batch norm has the statistics of the training set under that mean"
-    learn = digits_learner([SaveTopK(k=3)], n=250, bs=32, path='.')
-    with learn.no_bar(), learn.no_logging(): learn.fit(4, 1e-2)
-    states = [torch.load(Path('models')/o['file']) for o in learn.save_top_k.best]
-    learn.save_top_k.average()
-    for k,v in learn.model.named_parameters(): assert torch.allclose(v, torch.stack([s[k] for s in states]).mean(0), atol=1e-7)
-    learn.save_top_k.average(k=1)
-    for k,v in learn.model.named_parameters(): assert torch.equal(v, states[0][k])
-    # a full batch in float64 gives the statistics in closed form
-    x = torch.cat([b[0] for b in learn.dls.train])
-    with torch.no_grad(): first = learn.model[0](x)
-    refresh_batchnorm(learn)
-    assert torch.allclose(learn.model[1].running_mean, first.mean((0,2,3)), atol=2e-2)
-    learn = digits_learner(n=250, bs=32, path='.')
-    cb = SaveTopK(k=2)
-    with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-2, cbs=cb)
-    with pytest.raises(ValueError, match='learn=None'): cb.average()
-    cb.average(learn=learn)
-    with pytest.raises(ValueError, match='no model can be read'): SaveTopK().average(learn=learn)

@@ -7,7 +7,8 @@ import pytest
 @pytest.mark.parametrize('case', ['tabular', 'cnn', 'language', 'accumulation', 'workers', 'ranks'])
 def test_killed_runs_end_with_the_same_bits(case):
     env = os.environ | {'OMP_NUM_THREADS':'1', 'PYTHONWARNINGS':'ignore'}
-    cmd = [sys.executable, Path(__file__).parent/'crash.py', '--kills', '4', '--jobs', '1', '--cases', case, '--seed', '1']
+    cmd = [sys.executable, Path(__file__).parent/'crash.py', '--kills', '4', '--jobs', '1', '--cases', case,
+           '--seed', '1']
     res = subprocess.run(cmd, env=env, capture_output=True, text=True, timeout=400)
     assert res.returncode==0, res.stdout[-5000:]+res.stderr[-3000:]
     assert int(re.search(r'(\d+) kills in .* the same bits, no unreadable state', res.stdout)[1])>=4

@@ -13,8 +13,10 @@ from torch.testing._internal.two_tensor import TwoTensor
 from fastai_callbacks_ext.base.files import BackgroundWriter, DamagedFile, Snapshot, StateFiles, load_state, map_state, replacing, save_state
 
 torch.set_num_threads(1)     # a child that is forked beside a pool of threads hangs in its first large operation
-STATE = {'model': OrderedDict(w=torch.arange(600.).view(20,30), b=torch.ones(7).half()), 'rng': (3, (1, 2**200), None), 'name': 'é', 'ids': [1j, True, float('inf')]}
-quick = settings(deadline=None, max_examples=60, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+STATE = {'model': OrderedDict(w=torch.arange(600.).view(20,30), b=torch.ones(7).half()),
+         'rng': (3, (1, 2**200), None), 'name': 'é', 'ids': [1j, True, float('inf')]}
+quick = settings(deadline=None, max_examples=60, derandomize=True,
+                 suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 def bits(o):
     "Something that is equal if `o` is, to the last bit"
@@ -55,13 +57,21 @@ def forked(f):
 def temps(folder): return [o.name for o in folder.rglob('*.tmp')]
 
 # What can be kept
-scalars = st.one_of(st.none(), st.booleans(), st.integers(-2**200, 2**200), st.floats(), st.complex_numbers(), st.text(), st.sampled_from([torch.Size([]), torch.Size([2,3]), torch.float16, torch.device('cpu')]))
-dtypes = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool, torch.complex64]
+scalars = st.one_of(st.none(), st.booleans(), st.integers(-2**200, 2**200), st.floats(),
+                    st.complex_numbers(), st.text(),
+                    st.sampled_from([torch.Size([]), torch.Size([2,3]), torch.float16, torch.device('cpu')]))
+dtypes = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool,
+          torch.complex64]
 bases = [torch.arange(24).to(d).view(2,3,4) for d in dtypes]
-views = [lambda t: t, lambda t: t[1], lambda t: t[:,1:], lambda t: t.permute(2,0,1), lambda t: t[...,0], lambda t: t[:0], lambda t: t.view(-1)[5:9], lambda t: t.view(-1)[3],
-         lambda t: t[None].expand(3,2,3,4), lambda t: t.view(-1)[::7], nn.Parameter, lambda t: t.clone(), lambda t: t.to_sparse(), TensorImage, lambda t: t.conj()]
-tensors = st.builds(lambda t,view: t if view is nn.Parameter and not t.is_floating_point() else view(t), st.sampled_from(bases), st.sampled_from(views))
-states = st.recursive(st.one_of(scalars, tensors), lambda o: st.one_of(st.lists(o), st.lists(o).map(tuple), st.dictionaries(scalars.filter(lambda k: k==k), o)), max_leaves=12)
+views = [lambda t: t, lambda t: t[1], lambda t: t[:,1:], lambda t: t.permute(2,0,1), lambda t: t[...,0],
+         lambda t: t[:0], lambda t: t.view(-1)[5:9], lambda t: t.view(-1)[3],
+         lambda t: t[None].expand(3,2,3,4), lambda t: t.view(-1)[::7], nn.Parameter, lambda t: t.clone(),
+         lambda t: t.to_sparse(), TensorImage, lambda t: t.conj()]
+tensors = st.builds(lambda t,view: t if view is nn.Parameter and not t.is_floating_point() else view(t),
+                    st.sampled_from(bases), st.sampled_from(views))
+states = st.recursive(st.one_of(scalars, tensors),
+                      lambda o: st.one_of(st.lists(o), st.lists(o).map(tuple),
+                                          st.dictionaries(scalars.filter(lambda k: k==k), o)), max_leaves=12)
 
 @quick
 @given(states)
@@ -71,13 +81,17 @@ def test_round_trip(tmp_path, state):
 
 class Custom: pass
 class MyDict(dict): pass
-@pytest.mark.parametrize('o', [Custom(), Custom, MyDict(), b'', bytearray(b'x'), {1}, range(3), print, object(), Path('x'), torch.Generator(), (c for c in 'x'), TwoTensor(torch.ones(2), torch.ones(2)),
-                               *[getattr(__import__('numpy'), n)(1) for n in ('float64','int64','bool_','zeros','str_')]], ids=lambda o: type(o).__name__)
+@pytest.mark.parametrize('o', [Custom(), Custom, MyDict(), b'', bytearray(b'x'), {1}, range(3), print,
+                               object(), Path('x'), torch.Generator(), (c for c in 'x'),
+                               TwoTensor(torch.ones(2), torch.ones(2)),
+                               *[getattr(__import__('numpy'), n)(1) for n in ('float64','int64','bool_',
+                                                                              'zeros','str_')]], ids=lambda o: type(o).__name__)
 def test_refused_by_path(tmp_path, o):
     before = save_state(tmp_path/'a', STATE)
     name = f'{type(o).__module__}.{type(o).__qualname__}'
     for f in (partial(save_state, tmp_path/'a'), Snapshot().take):
-        for state,path in (({'x': [0, (o,)]}, "state['x'][1][0]"), (o, 'state'), (OrderedDict(y=o), "state['y']")):
+        for state,path in (({'x': [0, (o,)]}, "state['x'][1][0]"), (o, 'state'),
+                           (OrderedDict(y=o), "state['y']")):
             with pytest.raises(TypeError) as e: f(state)
             assert str(e.value).startswith(f'{path}: {name}')
     assert bits(load_state(tmp_path/'a', **before))==bits(STATE) and not temps(tmp_path)
@@ -100,7 +114,8 @@ def test_versions_of_modules(tmp_path):
 def damages(good, seed, n):
     "Names and contents of damaged files"
     r = random.Random(seed)
-    sizes = [0, 1, 2, 10, 29, 30, 63, 64, *(r.randrange(64, len(good)) for _ in range(20)), *(len(good)-o for o in (200,56,22,21,2,1))]
+    sizes = [0, 1, 2, 10, 29, 30, 63, 64, *(r.randrange(64, len(good)) for _ in range(20)),
+             *(len(good)-o for o in (200,56,22,21,2,1))]
     yield from ((f'first {k}', good[:k]) for k in sizes)
     for i in range(n):
         at,bit = r.randrange(len(good)),1<<r.randrange(8)
@@ -165,7 +180,8 @@ def foreign(d):
     yield 'zip', zipped(a='b')
     yield 'trap in a zip', zipped(archive__data__pkl=b'', **{'archive__data.pkl': pickle.dumps(trap, 2)})
     yield 'empty zip', zipped()
-    for name,o in dict(text=b'hello\n'*100, json=b'{"a": 1}', elf=Path(sys.executable).read_bytes()[:9999], noise=random.Random(0).randbytes(5000), zeros=bytes(5000)).items(): yield name,o
+    for name,o in dict(text=b'hello\n'*100, json=b'{"a": 1}', elf=Path(sys.executable).read_bytes()[:9999],
+                       noise=random.Random(0).randbytes(5000), zeros=bytes(5000)).items(): yield name,o
 
 @pytest.mark.filterwarnings('ignore')
 def test_foreign(tmp_path):
@@ -259,7 +275,8 @@ def test_no_permission(tmp_path):
 
 def test_no_folder(tmp_path):
     facts = save_state(tmp_path/'a', STATE)
-    for f,why in ((tmp_path/'a'/'b', 'Not a directory'), (tmp_path/'a'/'b'/'c', 'Not a directory'), (tmp_path/('x'*300), 'File name too long')):
+    for f,why in ((tmp_path/'a'/'b', 'Not a directory'), (tmp_path/'a'/'b'/'c', 'Not a directory'),
+                  (tmp_path/('x'*300), 'File name too long')):
         with pytest.raises(OSError, match=f'cannot write {f}: {why}'): save_state(f, {'x': 1})
     (tmp_path/'d').mkdir()
     with pytest.raises(IsADirectoryError, match='cannot write'): save_state(tmp_path/'d', {'x': 1})
@@ -290,14 +307,16 @@ def test_interrupted_inside_torch(tmp_path, monkeypatch):
 
 def test_threads_write_the_same_file(tmp_path):
     states = [{'n': i, 'w': torch.full((50_000,), float(i))} for i in range(4)]
-    threads = [threading.Thread(target=lambda s: [save_state(tmp_path/'a', s) for _ in range(8)], args=(s,)) for s in states]
+    threads = [threading.Thread(target=lambda s: [save_state(tmp_path/'a', s) for _ in range(8)],
+                                args=(s,)) for s in states]
     for t in threads: t.start()
     while any(t.is_alive() for t in threads):
         if (tmp_path/'a').exists(): got = load_state(tmp_path/'a'); assert bits(got)==bits(states[got['n']])
     assert not temps(tmp_path)
 
 # Folders of states, and kills
-def numbered(n, size=1000): return {'n': n, 'weights': torch.full((size,), float(n)), 'more': [torch.full((9,), n), str(n)]}
+def numbered(n, size=1000): return {'n': n, 'weights': torch.full((size,), float(n)),
+                                    'more': [torch.full((9,), n), str(n)]}
 
 def check(folder, at_least, size=1000):
     "There is a complete state, at least this one, and no wrong word; its number"
@@ -460,7 +479,8 @@ def test_snapshot_keeps_ties(tmp_path):
     lstm = nn.LSTM(100, 100, 2)
     flat = torch.cat([p.detach().flatten() for p in lstm.parameters()])
     parts = [t for t in flat.split([p.numel() for p in lstm.parameters()])]
-    state = {'m': m.state_dict(), 'T': m[0].weight.T, 'parts': parts, 'one': flat[5], 'big': torch.zeros(10**6)[7:9], 'column': torch.zeros(1000, 1000)[:,3]}
+    state = {'m': m.state_dict(), 'T': m[0].weight.T, 'parts': parts, 'one': flat[5],
+             'big': torch.zeros(10**6)[7:9], 'column': torch.zeros(1000, 1000)[:,3]}
     copy = Snapshot().take(state)
     assert bits(copy)==bits(map_state(state, lambda t: t))
     assert len({t.data_ptr() for t in (copy['m']['0.weight'], copy['m']['1.weight'], copy['T'])})==1

@@ -5,13 +5,17 @@ from math import inf, nan
 from pathlib import Path
 
 import numpy as np, pytest, torch
-from fastai.basics import Callback, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException, CancelValidException
+from fastai.basics import (Callback, CancelBatchException, CancelEpochException, CancelFitException,
+    CancelStepException, CancelValidException, DataLoaders, Learner)
 from fastai.callback.all import GradientAccumulation, ShortEpochCallback
 from fastai.callback.tracker import EarlyStoppingCallback
 from fastai.learner import ValueMetric
 from hypothesis import HealthCheck, given, settings, strategies as st
-from fastai_callbacks_ext.all import Checkpoint, EarlyStopping, FastLoop, SampleLimit, SaveTopK, StepLimit, StopFile, StopReason, TimeLimit
-from fastai_callbacks_ext.test_utils import digits_learner
+from torch import nn
+from fastai_callbacks_ext.all import (Checkpoint, EarlyStopping, FastLoop, SampleLimit, SaveTopK, StepLimit,
+    StopFile, StopReason, TimeLimit)
+from fastai_callbacks_ext.stopping import _n_items
+from fastai_callbacks_ext.test_utils import digits_learner, digits_model
 from common import quiet
 import crash
 from test_checkpoint import run
@@ -30,7 +34,8 @@ class Clock(Callback):
     def state_dict(self): return {}      # the time of day does not come from a checkpoint
     def load_state_dict(self, state): pass
     def time(self): return self.seconds
-    def after_batch(self): self.seconds += (self.train if self.training else self.valid)*self.slow.get(self.epoch, 1)
+    def after_batch(self):
+        self.seconds += (self.train if self.training else self.valid)*self.slow.get(self.epoch, 1)
 
 class Seen(Callback):
     "The weights after each epoch, before any decision; `pct_train` and the learning rate of each batch"
@@ -40,12 +45,15 @@ class Seen(Callback):
     def before_batch(self):
         if self.training: self.pcts.append(float(self.pct_train))
 
-def equal(a, b): return all(torch.equal(a[k], b[k]) for k in a)
+def equal(a, b): return all(torch.equal(a[k].cpu(), b[k].cpu()) for k in a)
 
-def digits(cbs=None, n=200, bs=32, **kwargs): return digits_learner(cbs, n=n, bs=bs, **kwargs)    # 5 batches an epoch, 2 of validation
+def digits(cbs=None, n=200, bs=32, **kwargs):
+    "5 batches an epoch, 2 of validation"
+    return digits_learner(cbs, n=n, bs=bs, **kwargs)
 
 def fit(learn, n, method='fit', *args, **kwargs):
-    with quiet(learn), contextlib.redirect_stdout(io.StringIO()) as out: getattr(learn, method)(n, *args, **kwargs)
+    with quiet(learn), contextlib.redirect_stdout(io.StringIO()) as out:
+        getattr(learn, method)(n, *args, **kwargs)
     return out.getvalue()
 
 # EarlyStopping
@@ -64,10 +72,14 @@ class Sequence:
 def sequence(): return Sequence()
 
 def at(**kwargs): return EarlyStopping('score', **kwargs)
+def stops(*args, **kwargs): return EarlyStopping(*args, restore_best=True, **kwargs)
 
-@settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(st.one_of(st.sampled_from([0., .1, .2, .3, 1., nan]), st.floats(-5, 5)), min_size=1, max_size=7), st.integers(0, 3),
-       st.sampled_from([0., .1, .5]), st.sampled_from([None, np.less, np.greater]))
+some_value = st.one_of(st.sampled_from([0., .1, .2, .3, 1., nan]), st.floats(-5, 5))
+in_one_folder = dict(suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+@settings(max_examples=25, deadline=None, derandomize=True, **in_one_folder)
+@given(st.lists(some_value, min_size=1, max_size=7), st.integers(0, 3), st.sampled_from([0., .1, .5]),
+       st.sampled_from([None, np.less, np.greater]))
 def test_as_fastais(sequence, values, patience, min_delta, comp):
     "The same arguments in the same order: the same epoch, for any values"
     args = 'score',comp,min_delta,patience
@@ -85,7 +97,8 @@ def test_best_of_the_fit_before(sequence):
     assert sequence.rows([2., 2., 2., 2.], cb)==3 and cb.best==2
 
 def test_names_take_a_side():
-    for name,comp in (('valid_loss',np.less), ('error_rate',np.less), ('accuracy',np.greater)): assert EarlyStopping(name).comp is comp
+    for name,comp in dict(valid_loss=np.less, error_rate=np.less, accuracy=np.greater, _rmse=np.less).items():
+        assert EarlyStopping(name).comp is comp
     assert EarlyStopping('accuracy', np.less).comp is np.less
 
 @pytest.mark.parametrize('values,args,rows,best', [
@@ -110,6 +123,10 @@ def test_names_take_a_side():
     ([5., 4., 2.5, 3.], dict(divergence=2.5, patience=9), 4, 5.),
     ([5., nan, 5., 5.], dict(divergence=2.5, patience=9), 2, 5.),
     ([5., 6., inf, 5.], dict(comp=np.less, divergence=7., patience=9), 3, 5.),
+    ([1., None, None, 2., None, 3.], dict(), 6, 3.),            # not computed: nothing is known, nothing lost
+    ([2., None, 1., None, 1., 5.], dict(patience=2), 5, 2.),
+    ([None, nan, None, nan, 1.], dict(patience=2), 4, None),   # but NaN is computed
+    ([None, None, 1.], dict(divergence=0., threshold=9.), 3, 1.),
 ], ids=str)
 def test_when(sequence, values, args, rows, best):
     cb = at(**args)
@@ -117,10 +134,11 @@ def test_when(sequence, values, args, rows, best):
     assert cb.best==best and (cb.reason is None)==(rows==len(values))
 
 def test_reason(sequence):
-    for args,values,reason in ((dict(), [2.,1.,1.], StopReason.NO_IMPROVEMENT), (dict(threshold=1.), [2.,1.,1.], StopReason.GOOD_ENOUGH), (dict(divergence=1.5, patience=3), [2.,1.,1.], StopReason.DIVERGED)):
+    for args,reason in ((dict(), StopReason.NO_IMPROVEMENT), (dict(threshold=1.), StopReason.GOOD_ENOUGH),
+                        (dict(divergence=1.5, patience=3), StopReason.DIVERGED)):
         cb = at(**args)
         assert cb.reason is None
-        sequence.rows(values, cb)
+        sequence.rows([2.,1.,1.], cb)
         assert cb.reason is reason and len(cb.records)==1
         assert sequence.out.count('\n')==1 and f'{reason.value}: score is' in sequence.out
     sequence.rows([1.,2.,3.], cb := at(patience=3))
@@ -152,7 +170,8 @@ def test_smooth(values, s):
 def test_smooth_stops_later(sequence):
     values = [1., 2., 1., 2.2, 1.5, 2.6, 2.7]
     assert sequence.rows(values, at())==3 and sequence.rows(values, at(smooth=.9))==3
-    assert sequence.rows([1.,3.,2.9,2.8,2.9,2.9], at())==3 and sequence.rows([1.,3.,2.9,2.8,2.9,2.9], at(smooth=.5))==6
+    values = [1.,3.,2.9,2.8,2.9,2.9]
+    assert sequence.rows(values, at())==3 and sequence.rows(values, at(smooth=.5))==6
 
 @pytest.mark.parametrize('patience,rows', [(1,2), (5,2), (6,3), (10,3), (11,4)])
 def test_steps(patience, rows):
@@ -192,13 +211,16 @@ high = dict(lr=.2)     # the validation loss goes up and down
 @pytest.mark.parametrize('where', ['learner','fit'])
 def test_restore_best(how, where):
     cb,log = EarlyStopping(patience=2 if how=='stopped' else 99, restore_best=True),Seen()
-    leave = {'cancelled': [Leave(CancelFitException())], 'error': [Leave(OSError('broken'))], 'interrupted': [Leave(KeyboardInterrupt())]}.get(how, [])
+    exc = dict(cancelled=CancelFitException, error=OSError, interrupted=KeyboardInterrupt).get(how)
+    leave = [Leave(exc('broken'))] if exc else []
     learn = digits([cb, log, *leave] if where=='learner' else [], **high)
-    with contextlib.suppress(OSError, KeyboardInterrupt): fit(learn, 12, cbs=[cb, log, *leave] if where=='fit' else [])
+    with contextlib.suppress(OSError, KeyboardInterrupt):
+        fit(learn, 12, cbs=[cb, log, *leave] if where=='fit' else [])
     rows,best = learn.recorder.values,cb.best_epoch
     losses = [o[1] for o in rows]
     assert best==np.argmin(losses)<len(rows)-1, 'this run has its best epoch at the end: it shows nothing'
-    assert equal(learn.model.state_dict(), log.weights[best]) and not equal(log.weights[best], log.weights[-1])
+    assert equal(learn.model.state_dict(), log.weights[best])
+    assert not equal(log.weights[best], log.weights[-1])
     assert cb._weights is None and cb.records[-1].what=='loaded the best weights'
     assert len(rows)==12 if how=='finished' else len(rows)<12
     assert (cb.reason is StopReason.NO_IMPROVEMENT)==(how=='stopped')
@@ -213,9 +235,10 @@ def test_restore_best_of_all_fits():
     assert cb.best==value and equal(learn.model.state_dict(), best)
 
 def test_restores_nothing_without_a_number():
-    learn = digits([EarlyStopping('score', restore_best=True, patience=9), log := Seen()], metrics=ValueMetric(lambda: nan, 'score'))
+    cb = at(restore_best=True, patience=9)
+    learn = digits([cb, log := Seen()], metrics=ValueMetric(lambda: nan, 'score'))
     fit(learn, 2)
-    assert equal(learn.model.state_dict(), log.weights[-1]) and not learn.early_stopping.records
+    assert equal(learn.model.state_dict(), log.weights[-1]) and not cb.records
 
 def test_last_epoch_is_seen_by_others():
     "`SaveTopK` has the last epoch when the fit is stopped"
@@ -244,19 +267,64 @@ def test_after_a_phase_that_was_cut():
         seen = values_of(EarlyStopping(monitor, patience=9), learn)
         assert list(seen.values())==[row[i] for row in learn.recorder.values] and len(seen)==6
 
-@pytest.mark.parametrize('exc,training,epochs', [(CancelEpochException(),True,[0,1,3,4,5]), (CancelEpochException(),False,[0,1,3,4,5]), (CancelValidException(),False,[0,1,2,3,4,5])], ids=str)
-def test_epochs_that_were_cancelled(exc, training, epochs):
-    assert list(values_of(EarlyStopping(patience=9), digits(Cancel(exc, training))))==epochs
+cuts = [(CancelEpochException,True), (CancelEpochException,False), (CancelValidException,False)]
+
+@pytest.mark.parametrize('exc,training', cuts)
+def test_epochs_that_were_cancelled(exc, training):
+    assert list(values_of(EarlyStopping(patience=9), digits(Cancel(exc(), training))))==[0,1,3,4,5]
+
+class ValidatesSometimes(Callback):
+    "In every third epoch"
+    def __init__(self, order): self.order = order
+    def before_validate(self):
+        if self.epoch%3!=2: raise CancelValidException
+
+@pytest.mark.parametrize('order', [-20, 49, 70])
+def test_validation_every_third_epoch(order):
+    "The value of an epoch is not that of the one before"
+    assert list(values_of(EarlyStopping(patience=1), digits(ValidatesSometimes(order))))==[2,5]
+
+class Uncopyable:
+    def __deepcopy__(self, memo): raise TypeError('not this one')
+
+class Odd(nn.Linear):
+    def get_extra_state(self): return self.extra
+    def set_extra_state(self, state): self.extra = state
+
+@pytest.mark.parametrize('extra', [dict(a=[1]), Uncopyable()], ids=['any','none'])
+def test_best_weights_that_cannot_be_copied(extra):
+    "Any object can be, or else it is said once"
+    model = digits_model()
+    model.odd = Odd(10, 10)
+    model.odd.extra = extra
+    cb = stops(patience=99)
+    learn = digits([cb, log := Seen()], model=model, **high)
+    log.after_epoch = lambda: log.weights.append([p.detach().clone() for p in learn.model.parameters()])
+    out = fit(learn, 4)
+    lost = isinstance(extra, Uncopyable)
+    assert len(learn.recorder.values)==4 and out.count('cannot keep the best weights')==lost
+    kept = log.weights[-1 if lost else cb.best_epoch]
+    assert all(map(torch.equal, learn.model.parameters(), kept))
+
+def test_restore_best_of_a_compiled_model():
+    cb = at(restore_best=True, patience=99)
+    model = torch.compile(digits_model(), backend='eager')
+    score = ValueMetric(lambda: [1,3,2][learn.epoch], 'score')
+    learn = digits([cb, log := Seen()], model=model, metrics=score)
+    fit(learn, 3)
+    assert equal(learn.model.state_dict(), log.weights[1]) and not equal(log.weights[1], log.weights[2])
 
 def test_start_epoch():
     assert list(values_of(EarlyStopping(patience=9), digits(), start_epoch=3))==[3,4,5]
 
 def test_missing_metric():
-    with pytest.raises(ValueError, match="no metric 'acuracy'; there are: train_loss, valid_loss, accuracy"): fit(digits(EarlyStopping('acuracy')), 1)
+    learn = digits(EarlyStopping('acuracy'))
+    with pytest.raises(ValueError, match="no metric 'acuracy'; there are: train_loss, valid"): fit(learn, 1)
 
 def test_train_loss():
     learn = digits()
-    assert list(values_of(EarlyStopping('train_loss', patience=9), learn).values())==[row[0] for row in learn.recorder.values]
+    seen = values_of(EarlyStopping('train_loss', patience=9), learn)
+    assert list(seen.values())==[row[0] for row in learn.recorder.values]
 
 # Limits
 class Skip(Callback):
@@ -271,7 +339,8 @@ def test_step_limit(steps, epoch, batch):
     learn = digits(StepLimit(steps))
     out = fit(learn, 3)
     cb = learn.step_limit
-    assert [(r.epoch,r.batch,r.iteration) for r in cb.records]==[(epoch,batch,steps)] and cb.done==steps==len(learn.recorder.losses)
+    assert [(r.epoch,r.batch,r.iteration) for r in cb.records]==[(epoch,batch,steps)]
+    assert cb.done==steps==len(learn.recorder.losses)
     assert out==f'step_limit: ended the fit in epoch {epoch}, batch {batch}: {steps} steps are taken\n'
     assert [len(o) for o in learn.recorder.values]==[3]*(epoch+1)
     losses = learn.recorder.losses
@@ -279,7 +348,9 @@ def test_step_limit(steps, epoch, batch):
     plain = digits(Seen())
     fit(plain, 3)
     assert torch.equal(torch.stack(losses), torch.stack(plain.recorder.losses[:steps]))
-    if batch==4: assert learn.recorder.values==plain.recorder.values[:epoch+1] and equal(learn.model.state_dict(), plain.seen.weights[epoch])
+    if batch!=4: return
+    assert learn.recorder.values==plain.recorder.values[:epoch+1]
+    assert equal(learn.model.state_dict(), plain.seen.weights[epoch])
 
 def test_last_batch_of_the_fit():
     "Nothing is said, nothing is changed"
@@ -288,7 +359,8 @@ def test_last_batch_of_the_fit():
         out = fit(learn, 3)
         plain = digits(log := Seen())
         fit(plain, 3)
-        assert not out and not cb.records and learn.recorder.values==plain.recorder.values and equal(learn.model.state_dict(), log.weights[-1])
+        assert not out and not cb.records and learn.recorder.values==plain.recorder.values
+        assert equal(learn.model.state_dict(), log.weights[-1])
 
 @pytest.mark.parametrize('exc', [CancelStepException(), CancelBatchException()], ids=str)
 def test_cancelled_steps_do_not_count(exc):
@@ -316,7 +388,8 @@ def test_limit_per_fit_or_over_all():
     assert len(learn.recorder.losses)==2 and cb.done==7
     weights = {k: v.clone() for k,v in learn.model.state_dict().items()}
     out = fit(learn, 3, cbs=cb)              # nothing left
-    assert equal(weights, learn.model.state_dict()) and 'ended the fit in epoch 0, batch 0' in out and learn.recorder.values==[]
+    assert equal(weights, learn.model.state_dict()) and learn.recorder.values==[]
+    assert 'ended the fit in epoch 0, batch 0' in out
     learn = digits()
     fit(learn, 3, 'fine_tune', cbs=StepLimit(7))
     assert len(learn.recorder.losses)==7
@@ -327,6 +400,30 @@ def test_two_limits():
     assert learn.train_iter==2 and len(learn.sample_limit.records)==1 and not learn.step_limit.records
     fit(learn, 3)
     assert learn.train_iter==2
+
+# what a batch may hold, and the number of items in it
+t = torch.zeros
+BATCHES = [((t(4,3), t(4)), 4), ((dict(a=t(4,3), b=t(4,7)), t(4)), 4), (([t(4,3), t(4,5)], t(4)), 4),
+    ((t(2,7), t(14)), 2), ((t(4,3),), 4), (([t(3,8,8), t(3,9,9)], [dict(box=t(1,4)), dict(box=t(5,4))]), 2),
+    ((['a','b','c'],), 3), ((object(),), 9)]
+
+@pytest.mark.parametrize('batch,n', BATCHES, ids=[str(i) for i in range(len(BATCHES))])
+def test_items_in_a_batch(batch, n):
+    class dl: bs = 9
+    assert _n_items(batch, dl)==n
+
+@pytest.mark.parametrize('method,n', [('fit',2), ('fine_tune',1)])
+def test_sample_limit_as_people_run_it(method, n):
+    "Dicts from a PyTorch loader, fastai's bar and table on"
+    class Net(nn.Module):
+        def __init__(self): super().__init__(); self.l = nn.Linear(3, 1)
+        def forward(self, b): return self.l(b['x'])[:,0]
+    items = [(dict(x=torch.ones(3)), torch.tensor(1.)) for _ in range(40)]
+    dl = torch.utils.data.DataLoader(items, 4)
+    limit = SampleLimit(52, reset_on_fit=False)
+    learn = Learner(DataLoaders(dl, dl), Net(), loss_func=nn.MSELoss(), cbs=limit)
+    with contextlib.redirect_stdout(io.StringIO()): getattr(learn, method)(n)
+    assert limit.done==52 and len(learn.recorder.losses)==(13 if method=='fit' else 3)
 
 class After(Callback):
     order = 150
@@ -352,7 +449,8 @@ def test_without_a_recorder():
     with learn.no_logging(): learn.fit(3)
     assert learn.train_iter==7
 
-@pytest.mark.parametrize('make', [lambda: StepLimit(7), lambda: SampleLimit(200), lambda: TimeLimit(minutes=.3, schedule=True), lambda: EarlyStopping('accuracy', min_delta=1, restore_best=True)])
+@pytest.mark.parametrize('make', [lambda: StepLimit(7), lambda: SampleLimit(200),
+    lambda: TimeLimit(minutes=.3, schedule=True), lambda: stops('accuracy', min_delta=1)])
 def test_beside_fast_loop(make):
     def result(*more):
         cb = make()
@@ -368,10 +466,11 @@ def times(limit, epochs=4, method='fit', **kwargs):
     out = fit(learn, epochs, method)
     return clock.seconds-1000,learn.train_iter,log,learn,out
 
-@pytest.mark.parametrize('seconds', range(4, 36))
+@pytest.mark.parametrize('seconds', range(4, 36, 2))
 def test_in_time(seconds):
     "Never late once validation was seen, and no batch is left out for which there was time"
-    took,batches,_,learn,out = times(TimeLimit(minutes=seconds/60))       # an epoch: 5 s, and 4 s of validation, estimated as 2 s
+    # an epoch: 5 s, and 4 s of validation, estimated as 2 s
+    took,batches,_,learn,out = times(TimeLimit(minutes=seconds/60))
     free = lambda s: s//9*5+min(max(s%9-4, 0), 5)      # batches that fit in
     rows = learn.recorder.values
     assert all(len(o)==3 for o in rows)
@@ -383,6 +482,16 @@ def test_enough_time():
     for seconds in (36, 100):
         took,batches,_,_,out = times(TimeLimit(minutes=seconds/60))
         assert took==36 and batches==20 and not out
+
+def test_epochs_of_one_batch():
+    "Nothing but first batches: they tell how long the next one takes"
+    limit = TimeLimit(minutes=1)
+    learn = digits_learner([limit, clock := Clock(limit, train=20., valid=1.)], n=20, bs=16)
+    out = fit(learn, 9)
+    assert learn.train_iter==2 and clock.seconds-1000<=60 and out.count('ended the fit')==1
+    for minutes in (0, .1, 1):
+        learn = digits_learner([limit := TimeLimit(minutes=minutes), Clock(limit, train=20.)], n=20, bs=16)
+        assert fit(learn, 1).count('ended the fit')==(minutes==0) and learn.train_iter==(minutes>0)
 
 def test_longest_validation_counts():
     "The second epoch's validation takes three times as long"
@@ -422,8 +531,12 @@ evening = datetime(2026, 11, 24, 17, 58)
 @pytest.fixture
 def at_evening(monkeypatch): monkeypatch.setattr(TimeLimit, 'now', staticmethod(lambda: evening))
 
-@pytest.mark.parametrize('deadline,seconds', [('18:00',120), ('18:00:30',150), ('2026-11-24 18:00',120), ('2026-11-24T17:59',60), (datetime(2026,11,24,17,59,30),90),
-    ((evening+timedelta(minutes=1)).astimezone(),60), ((evening+timedelta(minutes=1)).astimezone(timezone(timedelta(hours=9))).isoformat(),60), ('17:58',86400), ('00:00',6*3600+120)], ids=str)
+soon = (evening+timedelta(minutes=1)).astimezone()
+
+@pytest.mark.parametrize('deadline,seconds', [('18:00',120), ('18:00:30',150), ('2026-11-24 18:00',120),
+    ('2026-11-24T17:59',60), (datetime(2026,11,24,17,59,30),90), (soon,60),
+    (soon.astimezone(timezone(timedelta(hours=9))).isoformat(),60), ('17:58',86400),
+    ('00:00',6*3600+120)], ids=str)
 def test_deadline(at_evening, deadline, seconds):
     limit = TimeLimit(deadline=deadline)
     n = 30 if seconds>1000 else 1000
@@ -433,7 +546,8 @@ def test_deadline(at_evening, deadline, seconds):
 
 def test_deadline_is_past(at_evening):
     took,batches,log,learn,out = times(TimeLimit(deadline='2026-11-24 17:00'))
-    assert took==batches==0 and out.startswith('time_limit: ended the fit in epoch 0, batch 0: the fit must end by 2026-11-24 17:00')
+    assert took==batches==0
+    assert 'ended the fit in epoch 0, batch 0: the fit must end by 2026-11-24 17:00' in out
 
 @pytest.mark.parametrize('text', ['tomorrow', '25:00', '2026-13-01', ''])
 def test_wrong_deadline(text):
@@ -444,18 +558,21 @@ def test_one_of_two(args):
     with pytest.raises(ValueError, match='expected one of the two'): TimeLimit(**args)
 
 @settings(max_examples=8, deadline=None, derandomize=True)
-@given(st.floats(.7, 1.5), st.floats(.5, 2), st.floats(.1, 3), st.dictionaries(st.integers(0, 7), st.floats(.3, 3), max_size=3))
+@given(st.floats(.7, 1.5), st.floats(.5, 2), st.floats(.1, 3),
+       st.dictionaries(st.integers(0, 7), st.floats(.3, 3), max_size=3))
 def test_schedule(minutes, train, valid, slow):
     "Never back; never behind fastai's; at its end when the time is up"
-    took,batches,seen,learn,out = times(TimeLimit(minutes=minutes, schedule=True), 8, 'fit_one_cycle', train=train, valid=valid, slow=slow)
+    limit = TimeLimit(minutes=minutes, schedule=True)
+    took,batches,seen,learn,out = times(limit, 8, 'fit_one_cycle', train=train, valid=valid, slow=slow)
     pcts,own = seen.pcts,[i/40 for i in range(batches)]
-    assert all(a<=b+1e-9 for a,b in zip(pcts, pcts[1:])) and all(p>=o-1e-9 for p,o in zip(pcts, own)) and max(pcts)<=1
+    assert all(a<=b+1e-9 for a,b in zip(pcts, pcts[1:])) and max(pcts)<=1
+    assert all(p>=o-1e-9 for p,o in zip(pcts, own))
     if not out: assert batches==40
     elif batches>10: assert pcts[-1]>.85
 
 @pytest.mark.parametrize('minutes', [.75, 1, 1.5])
 def test_schedule_ends(minutes):
-    "An epoch is 5 s and 2 s of validation: when the last batch begins, all of the schedule is done but the share of that batch"
+    "An epoch is 5 s and 2 s of validation: when the last batch begins, its share of the schedule is left"
     _,_,seen,learn,out = times(TimeLimit(minutes=minutes, schedule=True), 30, 'fit_one_cycle', valid=1.)
     pcts = np.array(seen.pcts)
     assert out and 1-pcts[-1]<4/(60*minutes) and learn.recorder.lrs[-1]<.02*max(learn.recorder.lrs)
@@ -463,7 +580,7 @@ def test_schedule_ends(minutes):
     assert (steps[1:]<1.5*steps[:-1]).all(), 'a jump, as at a validation for which it does not stand still'
 
 def test_schedule_that_is_overtaken():
-    "A slow first epoch hurries it; the others are quick, and there is time enough: it waits for fastai's, and ends with it"
+    "A slow first epoch hurries it; the others are quick: it waits for fastai's, and ends with it"
     _,batches,seen,_,out = times(TimeLimit(minutes=2, schedule=True), 8, 'fit_one_cycle', slow={0: 4})
     own = np.arange(40)/40
     ahead = np.array(seen.pcts)-own
@@ -485,10 +602,10 @@ def case(make, epochs=6, how='fit_one_cycle'):
     return f
 
 CASES = {
-    'early': case(lambda: [EarlyStopping(patience=2, restore_best=True)], 12),
-    'smooth': case(lambda: [EarlyStopping('accuracy', patience=2, min_delta=.05, smooth=.5, restore_best=True)], 12),
-    'steps': case(lambda: [EarlyStopping('accuracy', patience=8, min_delta=.3, unit='steps', restore_best=True)], 12),
-    'best': case(lambda: [EarlyStopping('train_loss', np.greater, patience=99, restore_best=True)], 11, 'fit'),
+    'early': case(lambda: [stops(patience=2)], 12),
+    'smooth': case(lambda: [stops('accuracy', patience=2, min_delta=.05, smooth=.5)], 12),
+    'steps': case(lambda: [stops('accuracy', patience=8, min_delta=.3, unit='steps')], 12),
+    'best': case(lambda: [stops('train_loss', np.greater, patience=99)], 6, 'fit'),
     'step limit': case(lambda: [StepLimit(18)]),
     'skipped': case(lambda: [StepLimit(12), Skip(CancelStepException())]),
     'samples': case(lambda: [SampleLimit(18*32)])}
@@ -499,7 +616,7 @@ def test_goes_on(name):
     want,out,events = run(CASES[name])
     said = [o for o in out.splitlines() if 'stopping:' in o or 'limit:' in o]
     assert said
-    for n in (events//4, events//2, events*3//4, events-20):
+    for n in (events//3, events-20):
         assert run(CASES[name], Checkpoint(f'run-{n}', steps=3), stop=n)[0] is None
         got,out,_ = run(CASES[name], Checkpoint(f'run-{n}', steps=3))
         assert got==want and [o for o in out.splitlines() if 'stopping:' in o or 'limit:' in o]==said, n
@@ -514,7 +631,7 @@ class Late(Callback):
 
 @pytest.mark.parametrize('schedule,late', [(False,0), (True,0), (False,20)])
 def test_time_goes_on(schedule, late):
-    "The time of all runs counts, also what it took to go on, without what lay between; a run that goes on has a few more seconds, those since its checkpoint"
+    "The time of all runs counts, what it took to go on too, not what lay between; and since the checkpoint"
     clocks = []
     def make():
         limit = TimeLimit(minutes=2, schedule=schedule)
@@ -525,7 +642,7 @@ def test_time_goes_on(schedule, late):
     want,out,events = run(f)
     took = clocks[-1].seconds%10**5
     assert 115<=took<=120
-    for n in (events//3, events*2//3):
+    for n in (events*2//3,):
         run(f, Checkpoint(f'run-{n}', steps=1, background=False), stop=n)
         first = clocks[-1].seconds%10**5
         got,out,_ = run(f, Checkpoint(f'run-{n}', steps=1, background=False))
@@ -544,10 +661,11 @@ def test_schedule_goes_on():
         clocks.append(clock)
         return [limit, clock]
     want,_,events = run(case(make, 8))
-    for n in range(events*2//8, events*4//8, 24):
+    for n in range(events*2//8, events*4//8, 50):
         clocks.clear()
         run(case(going_on, 8), Checkpoint(f'run-{n}', steps=1, background=False), stop=n)
-        assert run(case(going_on, 8), Checkpoint(f'run-{n}', steps=1, background=False))[0]['lrs']==want['lrs'], n
+        got = run(case(going_on, 8), Checkpoint(f'run-{n}', steps=1, background=False))[0]
+        assert got['lrs']==want['lrs'], n
 
 def test_patience_in_minutes_goes_on():
     clocks = []
@@ -581,6 +699,21 @@ def test_stop_file_of_another_run():
     out = fit(learn, 2)
     assert learn.train_iter==10 and not Path('stop').exists() and out.count('removed a file')==1
 
+def test_a_stop_file_that_cannot_be_removed():
+    "It ends one fit, and is overlooked until it is gone; what lay there before the run ends none"
+    Path('stop/x').mkdir(parents=True)
+    learn = digits(cb := StopFile('stop'))
+    out = fit(learn, 2)
+    assert len(learn.recorder.values)==2 and out.count('could not remove a file')==1 and 'ended' not in out
+    Path('stop/x').rmdir(), Path('stop').rmdir()
+    class Mkdir(Callback):
+        def after_batch(self):
+            if self.training and self.train_iter==2: Path('stop/x').mkdir(parents=True)
+    out = fit(learn, 2, cbs=Mkdir())
+    assert len(learn.recorder.values)==1
+    assert out.count('ended the fit')==1==out.count('could not remove a file')
+    assert not fit(learn, 2) and len(learn.recorder.values)==2
+
 def test_stop_file_between_fits():
     "Made in the last batch of the first fit, it ends the second"
     learn = digits(cb := StopFile('stop'))
@@ -594,10 +727,14 @@ def test_stop_file_between_fits():
 def test_stop_file_outside_a_fit():
     learn = digits(StopFile('stop'))
     Path('stop').touch()
-    with quiet(learn): learn.validate(); learn.get_preds(); learn.lr_find(show_plot=False, num_it=3, suggest_funcs=None)
+    with quiet(learn):
+        learn.validate()
+        learn.get_preds()
+        learn.lr_find(show_plot=False, num_it=3, suggest_funcs=None)
     assert Path('stop').exists()
 
-@pytest.mark.parametrize('make', [lambda: EarlyStopping(threshold=-1., divergence=1e9), lambda: StepLimit(1), lambda: SampleLimit(1), lambda: TimeLimit(minutes=0)])
+@pytest.mark.parametrize('make', [lambda: EarlyStopping(threshold=-1., divergence=1e9), lambda: StepLimit(1),
+    lambda: SampleLimit(1), lambda: TimeLimit(minutes=0)])
 def test_outside_a_fit(make):
     cb = make()
     learn = digits(cb)
@@ -613,7 +750,8 @@ here = Path(__file__).parent
 
 def torchrun(*args, seconds=120):
     env = os.environ | {'OMP_NUM_THREADS':'1', 'PYTHONWARNINGS':'ignore'}
-    cmd = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', here/'distributed_stopping.py', *args]
+    cmd = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
+    cmd += [here/'distributed_stopping.py', *args]
     return subprocess.run(cmd, env=env, capture_output=True, text=True, timeout=seconds)
 
 def test_all_stop_together(tmp_path):
@@ -626,7 +764,10 @@ def test_all_stop_together(tmp_path):
         assert [r[:4] for r in a['records']]==[r[:4] for r in b['records']] and a['records'], what
         assert (a['batches'],a['rows'],a['best'])==(b['batches'],b['rows'],b['best']) and a['rows']<6, what
         assert a['weights']==b['weights'], what
-    assert len(res.stdout.splitlines())==sum(len(o['records']) for o in first.values())      # the first process speaks for all
-    assert 'another process' in first['clock']['records'][0][4] and '1 minutes' in second['clock']['records'][0][4]
+    # the first process speaks for all
+    assert len(res.stdout.splitlines())==sum(len(o['records']) for o in first.values())
+    assert 'another process' in first['clock']['records'][0][4]
+    assert '1 minutes' in second['clock']['records'][0][4]
     assert first['file']['batches']==6 and first['samples']['batches']==5
-    for o in (first['metric'], second['metric']): assert 'diverged: valid_loss is inf' in o['records'][0][4] and o['rows']==3 and o['best']<2
+    for o in (first['metric'], second['metric']):
+        assert 'diverged: valid_loss is inf' in o['records'][0][4] and o['rows']==3 and o['best']<2

@@ -1,0 +1,445 @@
+"Runs that go on, as people run them: bars and tables, notebooks, any loader, any loss, callbacks that own things, one folder for all"
+import contextlib, io, itertools, json, os, re, signal, subprocess, sys, time
+from collections import defaultdict, deque
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
+
+import numpy as np, pytest, torch, torch.nn.functional as F
+from fastai.basics import *
+from fastai.callback.all import *
+from fastprogress.fastprogress import ProgressBar
+from torch.testing._internal.two_tensor import TwoTensor
+from fastai_callbacks_ext.all import Checkpoint, PreemptionGuard
+from fastai_callbacks_ext.test_utils import digits_learner
+import crash
+from test_checkpoint import Stopped, StopAt, digits, in_a_folder_of_its_own, run
+
+TorchDL = torch.utils.data.DataLoader
+
+class StopIn(Callback):
+    "Raises in a training batch"
+    order = 3000
+    def __init__(self, epoch, batch): self.at = epoch,batch
+    def after_batch(self):
+        if self.training and (self.epoch,self.iter)==self.at: raise KeyboardInterrupt
+
+def train(make, fits, *cbs, stop=None, forget=True, bar=False):
+    "A run in a process of its own, as far as `Checkpoint` knows: the learner, and what was printed"
+    if forget: Checkpoint._finished.clear()
+    learn,out = make(),io.StringIO()
+    if stop: learn.add_cb(StopIn(*stop))
+    with contextlib.redirect_stdout(out), contextlib.ExitStack() as stack:
+        if not bar: stack.enter_context(learn.no_bar())
+        with contextlib.suppress(KeyboardInterrupt): fits(learn, list(cbs))
+    return learn,out.getvalue()
+
+def weights(learn): return torch.cat([p.detach().flatten() for p in learn.model.parameters()]).tolist()
+
+def goes_on(make, fits, stops, path='run', numbers=lambda learn: crash.digests(learn), **args):
+    "Stopped at `stops` and begun again, it ends as without; all that was printed"
+    args = dict(steps=2, background=False) | args
+    want,said = numbers(train(make, fits)[0]),''
+    for stop in (*stops, None):
+        learn,out = train(make, fits, Checkpoint(path, **args), stop=stop)
+        said += out
+    assert numbers(learn)==want
+    assert said.count('went on')>=len(stops), said
+    return said
+
+def small(cbs=(), **kwargs): return digits_learner(list(cbs), n=160, bs=32, **kwargs)
+def fit(epochs=3, **kwargs): return lambda learn, cbs: learn.fit(epochs, 1e-2, cbs=cbs, **kwargs)
+
+# Bars and tables
+class Board(Callback):
+    "Writes numbers to an object of another package, as fastai's `TensorBoardCallback` does"
+    def before_fit(self): self.writer = type('SummaryWriter', (), {'lines': property(lambda s: iter(()))})()
+
+@pytest.mark.parametrize('fits', [fit(8), lambda l,cbs: l.fine_tune(2, 1e-2, cbs=cbs)],
+                         ids=['fit','fine_tune'])
+def test_with_everything_that_fastai_shows(fits, monkeypatch):
+    "In epoch 0 and later, within and between; the bar says the right epoch"
+    def make():
+        learn = small([ShowGraphCallback(), CSVLogger()])
+        learn.recorder.add_time = True
+        return learn
+    shown,update = [],ProgressBar.update
+    monkeypatch.setattr('fastprogress.fastprogress.printing', lambda: True)
+    want = crash.digests(train(make, fits, bar=True)[0])
+    lines = Path('history.csv').read_text().count('\n')
+    for stop in ((0,2), (1,1), (1,3), (6,0), None):
+        learn,out = train(make, fits, Checkpoint('run', steps=2, background=False), stop=stop, bar=True)
+        if stop is None or stop[0]>learn.n_epoch: break
+    learn,out = train(make, fits, Checkpoint('run'), bar=True) if stop else (learn,out)
+    assert crash.digests(learn)==want and Path('history.csv').read_text().count('\n')==lines
+    if learn.n_epoch==8:
+        at = out.split('went on in epoch ')[1]
+        epochs = [int(o) for o in re.findall(r'Epoch (\d+)/8', at)]
+        assert min(epochs)==7 and max(epochs)==8, sorted(set(epochs))
+
+def test_finished_with_bar():
+    train(small, fit(), Checkpoint('run'), bar=True)
+    learn,out = train(small, fit(), Checkpoint('run'), bar=True)
+    assert 'checkpoint: found the fit finished, after 3 epochs, from run/fit_0' in out and 'batch' not in out
+
+def test_after_the_last_epoch():
+    "Killed when all epochs were done, and the final state was not written"
+    class End(Callback):
+        order = 2500
+        def after_epoch(self):
+            if self.epoch==2: raise KeyboardInterrupt
+    train(lambda: small([End()]), fit(), Checkpoint('run', background=False))
+    learn,out = train(small, fit(), Checkpoint('run'))
+    assert 'checkpoint: went on after the last epoch, from run/fit_0\n' in out
+    assert crash.digests(learn)==crash.digests(train(small, fit())[0])
+
+NOTEBOOK = '''
+import sys; sys.path[:0] = {path!r}
+from fastai.vision.all import *
+from fastai_callbacks_ext.all import *
+from fastai_callbacks_ext.test_utils import digits_learner
+class StopIn(Callback):
+    order = 3000
+    def __init__(self, *at): self.at = at
+    def after_batch(self):
+        if self.training and (self.epoch,self.iter)==self.at: raise KeyboardInterrupt
+def go(*stop):
+    learn = digits_learner([ShowGraphCallback(), *([StopIn(*stop)] if stop else [])], n=160, bs=32)
+    try: learn.fine_tune(2, 1e-2, cbs=Checkpoint('run', steps=2, background=False))
+    except KeyboardInterrupt: pass
+    return learn
+for stop in ((0,2), (1,1), (1,3)): go(*stop)
+print('RESULT', len(go().recorder.values))
+'''
+def test_in_a_notebook():
+    nbformat,nbclient = pytest.importorskip('nbformat'),pytest.importorskip('nbclient')
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(NOTEBOOK.format(path=sys.path))])
+    nbclient.NotebookClient(nb, timeout=200, kernel_name='python3').execute()
+    text = ''.join(o.get('text', '') for o in nb.cells[0].outputs)
+    assert 'RESULT 2' in text and text.count('went on in epoch')>=3, text
+
+# One folder
+def test_a_fit_that_this_process_has_finished_is_not_another_ones():
+    "The next fold, the next stage"
+    before = train(small, fit(), Checkpoint('run'))[0]
+    files = sorted(Path('run').rglob('*'))
+    with pytest.raises(ValueError) as e: train(small, fit(), Checkpoint('run'), forget=False)
+    assert 'has finished a fit in run already' in str(e.value) and "such as Checkpoint('run/2')" in str(e.value)
+    assert sorted(Path('run').rglob('*'))==files
+    train(small, fit(), Checkpoint('run/2'), forget=False)
+    _,out = train(small, fit(), Checkpoint('run', resume=False), forget=False)
+    assert 'found' not in out and 'went on' not in out
+
+def test_one_checkpoint_for_several_fits():
+    cb = Checkpoint('run')
+    for i in range(3): assert 'fin' not in train(small, fit(1), cb, forget=False)[1]
+    assert sorted(o.name for o in Path('run').iterdir())==['fit_0','fit_1','fit_2']
+
+def test_an_interrupted_fit_goes_on_in_the_same_process():
+    "Ctrl-C in a notebook, and the cell again; also in the second fit"
+    fits = lambda l,cbs: l.fine_tune(2, 1e-2, cbs=cbs)
+    train(small, fits, Checkpoint('run', steps=1, background=False), stop=(1,1))
+    learn,out = train(small, fits, Checkpoint('run'), forget=False)
+    assert 'went on in epoch 1, batch 2' in out and crash.digests(learn)==crash.digests(train(small, fits)[0])
+
+SECOND = '''
+import sys; from pathlib import Path
+from fastai.basics import *; from fastai_callbacks_ext.all import Checkpoint; from fastai_callbacks_ext.test_utils import digits_learner
+learn = digits_learner(n=160, bs=32)
+try:
+    with learn.no_bar(): learn.fit(1, cbs=Checkpoint('run'))
+except ValueError as e: print('SAID', e)
+'''
+def test_two_processes_in_one_folder():
+    "The second one is refused in a line, and the first one does not notice; a process that was killed holds nothing"
+    said = []
+    class Other(Callback):
+        def after_batch(self):
+            if self.training and self.train_iter==2:
+                before = sorted(Path('run').rglob('*'))
+                said.append(subprocess.run([sys.executable, '-c', SECOND], capture_output=True,
+                                           text=True).stdout)
+                assert sorted(Path('run').rglob('*'))==before
+    learn,_ = train(lambda: small([Other()]), fit(), Checkpoint('run'))
+    assert f'run is in use by process {os.getpid()} on ' in said[0] and 'Use another path' in said[0]
+    assert crash.digests(learn)==crash.digests(train(small, fit())[0]) and not Path('run/lock').exists()
+    if not os.fork():
+        class Die(Callback):
+            def after_batch(self): os.kill(os.getpid(), signal.SIGKILL)
+        train(lambda: small([Die()]), fit(), Checkpoint('killed'))
+    os.wait()
+    assert Path('killed/lock').exists()
+    train(small, fit(1), Checkpoint('killed'))
+    assert not Path('killed/lock').exists()
+
+def test_a_folder_that_cannot_be_locked(monkeypatch):
+    def lockf(*args): raise OSError(37, 'No locks available')
+    monkeypatch.setattr('fcntl.lockf', lockf)
+    _,out = train(small, lambda l,cbs: l.fine_tune(1, cbs=cbs), Checkpoint('run'))
+    assert out.count('cannot lock run, so nobody notices a second run there: No locks available')==1
+
+# Random states
+class Epochs(torch.utils.data.Sampler):
+    "Draws from the number of its epoch"
+    def __init__(self, n): self.n,self.epoch = n,0
+    def __len__(self): return self.n
+    def __iter__(self):
+        self.epoch += 1
+        return iter(torch.randperm(self.n, generator=torch.Generator().manual_seed(self.epoch)).tolist())
+
+class Stream(torch.utils.data.IterableDataset):
+    def __init__(self, items): self.items,self.rng = items,np.random.default_rng(3)
+    def __len__(self): return len(self.items)
+    def __iter__(self): return (self.items[i] for i in self.rng.permutation(len(self.items)))
+
+def seeded(): return torch.Generator().manual_seed(5)
+def batches_of(items):
+    return torch.utils.data.BatchSampler(torch.utils.data.RandomSampler(items, generator=seeded()), 32, False)
+
+LOADERS = dict(generator=lambda o: TorchDL(o, 32, shuffle=True, generator=seeded()),
+               epochs=lambda o: TorchDL(o, 32, sampler=Epochs(len(o))),
+               sampler=lambda o: TorchDL(o, 32, sampler=torch.utils.data.RandomSampler(o, generator=seeded())),
+               batch_sampler=lambda o: TorchDL(o, batch_sampler=batches_of(o)),
+               stream=lambda o: TorchDL(Stream(o), 32),
+               weighted=lambda o: TorchDL(o, 32, sampler=torch.utils.data.WeightedRandomSampler(torch.rand(len(o)), 96, generator=seeded())))
+
+@pytest.mark.parametrize('name', LOADERS)
+def test_generators_of_loaders(name):
+    def make():
+        learn = small()
+        items,valid = [[ds[i] for i in range(len(ds))] for ds in (learn.dls.train_ds, learn.dls.valid_ds)]
+        learn.dls = DataLoaders(LOADERS[name](items), TorchDL(valid, 32), device=default_device())
+        return learn
+    goes_on(make, fit(), [(1,0), (1,2), (2,1)])
+
+# Parts of a run that are not the model's
+class Temperature(nn.Module):
+    "A loss with a parameter, a buffer and a counter of its own"
+    def __init__(self):
+        super().__init__()
+        self.t,self.n = nn.Parameter(torch.zeros(1)),0
+        self.register_buffer('mean', torch.zeros(1), persistent=False)
+    def forward(self, o, y):
+        if torch.is_grad_enabled():
+            self.n += 1
+            self.mean.lerp_(o.detach().mean(), .1)
+        return F.cross_entropy(o*self.t.exp()+self.mean*self.n/100, y)
+
+def test_a_loss_that_is_trained():
+    def make():
+        loss = Temperature()
+        return small(loss_func=loss, splitter=lambda m: [list(m.parameters()), list(loss.parameters())])
+    goes_on(make, fit(), [(0,2), (2,1)],
+            numbers=lambda l: (crash.digests(l), l.loss_func.t.item(), l.loss_func.n,
+                               l.loss_func.mean.item()))
+
+class Head(Callback):
+    "A layer of its own, trained with the model; gradients of two batches are gathered for a step"
+    def __init__(self): self.layer = nn.Linear(10, 10)
+    def after_pred(self): self.learn.pred = self.layer.to(self.pred.device)(self.pred)
+def test_a_callback_that_is_trained():
+    def make():
+        torch.manual_seed(1)
+        head = Head()
+        learn = small([head, GradientAccumulation(64)],
+                      splitter=lambda m: [list(m.parameters()), list(head.layer.parameters())])
+        head.layer.weight.requires_grad_(False)
+        return learn
+    goes_on(make, fit(), [(0,2), (2,1)], steps=1,
+            numbers=lambda l: (crash.digests(l), l.head.layer.bias.tolist()))
+
+class Counting(nn.Module):
+    "Remembers something in an attribute that is no buffer"
+    def __init__(self): super().__init__(); self.calls,self.last = 0,None
+    def forward(self, x):
+        if self.training: self.calls,self.last = self.calls+1,x.mean(0, keepdim=True).detach()
+        return x+self.calls/100 if self.last is None else x+.1*self.last+self.calls/100
+def test_a_module_that_counts():
+    def make():
+        torch.manual_seed(0)
+        return small(model=nn.Sequential(nn.Flatten(), nn.Linear(64, 10), Counting()))
+    goes_on(make, fit(), [(0,2), (2,1)], numbers=lambda l: (crash.digests(l), l.model[2].calls))
+
+# What callbacks own
+class Teachers(Callback):
+    "Momentum encoders made in `before_fit`, an optimizer, random generators, a queue, counts"
+    def before_fit(self):
+        self.slow,self.both = deepcopy(self.learn.model),[deepcopy(self.learn.model) for _ in range(2)]
+        self.w = nn.Parameter(torch.zeros(1, device=self.dls.device))
+        self.params,self.stats = list(self.learn.model.parameters()),list(self.learn.model.buffers())
+        self.opt2 = torch.optim.Adam([self.w], 1e-2)
+        self.rng,self.np,self.queue,self.seen = seeded(),np.random.default_rng(0),deque(maxlen=3),defaultdict(int)
+    def after_loss(self):
+        if not self.training: return
+        self.queue.append(self.loss.item())
+        self.seen[self.epoch] += 1
+        noise = torch.rand(1, generator=self.rng).item()*self.np.random()
+        far = sum(F.mse_loss(self.pred, t(self.x).detach()) for t in (self.slow, *self.both))
+        self.learn.loss_grad = self.loss_grad + noise*far*sum(self.queue)*self.seen[self.epoch]*(1+self.w)
+    def after_step(self):
+        self.opt2.step()
+        self.opt2.zero_grad()
+        for t,d in zip((self.slow, *self.both), (.1,.2,.3)):
+            for p,q in zip(self.params, t.parameters()): q.data.lerp_(p.data, d)
+        self.stats[0].add_(.01)
+
+def test_callbacks_that_own_things():
+    out = goes_on(lambda: small([Teachers()], opt_func=SGD), fit(), [(0,2), (2,1)],
+                  numbers=lambda l: (crash.digests(l), l.teachers.w.item()))
+    assert 'no plain form' not in out
+
+class Item: pass
+class Mess(Callback):
+    "What cannot be saved, and what need not be"
+    def __init__(self): self.count,self.same,self.f = itertools.count(),Item(),noop
+    def before_fit(self): self.old,self.file,self.box,self.dl = self.learn.logger,open('log.txt', 'w'),Item(),self.dls.train
+    def before_train(self): self.g = lambda x: x
+    def before_batch(self):
+        self.box.n = getattr(self.box, 'n', 0)+next(self.count)
+        self.net = nn.Linear(1, 1)
+    def after_fit(self): self.file.close()
+
+def test_what_cannot_be_saved_is_named_once():
+    fits = lambda l,cbs: l.fine_tune(2, 1e-2, cbs=cbs)
+    _,out = train(lambda: small([Mess()]), fits, Checkpoint('run', steps=1))
+    lines = [o for o in out.splitlines() if 'no plain form' in o]
+    assert len(lines)==1
+    names = set(re.findall(r'Mess\.(\w+)', lines[0]))
+    assert names=={'count','file','box','g','net'}, lines
+    assert 'Mess.count (count)' in lines[0]
+    train(lambda: small([Mess()]), fit(), Checkpoint('other', steps=1), stop=(0,2))
+    _,out = train(lambda: small([Mess()]), fit(), Checkpoint('other'))
+    assert out.count('no plain form')==1 and out.index('went on')<out.index('no plain form')
+
+def test_no_noise_about_fastais_own():
+    cbs = lambda: [ShowGraphCallback(), CSVLogger(), MixUp(), SaveModelCallback(fname='m'),
+                   EarlyStoppingCallback(patience=9), ReduceLROnPlateau(),
+                   GradientAccumulation(64), GradientClip(), crash.CPUMixedPrecision(),
+                   TerminateOnNaNCallback(), ParamScheduler({'wd': SchedCos(1e-2, 1e-3)})]
+    _,out = train(lambda: small(cbs(), path=Path('.'), metrics=[accuracy, F1Score(average='macro')]), fit(),
+                  Checkpoint('run', steps=1), bar=True)
+    assert 'checkpoint' not in out
+
+# Helping never harms
+class Hist(torch.optim.SGD):
+    "Keeps a queue and an object for each parameter"
+    def step(self, closure=None):
+        for p in self.param_groups[0]['params']:
+            self.state[p].setdefault('hist', deque(maxlen=5)).append(1.)
+            self.state[p]['item'] = Item()
+        return super().step(closure)
+
+class Extra(nn.Linear):
+    def get_extra_state(self): return Item()
+    def set_extra_state(self, state): pass
+
+def two_tensors():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    model.twin = nn.Parameter(TwoTensor(torch.ones(2), torch.ones(2)), requires_grad=False)
+    return model
+
+HARD = dict(opt=(dict(opt_func=partial(OptimWrapper, opt=Hist)), "optimizer['state'][0]['item'] (Item)"),
+            extra=(dict(model=nn.Sequential(nn.Flatten(), Extra(64, 10))), "model['1._extra_state'] (Item)"))
+
+@pytest.mark.parametrize('name', HARD)
+def test_what_has_no_plain_form_is_said_at_the_first_save(name):
+    kwargs,path = HARD[name]
+    learn,out = train(lambda: small(**kwargs), fit(), Checkpoint('run', steps=1, background=False),
+                      stop=(0,2))
+    assert out.count('no plain form')==1 and path in out
+    learn,out = train(lambda: small(**kwargs), fit(), Checkpoint('run'))
+    assert 'went on in epoch 0, batch 3' in out and len(learn.recorder.values)==3
+
+def test_lazy_layers():
+    make = lambda: small(model=nn.Sequential(nn.Flatten(), nn.LazyBatchNorm1d(), nn.LazyLinear(10)))
+    class Broken(Callback):
+        def state_dict(self): raise RuntimeError('nothing to tell')
+        def load_state_dict(self, state): pass
+    learn,out = train(lambda: small([Broken()]), fit(), Checkpoint('run', steps=1))
+    assert len(learn.recorder.values)==3 and out.count('checkpoint: could not save, and goes on without: RuntimeError: nothing to tell')==1
+    with pytest.raises(RuntimeError, match='nothing to tell'):
+        train(lambda: small([Broken()]), fit(), Checkpoint('stop', on_error='stop'))
+    learn,_ = train(make, fit(), Checkpoint('lazy', steps=1))
+    assert len(learn.recorder.values)==3
+
+def test_complex_parameters():
+    class Waves(nn.Module):
+        def __init__(self): super().__init__(); self.w = nn.Parameter(torch.randn(64, 10, dtype=torch.complex64))
+        def forward(self, x): return (x.flatten(1).to(torch.complex64)@self.w.conj()).abs()
+    make = lambda: torch.manual_seed(0) and small(model=Waves(), opt_func=partial(OptimWrapper, opt=torch.optim.SGD))
+    goes_on(make, fit(), [(0,2)], steps=1)
+
+def test_metrics_do_not_fill_the_checkpoint():
+    "A metric that gathers all predictions; with `train_metrics` it is kept in mid-epoch, where it is needed"
+    def make(train_metrics=False):
+        learn = small(metrics=[accuracy, F1Score(average='macro'),
+                               skm_to_fastai(lambda t,p: len(p), flatten=False)],
+                               model=nn.Sequential(nn.Flatten(), nn.Linear(64, 10)))
+        learn.recorder.train_metrics = train_metrics
+        return learn
+    train(make, fit(), Checkpoint('run', steps=3))
+    states = [torch.load(f)['state']['own'][0]['state']['callbacks']['Recorder']['metrics'] for f in Path('run').rglob('*.pt')]
+    assert states and all('preds' in m or i!=3 for s in states for i,
+                          m in enumerate(s)) and all(len(str(s))<3000 for s in states)
+    goes_on(partial(make, True), fit(), [(1,2)], path='other', steps=1)
+
+# Files of other callbacks
+def test_save_model_beside_an_average():
+    "fastai's loads its best file at the end"
+    from fastai_callbacks_ext.all import EMA
+    make = lambda: small([SaveModelCallback(fname='best'), EMA(.9, final='raw')], path=Path('.'))
+    goes_on(make, lambda l,cbs: l.fine_tune(3, 1e-2, cbs=cbs), [(0,2), (1,1), (2,3)])
+    Checkpoint._finished.clear()
+    want = weights(train(make, lambda l,cbs: l.fine_tune(3, 1e-2, cbs=cbs))[0])
+    assert weights(train(make, lambda l,cbs: l.fine_tune(3, 1e-2, cbs=cbs), Checkpoint('run'))[0])==want
+
+# Signals to the whole group
+GROUP = '''
+import os, signal, subprocess, sys, time, warnings; warnings.filterwarnings('ignore'); os.setsid()
+from fastai.basics import *
+from fastai_callbacks_ext.all import Checkpoint, PreemptionGuard
+from fastai_callbacks_ext.test_utils import digits_dls, digits_model
+when,number,times,path = sys.argv[1],getattr(signal, sys.argv[2]),int(sys.argv[3]),sys.argv[4]
+class Send(Callback):
+    def __call__(self, name):
+        if name==when and self.train_iter==8:
+            for _ in range(times):
+                subprocess.run(['kill', f'-{number}', '--', f'-{os.getpid()}'], start_new_session=True)
+                time.sleep(.3)
+learn = Learner(DataLoaders(*[dl.new(num_workers=2) for dl in digits_dls(bs=16, n=240).loaders]), digits_model(), loss_func=CrossEntropyLossFlat())
+with learn.no_bar(): learn.fit(2, cbs=[Checkpoint(path, epochs=None, background=False), PreemptionGuard(), Send()])
+'''
+@pytest.mark.parametrize('when,number,times,batch',
+                         [('after_pred','SIGTERM',1,9), ('before_step','SIGUSR1',2,9),
+                          ('after_train','SIGTERM',2,None)])
+def test_a_signal_to_the_whole_group(when, number, times, batch):
+    "Data workers live on; the batch, or the validation, ends; the process ends by the signal"
+    if when=='after_train': times = 1
+    code = GROUP.replace('self.train_iter==8', 'self.train_iter==12') if when=='after_train' else GROUP
+    res = subprocess.run([sys.executable, '-c', code, when, number, str(times), 'run'], capture_output=True,
+                         text=True, timeout=120)
+    assert res.returncode==-getattr(signal, number), res.stderr[-2000:]
+    at = json.loads(next(Path('run').rglob('*.json')).read_text())['about']['at']
+    assert at['batch']==batch and at['finished'] is False, at
+
+# Several processes
+@pytest.fixture(scope='module')
+def distributed(tmp_path_factory):
+    "What two processes saw under fastai's `distrib_ctx`"
+    pytest.importorskip('accelerate')
+    out = tmp_path_factory.mktemp('distributed')
+    cmd = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2',
+           Path(__file__).parent/'distributed_checkpoint.py', out]
+    env = os.environ | {'OMP_NUM_THREADS':'1', 'PYTHONWARNINGS':'ignore', 'CUDA_VISIBLE_DEVICES':''}
+    res = subprocess.run(cmd, env=env, capture_output=True, text=True, timeout=300)
+    assert res.returncode==0, res.stderr[-3000:]
+    return [json.loads((out/f'{r}.json').read_text()) for r in (0,1)]
+
+@pytest.mark.parametrize('how', ['fit','fine_tune'])
+def test_two_processes_go_on(how, distributed):
+    "In later epochs too, whose order the loader inside the distributed one draws"
+    for rank,cases in enumerate(distributed):
+        found = cases[how]
+        assert found['got']==found['want']==found['again'] and not found['lock']
+        assert [o.count('went on') for o in found['said']]==([1]*2 if rank==0 else [0]*2), found['said']
+        assert found['finished'].count('found the fit finished')==(rank==0)*(1+(how=='fine_tune'))

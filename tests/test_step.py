@@ -1,0 +1,206 @@
+"The numbers of a step hold on to nothing; a batch that is undone has left nothing; items are named only when they are certain"
+import random, weakref
+from collections import deque
+from functools import partial
+
+import numpy as np, pytest, torch, torch.nn.functional as F
+from fastai.basics import (Adam, Callback, CancelBatchException, CancelFitException, DataLoader, DataLoaders, Learner, MSELossFlat,
+                           OptimWrapper, SkipItemException, Tensor, default_device)
+from fastai.callback.all import MixUp, ModelResetter, PartialDL, RNNCallback, WeightedDL
+from torch import nn
+from fastai_callbacks_ext.all import GradientClip, SkipNonFinite
+from fastai_callbacks_ext.base.step import BatchUndo, ItemWatch, step_numbers
+from fastai_callbacks_ext.test_utils import digits_learner, text_learner
+from common import fit
+
+nan = float('nan')
+torch_sgd = partial(OptimWrapper, opt=torch.optim.SGD)
+
+# Numbers
+@pytest.mark.parametrize('opt_func', [Adam, torch_sgd], ids=['fastai','torch'])
+def test_numbers_keep_nothing_alive(opt_func):
+    "Neither gradients nor losses of the step before are there in the next forward pass, unless the optimizer keeps them"
+    class Look(Callback):
+        order,run_valid = 3000,False
+        def __init__(self): self.refs,self.alive = [],[]
+        def before_step(self): self.refs = [weakref.ref(p.grad) for p in self.model.parameters()]
+        def before_batch(self):
+            for p in self.model.parameters(): p.grad = None
+            self.alive += [r() is not None for r in self.refs]
+    learn = digits_learner([GradientClip(.1), SkipNonFinite(), look := Look()], n=200, bs=32, opt_func=opt_func)
+    fit(learn)
+    assert look.alive and not any(look.alive)
+
+def test_numbers_are_of_these_gradients():
+    "Also in a later fit of one batch, whose tensors may lie where the old ones did"
+    class See(Callback):
+        order,run_valid = 5,False
+        def before_step(self):
+            want = torch.stack([p.grad.norm() for p in self.model.parameters()]).norm().item()
+            seen.append(abs(step_numbers(self.learn).grad_norm-want) < 1e-4*want)
+    seen,learn = [],digits_learner(See(), n=40, bs=32, opt_func=torch_sgd)
+    for _ in range(10): fit(learn)
+    assert len(seen)==10 and all(seen)
+
+# Undo
+class Everything(nn.Module):
+    "Changes in each forward pass all that a module can change"
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.BatchNorm1d(10), nn.Dropout(.5))
+        for n in ('center','replaced'): self.register_buffer(n, torch.zeros(1))
+        self.hidden,self.pair,self.by_name = torch.zeros(2),[torch.zeros(1), (torch.zeros(1),)],{'a': torch.zeros(1)}
+        self.seen,self.recent,self.names = 0,deque(maxlen=3),['a']*100
+        self.conjugate = torch.zeros(2, dtype=torch.cfloat).conj()
+        self.wide = torch.zeros(1).expand(5)
+    def forward(self, x):
+        m = x.detach().mean().cpu()
+        if self.training:
+            self.center += m.to(self.center.device)
+            self.replaced = self.replaced+1
+            self.hidden += m
+            self.pair[0].add_(m)
+            self.pair[1][0].add_(m)
+            self.by_name['a'].add_(m)
+            self.by_name[self.seen] = m
+            self.conjugate.add_(m)
+            self.seen += 1
+            self.recent.append(m)
+            if not hasattr(self, 'late'): self.late = m
+        return self.net(x) + random.random() + np.random.rand() + torch.rand(1, device=x.device)
+
+class Centered(nn.Module):
+    "A loss with a buffer of its own, as DINO's"
+    def __init__(self):
+        super().__init__()
+        self.register_buffer('center', torch.zeros(10, device=default_device()))
+    def forward(self, o, y):
+        if self.training: self.center.lerp_(o.detach().mean(0), .1)
+        return F.cross_entropy(o-self.center, y)
+
+def plain(o):
+    "All numbers in `o`"
+    if isinstance(o, Tensor): return (tuple(o.shape), o.detach().cpu().resolve_conj().tolist())
+    if isinstance(o, dict): return {str(k): plain(v) for k,v in o.items()}
+    if isinstance(o, (list,tuple,deque)): return [plain(v) for v in o]
+    return o
+
+def everything(learn):
+    m = learn.model
+    own = {k: plain(v) for k,v in vars(m).items() if k[0]!='_' and k!='training'}
+    grads = [None if p.grad is None else p.grad.tolist() for p in m.parameters()]
+    return dict(own=own, buffers=plain(dict(m.named_buffers())), loss=plain(dict(learn.loss_func.named_buffers())), grads=grads,
+                random=[random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()])
+
+@pytest.mark.parametrize('at', [0,1,3])
+@pytest.mark.parametrize('window', [False,True])
+def test_all_that_a_batch_changes_is_undone(at, window):
+    class Undo(Callback):
+        order,run_valid = -100,False
+        def before_train(self): self.undo = BatchUndo(self.learn)
+        def before_batch(self):
+            self.undo.keep_all()
+            self.before,self.loss = everything(self.learn),self.learn.loss.item()
+        def before_step(self):
+            if self.iter!=at:
+                if window: raise CancelBatchException
+                return
+            changed = everything(self.learn)
+            assert all(changed[k]!=self.before[k] for k in changed)
+            self.undo.undo()
+            after = everything(self.learn)
+            if not any(map(any, [g or [] for g in self.before['grads']])): after['grads'] = self.before['grads']     # zeros or none
+            assert after==self.before and self.learn.loss.item()==self.loss and not self.undo.refused
+            self.done = True
+            raise CancelFitException
+        def after_step(self): self.undo.window = False
+    learn = digits_learner(undo := Undo(), n=200, bs=32, model=Everything(), loss_func=Centered())
+    fit(learn)
+    assert undo.done
+
+def test_gradients_that_nobody_zeroes():
+    "A parameter that the optimizer does not hold collects its gradients; what was bad is taken out again"
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Linear(32, 10))
+    class Bad(Callback):
+        order,run_valid = -20,False
+        def after_loss(self):
+            if self.iter==2: self.learn.loss_grad,self.learn.loss = self.loss_grad*nan,self.loss*nan
+    learn = digits_learner([SkipNonFinite(), Bad()], n=200, bs=32, model=model, splitter=lambda m: [list(m[2].parameters())])
+    fit(learn)
+    assert all(p.grad.isfinite().all() for p in model[1].parameters()) and model[1].weight.grad.any()
+
+def test_what_cannot_be_copied_is_listed():
+    class Sealed(Tensor):
+        @classmethod
+        def __torch_function__(cls, f, types, args=(), kwargs=None):
+            if f is Tensor.clone: raise TypeError('no copies')
+            return super().__torch_function__(f, types, args, kwargs or {})
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    model.register_buffer('sealed', torch.zeros(2).as_subclass(Sealed))
+    learn = digits_learner([SkipNonFinite(snapshot=None)], n=200, bs=32, model=model)
+    fit(learn, 2)
+    assert len(r := learn.skip_non_finite.records)==1 and 'sealed (TypeError: no copies)' in r[0].why
+
+# Items
+class NoteItems(Callback):
+    "Compares the items that are named with those that are in the batch"
+    run_valid = False
+    def __init__(self): self.named,self.wrong = 0,0
+    def before_fit(self): self.watch = None
+    def before_train(self):
+        self.watch = self.watch or ItemWatch(self.learn)
+        self.watch.restart()
+    order = -1000
+    def before_batch(self): self.watch.note()
+    def before_step(self):
+        items = self.watch.items()
+        self.named += bool(items)
+        self.wrong += bool(items) and items!=[round(o) for o in self.x[:,0].tolist()]
+    def after_fit(self): self.watch.close()
+
+class Rows:
+    "Items that are their index"
+    def __init__(self, n, skip=None): self.n,self.skip = n,skip
+    def __len__(self): return self.n
+    def __getitem__(self, i):
+        if self.skip and i%7==self.skip: raise SkipItemException()
+        return torch.tensor([float(i)]),torch.tensor([0.])
+
+class Reversed(Callback):
+    "Turns the batch around"
+    run_valid = False
+    def before_batch(self): self.learn.xb = (self.xb[0].flip(0),)
+
+def collate(b): return tuple(torch.stack(o) for o in zip(*b[::-1]))
+class Shuffled(DataLoader):
+    "Draws what it likes"
+    def get_idxs(self): return [i for i in range(self.n) for _ in range(2)][:self.n]
+class Own(DataLoader):
+    "Reads what it likes"
+    def create_item(self, i): return self.dataset[(i+1)%self.n]
+
+loaders = {'fastai': (lambda: DataLoader(Rows(50), 8, shuffle=True), True), 'last dropped': (lambda: DataLoader(Rows(50), 8, shuffle=True, drop_last=True), True),
+           'partial': (lambda: PartialDL(Rows(50), 8, partial_n=20, num_workers=0), True), 'weighted': (lambda: WeightedDL(Rows(50), 8, shuffle=True, num_workers=0), True),
+           'own order': (lambda: Shuffled(Rows(50), 8), True), 'workers': (lambda: DataLoader(Rows(50), 8, shuffle=True, num_workers=2), True),
+           'skips': (lambda: DataLoader(Rows(50, 3), 8), None), 'skips in workers': (lambda: DataLoader(Rows(50, 3), 8, num_workers=2), None),
+           'own items': (lambda: Own(Rows(50), 8), False), 'own batches': (lambda: DataLoader(Rows(50), 8, create_batch=collate), False),
+           'torch': (lambda: torch.utils.data.DataLoader(Rows(50), 8, shuffle=True), False), 'no batches': (lambda: DataLoader(list(zip(torch.zeros(5,8,1), torch.zeros(5,8,1)))), False)}
+
+@pytest.mark.parametrize('name', loaders)
+def test_items_are_right_or_not_named(name):
+    make,named = loaders[name]
+    dl = make()
+    learn = Learner(DataLoaders(dl, dl), nn.Linear(1, 1), loss_func=MSELossFlat(), lr=0., cbs=[note := NoteItems()])
+    fit(learn, 2)
+    assert not note.wrong and (named is None or (note.named>0)==named)
+    assert 'do_item' not in vars(dl)
+
+def test_a_batch_that_a_callback_has_changed():
+    dl = DataLoader(Rows(50), 8, shuffle=True)
+    for cb in (Reversed(), MixUp()):
+        learn = Learner(DataLoaders(dl, dl), nn.Linear(1, 1), loss_func=MSELossFlat(), lr=0., cbs=[note := NoteItems(), cb])
+        fit(learn)
+        assert not note.named
+    note = NoteItems()
+    fit(text_learner([ModelResetter(), RNNCallback(), note], n=1000))
+    assert not note.named
