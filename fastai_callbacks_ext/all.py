@@ -7,14 +7,9 @@ __all__ = []
 
 # %% ../nbs/all.ipynb #728a6161
 from . import (accumulation, averaging, best, checkpoint, gradients, loop, rnn, safety,
-                                   stopping, tracing, upgrades)
-from .base import core, model, passes, step
+        stopping, tracing, upgrades)
 from .accumulation import *
 from .averaging import *
-from .base.core import *
-from .base.model import *
-from .base.passes import *
-from .base.step import *
 from .best import *
 from .checkpoint import *
 from .gradients import *
@@ -24,7 +19,16 @@ from .safety import *
 from .stopping import *
 from .tracing import *
 from .upgrades import *
+from .base.core import (ExtCallback, Record, check_number, check_type, from_all,
+        from_first, interventions, n_ranks, rank_mean, resolve_order, smaller_is_better)
+from .base.model import unwrap_model
+from .base.passes import refresh_batchnorm
+from .base.step import StepNumbers, all_finite, step_numbers
 
-_modules = (accumulation, averaging, best, checkpoint, gradients, loop, rnn, safety, stopping, tracing, upgrades,
-            core, model, passes, step)
-__all__ = [o for m in _modules for o in m.__all__]
+_purposes = (accumulation, averaging, best, checkpoint, gradients, loop, rnn, safety,
+             stopping, tracing, upgrades)
+# of the base, what a callback of one's own and a script have use for
+_base = ('ExtCallback Record check_number check_type from_all from_first '
+         'interventions n_ranks rank_mean resolve_order smaller_is_better unwrap_model '
+         'refresh_batchnorm StepNumbers all_finite step_numbers').split()
+__all__ = [o for m in _purposes for o in m.__all__] + _base

@@ -103,7 +103,7 @@ def test_known_losses(kind, model, loss, capsys):
     assert capsys.readouterr().out==''
 
 @pytest.mark.parametrize('loss', [partial(F.cross_entropy, reduction='none'), nn.MSELoss(reduction='none'),
-                                  FocalLossFlat(reduction='none')], ids=str)
+                                  FocalLossFlat(reduction='none')])
 def test_unreduced(loss):
     "Their mean is taken as the loss itself would take it"
     y = real if isinstance(loss, nn.MSELoss) else classes
@@ -130,7 +130,7 @@ class Added(nn.Module):
     (lambda p,t: own(p, t), (real,), 'takes <lambda>'), (Twice(), (classes,),
     'takes Twice for a mean over the items'),
     (two_heads, (real, real[:,0]), 'takes two_heads for a mean over the items'),
-    (Added(), (real,), 'takes Added for a sum')], ids=str)
+    (Added(), (real,), 'takes Added for a sum')])
 def test_what_is_taken_for_granted(loss, y, said, capsys):
     "Own losses: right if they are what the line says"
     learn = accumulated(loss, y, dense)
@@ -145,7 +145,7 @@ def test_smoothing_by_classes_is_two_means(capsys):
     accumulated(LabelSmoothingCrossEntropyFlat(), (targets['some'],), dense)
     assert 'two means' in capsys.readouterr().out
 
-@pytest.mark.parametrize('weight', ['items', 'targets', lambda learn: len(learn.y)], ids=str)
+@pytest.mark.parametrize('weight', ['items', 'targets', lambda learn: len(learn.y)])
 def test_weight_says_it(weight, capsys):
     "Then nothing is taken for granted"
     learn = accumulated(own, (real,), dense, weight=weight)
@@ -159,7 +159,7 @@ def test_said_once(capsys):
     assert capsys.readouterr().out.count('takes own')==1
 
 @pytest.mark.parametrize('cls', [MixUp, CutMix])
-@pytest.mark.parametrize('loss', [ce(**w), LabelSmoothingCrossEntropyFlat(**w), ce(ignore_index=0)], ids=str)
+@pytest.mark.parametrize('loss', [ce(**w), LabelSmoothingCrossEntropyFlat(**w), ce(ignore_index=0)])
 def test_mixed_targets(cls, loss, capsys):
     "A mean over all targets, whatever the loss would have made of them"
     class Weights(Callback):
