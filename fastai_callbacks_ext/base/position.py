@@ -130,7 +130,7 @@ class _Skip:
         self.replaced = {k:v for k,v in vars(dl).items() if k in self.methods}
 
     def __enter__(self):
-        vars(self.dl).update({'get_idxs':self.get_idxs, self.draws:getattr(self, self.draws)})
+        self.dl.get_idxs = self.get_idxs
         return self
 
     def __exit__(self, *args): self.restore()
@@ -140,6 +140,8 @@ class _Skip:
         vars(self.dl).update(self.replaced)
 
     def get_idxs(self):
+        # not before `before_iter`, which tells the pipeline `after_batch` whether it is training
+        setattr(self.dl, self.draws, getattr(self, self.draws))
         idxs = self.methods['get_idxs']()
         if 'i' in vars(self.dl): self.dl.i += self.n    # a `DistributedDL` counts its items
         return idxs[self.n:] if isinstance(idxs, list) else islice(idxs, self.n, None)
