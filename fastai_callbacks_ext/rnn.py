@@ -14,7 +14,7 @@ from fastai.callback import rnn as fastai_rnn
 from fastai.learner import ValueMetric
 from fastai.torch_core import to_detach
 from fastcore.xtras import is_listy
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 from .base.core import ExtCallback, check_number, check_type
 from .base.model import resettable, submodule, unwrap_model

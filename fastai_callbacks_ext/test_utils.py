@@ -56,7 +56,8 @@ def digits_learner(
     "A `Learner` that reads digits"
     set_seed(seed)
     kwargs = dict(loss_func=CrossEntropyLossFlat(), metrics=accuracy, lr=1e-2) | kwargs
-    learn = Learner(digits_dls(bs, n), kwargs.pop("model", None) or digits_model(), cbs=cbs, **kwargs)
+    dls,model = digits_dls(bs, n),kwargs.pop("model", None) or digits_model()
+    learn = Learner(dls, model.to(dls.device), cbs=cbs, **kwargs)
     learn.recorder.add_time = False
     return learn
 
@@ -97,7 +98,8 @@ def text_learner(
     config = awd_lstm_lm_config | dict(emb_sz=64, n_hid=64, n_layers=1)
     model = get_language_model(AWD_LSTM, len(dls.vocab), config=config, drop_mult=0.1)
     kwargs = dict(loss_func=CrossEntropyLossFlat(), metrics=Perplexity(), lr=2e-2) | kwargs
-    learn = Learner(dls, model, cbs=[ModelResetter(), RNNCallback()] if cbs is None else cbs, **kwargs)
+    cbs = [ModelResetter(), RNNCallback()] if cbs is None else cbs
+    learn = Learner(dls, model.to(dls.device), cbs=cbs, **kwargs)
     learn.recorder.add_time = False
     return learn
 

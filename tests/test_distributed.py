@@ -3,7 +3,7 @@ import random
 
 import pytest, torch
 import torch.nn.functional as F
-from fastai.torch_core import set_seed
+from fastai.torch_core import default_device, set_seed
 from torch import nn
 from distributed_gradients import batches, cases
 from common import public_callbacks
@@ -62,19 +62,19 @@ def test_windows_of_all_processes(case, windows, gradients):
     found,_ = gradients[case]
     xs,ys = zip(*([torch.cat(o) for o in zip(*batches(rank))] for rank in (0,1)))
     set_seed(0)
-    model = nn.Linear(5, 4)
+    model = nn.Linear(5, 4).to(default_device())
     for got,i,j in zip(found['grads'], windows[:-1], windows[1:], strict=True):
         loss = F.cross_entropy(model(torch.cat([x[i:j] for x in xs])), torch.cat([y[i:j] for y in ys]))
         want = torch.cat([o.flatten() for o in torch.autograd.grad(loss, list(model.parameters()))])
-        torch.testing.assert_close(torch.tensor(got), want, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(torch.tensor(got), want.cpu(), rtol=1e-4, atol=1e-6)
     assert found['shared']==len(windows)-1 - (case=='cut_short')
 
 def test_sam_of_each_process(gradients):
     "Each process goes its own way; the gradient is the mean"
     from test_sam import published
     set_seed(0)
-    model = nn.Linear(5, 4)
+    model = nn.Linear(5, 4).to(default_device())
     each = [[published(model, x, y, 0.5, False, 0)[0] for x,y in batches(rank)] for rank in (0,1)]
     for got,a,b in zip(gradients['sam'][0]['grads'], *each, strict=True):
         want = torch.cat([((a[n]+b[n])/2).flatten() for n,_ in model.named_parameters()])
-        torch.testing.assert_close(torch.tensor(got), want, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(torch.tensor(got), want.cpu(), rtol=1e-4, atol=1e-6)

@@ -6,8 +6,6 @@
 __all__ = ['grad_numbers', 'numbers_behind', 'with_grad', 'step_grads', 'total_norm', 'multiply_', 'divide_']
 
 # %% ../../nbs/base/grads.ipynb #2d3f591f
-from math import inf
-
 import torch
 from fastai.optimizer import Optimizer
 from torch import Tensor, nn

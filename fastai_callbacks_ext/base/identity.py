@@ -7,13 +7,12 @@ __all__ = ['fingerprint', 'describe', 'run_facts', 'facts_differences', 'facts_u
 
 # %% ../../nbs/base/identity.ipynb #a2873d79
 import json, os, random, re, sys, sysconfig, tempfile
-from collections.abc import Iterator
 from enum import Enum
 from functools import partial
 from hashlib import blake2b
 from inspect import isclass, ismethod, ismodule, unwrap
 from math import prod
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from types import BuiltinMethodType, CodeType, FunctionType, MethodType
 
 import numpy as np

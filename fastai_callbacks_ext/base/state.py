@@ -25,8 +25,7 @@ from fastcore.foundation import L
 from torch import Tensor, nn
 from torch.utils.data import DataLoader as TorchLoader
 from torch.utils.hooks import RemovableHandle
-from .core import n_ranks
-from .files import map_state, plain_types
+from .files import map_state
 from .model import modules_own, stateful_modules, unwrap_model
 from .plain import (NotPlain, attributes, from_plain, is_trained, set_attributes,
                                              to_plain)

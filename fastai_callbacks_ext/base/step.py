@@ -19,7 +19,6 @@ from weakref import WeakKeyDictionary, ref
 import numpy as np
 import torch
 from fastai.data.load import DataLoader
-from fastai.distributed import DistributedDL
 from fastai.learner import Learner
 from fastai.optimizer import Optimizer
 from fastai.text.data import LMDataLoader
@@ -317,7 +316,7 @@ def _noted(dl, name): return name not in vars(dl) or isinstance(vars(dl)[name], 
 
 def _by_index(dl):
     "Does the loader take the items of its list of indices in turn, and collate them row by row?"
-    if not isinstance(dl, DataLoader) or isinstance(dl, (LMDataLoader,DistributedDL)): return False
+    if not isinstance(dl, DataLoader) or isinstance(dl, LMDataLoader) or 'dl' in vars(dl): return False    # or `DistributedDL`
     if not (dl.indexed and dl.bs) or dl.fake_l.persistent_workers: return False     # begun earlier
     fastais = lambda o: getattr(type(dl), o).__module__.startswith('fastai.') and _noted(dl, o)
     tfms = [f for o in ('before_batch','after_batch') for f in getattr(vars(dl).get(o), 'fs', ())]
