@@ -207,12 +207,17 @@ class Leave(Callback):
 
 high = dict(lr=.2)     # the validation loss goes up and down
 
+class Worse(Callback):
+    "The best epoch is not the last one"
+    def before_train(self):
+        if self.epoch>6: self.opt.set_hyper('lr', 2.)
+
 @pytest.mark.parametrize('how', ['finished','stopped','cancelled','error','interrupted'])
 @pytest.mark.parametrize('where', ['learner','fit'])
 def test_restore_best(how, where):
     cb,log = EarlyStopping(patience=2 if how=='stopped' else 99, restore_best=True),Seen()
     exc = dict(cancelled=CancelFitException, error=OSError, interrupted=KeyboardInterrupt).get(how)
-    leave = [Leave(exc('broken'))] if exc else []
+    leave = [Worse(), *([Leave(exc('broken'))] if exc else [])]
     learn = digits([cb, log, *leave] if where=='learner' else [], **high)
     with contextlib.suppress(OSError, KeyboardInterrupt):
         fit(learn, 12, cbs=[cb, log, *leave] if where=='fit' else [])
