@@ -591,6 +591,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                         'fastai_callbacks_ext/base/identity.py'),
                                                     'fastai_callbacks_ext.base.identity._batch_size': ( 'base/identity.html#_batch_size',
                                                                                                         'fastai_callbacks_ext/base/identity.py'),
+                                                    'fastai_callbacks_ext.base.identity._callback': ( 'base/identity.html#_callback',
+                                                                                                      'fastai_callbacks_ext/base/identity.py'),
                                                     'fastai_callbacks_ext.base.identity._code': ( 'base/identity.html#_code',
                                                                                                   'fastai_callbacks_ext/base/identity.py'),
                                                     'fastai_callbacks_ext.base.identity._dataset_transforms': ( 'base/identity.html#_dataset_transforms',

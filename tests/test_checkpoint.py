@@ -325,7 +325,7 @@ def test_facts_are_the_same_in_another_process():
     "Whatever the optimizer: no address of a function is among them"
     code = """
 from fastai.basics import *
-from fastai_callbacks_ext.base.state import run_facts
+from fastai_callbacks_ext.base.identity import run_facts
 from fastai_callbacks_ext.test_utils import digits_learner
 theirs = partial(OptimWrapper, opt=torch.optim.AdamW)
 for f in (Adam, SGD, RMSProp, QHAdam, Larc, Lamb, RAdam, ranger, theirs):
@@ -504,9 +504,8 @@ def test_wrong_arguments():
 class Signal(Callback):
     def __init__(self, number, when='after_batch', at=9): self.number,self.when,self.at = number,when,at
     def __call__(self, event_name):
-        now = self.train_iter==self.at and self.training==(self.when!='after_validate')
-        if event_name==self.when and now:
-            os.kill(os.getpid(), self.number)
+        if event_name!=self.when or self.train_iter!=self.at: return
+        if self.training==(self.when!='after_validate'): os.kill(os.getpid(), self.number)
 
 def test_preemption_kills_in_time():
     "SIGTERM, which nobody handles: the process ends by it, after the checkpoint; the next one goes on"

@@ -12,6 +12,7 @@ from functools import partial
 from hashlib import blake2b
 from inspect import isclass, ismethod, ismodule, unwrap
 from math import prod
+from operator import getitem
 from pathlib import PurePath
 from types import BuiltinMethodType, CodeType, FunctionType, MethodType
 
@@ -150,8 +151,9 @@ def _parts(o, k):
         return [(keys[i], o[keys[i]]) for i in _some(len(o), k)]
     if isinstance(o, (list, tuple, np.ndarray, pd.api.extensions.ExtensionArray)):
         yield f'{len(o)}'.encode()
-        if len(o) and not isinstance(o[0], (*_atoms, PurePath)): k = max(8, k//2)     # each costs more
-        return [o[i] for i in _some(len(o), k)]
+        own = next((cls.__getitem__ for cls in (list, tuple) if isinstance(o, cls)), getitem)    # theirs may read files
+        if len(o) and not isinstance(own(o, 0), (*_atoms, PurePath)): k = max(8, k//2)     # each costs more
+        return [own(o, i) for i in _some(len(o), k)]
     return [*_attributes(o).items()]
 
 # %% ../../nbs/base/identity.ipynb #4a59007c
@@ -318,6 +320,13 @@ def _frozen(learn): return [n for n,p in unwrap_model(learn.model).named_paramet
 def _batch_size(learn):
     return getattr(learn.dls.train, 'bs', None) or getattr(learn.dls.train, 'batch_size', None)
 
+def _callback(cb):
+    "By what it was made with; what it gains in a fit is no fact"
+    args = _own_arguments(type(cb))
+    made_with = lambda k,v: v is not None and (k in args or isinstance(v, Distribution))
+    kept = {k: v for k,v in sorted(vars(cb).items()) if made_with(k, v)}
+    return f'{type(cb).__name__}({_named(kept, describe)})'
+
 def _acts(cb): return any(o.__module__ in _acting for o in type(cb).__mro__)
 
 _facts = {
@@ -330,7 +339,7 @@ _facts = {
     'loss':             lambda learn: describe(learn.loss_func),
     'frozen':           _frozen,
     'frozen groups':    lambda learn: learn.opt.frozen_idx,
-    'callbacks':        lambda learn: sorted(describe(cb) for cb in learn.cbs if _acts(cb)),
+    'callbacks':        lambda learn: sorted(_callback(cb) for cb in learn.cbs if _acts(cb)),
     'batch size':       _batch_size,
     'batches':          lambda learn: len(learn.dls.train),
     'epochs':           lambda learn: learn.n_epoch,
