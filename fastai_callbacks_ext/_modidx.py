@@ -569,8 +569,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                            'fastai_callbacks_ext/base/guard.py'),
                                                  'fastai_callbacks_ext.base.guard._listed': ( 'base/guard.html#_listed',
                                                                                               'fastai_callbacks_ext/base/guard.py'),
-                                                 'fastai_callbacks_ext.base.guard._odd': ( 'base/guard.html#_odd',
-                                                                                           'fastai_callbacks_ext/base/guard.py'),
                                                  'fastai_callbacks_ext.base.guard._would_load_nothing': ( 'base/guard.html#_would_load_nothing',
                                                                                                           'fastai_callbacks_ext/base/guard.py'),
                                                  'fastai_callbacks_ext.base.guard.attempt': ( 'base/guard.html#attempt',

@@ -92,7 +92,8 @@ class _Averager(ExtCallback):
         elif self.final!='raw':
             self._lend()
             self.tell('left the averaged weights in the model', f'final={self.final!r}. To get the trained '
-                      f"ones, keep the callback, as in avg = {type(self).__name__}(), and call avg.use('raw')")
+                      f"ones, keep the callback, as in avg = {type(self).__name__}(), and call "
+                      "avg.use('raw')")
         self._done,self._left = True,self._versions()
 
     def _leave(self):

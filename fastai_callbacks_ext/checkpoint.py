@@ -188,8 +188,10 @@ class Resuming:
         "Take the stand-in off"
         vars(self.learn).pop('_with_events', None)
 
-    def load(self, last=False):
-        "Put the state back; `last` if it is not needed again"
+    def load(self,
+        last:bool=False # Is the state not needed again?
+    ):
+        "Put the state back"
         state = self.state if last else map_state(self.state, Tensor.clone)
         load_learner_state(self.learn, {'shared': state['shared'],
                                         'own': state['own'][rank_distrib()]['state']})

@@ -16,7 +16,8 @@ def wheel(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def metadata(wheel):
-    with zipfile.ZipFile(wheel) as z: return Parser().parsestr(z.read(next(n for n in z.namelist() if n.endswith('/METADATA'))).decode())
+    with zipfile.ZipFile(wheel) as z: return Parser().parsestr(z.read(next(n for n in z.namelist()
+                                                                           if n.endswith('/METADATA'))).decode())
 
 def test_metadata(metadata):
     import fastai_callbacks_ext as lib
@@ -37,7 +38,8 @@ def test_content(wheel):
         entry = configparser.ConfigParser()
         entry.read_string(z.read(next(n for n in names if n.endswith('/entry_points.txt'))).decode())
     assert dict(entry['nbdev']) == {'fastai_callbacks_ext': 'fastai_callbacks_ext._modidx:d'}
-    want = {p.relative_to(root).as_posix() for p in (root/'fastai_callbacks_ext').glob('*.py')} | {'fastai_callbacks_ext/py.typed'}
+    want = {p.relative_to(root).as_posix() for p in (root/'fastai_callbacks_ext').rglob('*.py')}
+    want.add('fastai_callbacks_ext/py.typed')
     assert want == {n for n in names if n.startswith('fastai_callbacks_ext/')}
     assert any(n.endswith('/LICENSE') for n in names)
 

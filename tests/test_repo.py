@@ -73,16 +73,14 @@ def test_imports_point_down():
     assert sum(map(len, house.floors(found)))==len(found)       # without circles
 
 def lines(f):
-    "The lines of the source of `f`, each with where it is"
-    if f.suffix=='.py': return enumerate(f.read_text().splitlines(), 1)
+    "The lines of the notebook `f`, each with where it is"
     return [(c['id'], l) for c in json.loads(f.read_text())['cells']
             for l in ''.join(c['source']).splitlines()]
 
 def test_lines_fit_the_page():
-    "110 characters, in notebooks too; rows of a table and addresses cannot be broken"
-    files = [f for d in ('nbs','tests','docs') for f in (root/d).rglob('*.*')
-             if '_build' not in f.parts]
+    "110 characters; rows of a table and addresses cannot be broken"
+    files = list(nbs.rglob('*.ipynb'))
     fits = lambda l: len(l)<=110 or l.lstrip().startswith('|') or '](http' in l
-    long = [f'{f.relative_to(root)}, {where}: {l[:60]}...' for f in files if f.suffix in ('.py','.ipynb')
+    long = [f'{f.relative_to(root)}, {where}: {l[:60]}...' for f in files
             for where,l in lines(f) if not fits(l)]
     assert not long, '\n'.join(long)

@@ -6,7 +6,8 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np, pytest, torch, torch.nn.functional as F
-from fastai.callback.all import (Callback, CSVLogger, EarlyStoppingCallback, GradientAccumulation, GradientClip,
+from fastai.callback.all import (Callback, CSVLogger, EarlyStoppingCallback, GradientAccumulation,
+                                 GradientClip,
                                  MixUp, ParamScheduler, ReduceLROnPlateau, SaveModelCallback, SchedCos,
                                  ShowGraphCallback, TerminateOnNaNCallback)
 from fastai.data.core import DataLoaders
@@ -14,7 +15,7 @@ from fastai.metrics import F1Score, accuracy, skm_to_fastai
 from fastai.optimizer import OptimWrapper, SGD
 from fastai.torch_core import default_device
 from fastcore.imports import noop
-from fastai_callbacks_ext.all import Checkpoint
+from fastai_callbacks_ext.all import Checkpoint, PreemptionGuard
 from fastai_callbacks_ext.test_utils import digits_learner
 import crash
 from test_checkpoint import in_a_folder_of_its_own
@@ -151,7 +152,7 @@ def test_an_interrupted_fit_goes_on_in_the_same_process():
 SECOND = '''
 import sys; from pathlib import Path
 from fastai.basics import *
-from fastai_callbacks_ext.all import Checkpoint
+from fastai_callbacks_ext.all import Checkpoint, PreemptionGuard
 from fastai_callbacks_ext.test_utils import digits_learner
 learn = digits_learner(n=160, bs=32)
 try:
@@ -424,7 +425,7 @@ def test_save_model_beside_an_average():
 GROUP = '''
 import os, signal, subprocess, sys, time, warnings; warnings.filterwarnings('ignore'); os.setsid()
 from fastai.basics import *
-from fastai_callbacks_ext.all import Checkpoint
+from fastai_callbacks_ext.all import Checkpoint, PreemptionGuard
 from fastai_callbacks_ext.test_utils import digits_dls, digits_model
 when,number,times,path = sys.argv[1],getattr(signal, sys.argv[2]),int(sys.argv[3]),sys.argv[4]
 class Send(Callback):

@@ -542,6 +542,7 @@ def test_a_guard_that_joins_a_resumed_run(cb):
             if self.training and self.train_iter==16: raise CancelFitException
     for batch in (14,15):
         shutil.copytree('run', f'run{batch}')
+        Checkpoint._finished.clear()        # as in a new process
         got = digits([Checkpoint(f'run{batch}', background=False), cb(), PoisonBatch(batch, 'weight'),
                       Stop()])
         with quiet(got), contextlib.redirect_stdout(io.StringIO()) as out: got.fit(4)
@@ -552,7 +553,7 @@ def test_a_guard_that_joins_a_resumed_run(cb):
 class Hist(torch.optim.SGD):
     "A Python object in its state"
     def step(self, closure=None):
-        for p in self.param_groups[0]['params']: self.state[p].setdefault('hist', deque(maxlen=5)).append(1.)
+        for p in self.param_groups[0]['params']: self.state[p].setdefault('hist', iter('abc'))
         return super().step(closure)
 
 class Thing(nn.Linear):
@@ -561,7 +562,7 @@ class Thing(nn.Linear):
     def set_extra_state(self, state): pass
 
 def net(*last): return nn.Sequential(nn.Flatten(), *last)
-odd = {'deque': (dict(opt_func=partial(OptimWrapper, opt=Hist)), "['state'][0]['hist']: deque"),
+odd = {'iterator': (dict(opt_func=partial(OptimWrapper, opt=Hist)), "['state'][0]['hist'] (str_"),
        'extra state': (dict(model=net(Thing(64, 10))), "_extra_state")}
 
 @pytest.mark.parametrize('guard',

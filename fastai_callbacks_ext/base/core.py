@@ -360,8 +360,8 @@ def refuse_beside(self:ExtCallback,
     "`ValueError` if one of `classes` is on the learner: done twice, the job is done wrong"
     for cb in self.learn.cbs:
         if isinstance(cb, classes):
-            raise ValueError(f"{self.name}: fastai's {type(cb).__name__} is on the learner too; expected one of the two. "
-                             f"Take it off, or let `upgrade(learn)` swap fastai's callbacks for those of this package")
+            raise ValueError(f"{self.name}: fastai's {type(cb).__name__} is on the learner too; expected one "
+                             "of the two. Take it off, or let `upgrade(learn)` swap fastai's callbacks for ours")
 
 # %% ../../nbs/base/core.ipynb #8d48cdd2
 @patch
@@ -457,7 +457,8 @@ ExtCallback.stand_in = Callback     # in an exported learner, where this package
 def __reduce_ex__(self:ExtCallback, protocol):
     cls = type(self)
     if not _is_ours(cls): return object.__reduce_ex__(self, protocol)
-    return _rebuilt(cls, cls.stand_in, {k: _portable(v) for k,v in self.__getstate__().items()} | {'_scopes': []})
+    return _rebuilt(cls, cls.stand_in, {k: _portable(v) for k,
+                                        v in self.__getstate__().items()} | {'_scopes': []})
 
 @patch
 def __reduce__(self:Record): return _named(Record, L),tuple(asdict(self).values())

@@ -101,7 +101,7 @@ def save_state(
     file:str|Path, # File to write; its folder is made if need be
     state:object # Tensors and plain values, in dicts, lists and tuples; a view takes all of its storage along
 )->dict: # `size` in bytes, and `sha256`
-    "Write `state` to `file`, which stays the old one until all is there. Errors: see `map_state`, `replacing`"
+    "Write `state` to `file`, the old one until all is there. Errors: see `map_state`, `replacing`"
     state = map_state(state, lambda t: t)
     with replacing(file) as f:
         sink = _Sink(f)

@@ -16,12 +16,11 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.tracker import SaveModelCallback
 from fastai.learner import Learner
 from fastcore.basics import patch
-from fastcore.foundation import L
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 from .core import ExtCallback, from_all
 from .diagnosis import diagnose
-from .files import Snapshot, map_state, plain_types
+from .files import Snapshot, map_state
 from .state import load_model_state, load_opt_state, model_state, opt_state
 from .step import (BatchUndo, ItemWatch, all_finite, generators, loss_modules,
                                             set_hypers, step_params)
@@ -95,12 +94,6 @@ def attempt(
     try: return f(*args),''
     except Exception as e: return None,str(e).partition('\n')[0] or type(e).__name__
 
-def _odd(o, path):
-    "Path to the first value in `o` that is neither plain nor a tensor, with its type"
-    if isinstance(o, (dict,list,tuple,L)):
-        inside = o.items() if isinstance(o, dict) else enumerate(o)
-        return next(filter(None, (_odd(v, f'{path}[{k!r}]') for k,v in inside)), None)
-    return None if isinstance(o, Tensor) or type(o) in plain_types else f'{path}: {type(o).__qualname__}'
 
 @patch
 def _tensors(self:Guard):
@@ -130,11 +123,11 @@ def _beside_model(self:Guard):
 @patch
 def _state(self:Guard):
     "All that is trained, and what was ordinary then"
-    inner,beside = getattr(self.opt, 'opt', self.opt),{n:t.detach() for n,t in self._beside_model().items()}
-    try: opt = opt_state(self.opt)
-    except TypeError as e: raise TypeError(_odd(inner.state_dict(), 'the optimizer') or str(e)) from e
-    return dict(model=model_state(self.model), opt=opt, beside=beside,
-                random=[get() for get,_ in generators(self.learn)], history=getattr(self, 'history', None))
+    lost,beside = [],{n:t.detach() for n,t in self._beside_model().items()}
+    state = dict(model=model_state(self.model, lost=lost), opt=opt_state(self.opt, lost), beside=beside,
+                 random=[get() for get,_ in generators(self.learn)], history=getattr(self, 'history', None))
+    if lost: raise TypeError(', '.join(lost))
+    return state
 
 @patch
 def _copy_state(self:Guard):

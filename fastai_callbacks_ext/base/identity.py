@@ -151,7 +151,8 @@ def _parts(o, k):
         return [(keys[i], o[keys[i]]) for i in _some(len(o), k)]
     if isinstance(o, (list, tuple, np.ndarray, pd.api.extensions.ExtensionArray)):
         yield f'{len(o)}'.encode()
-        own = next((cls.__getitem__ for cls in (list, tuple) if isinstance(o, cls)), getitem)    # theirs may read files
+        # theirs may read files
+        own = next((cls.__getitem__ for cls in (list, tuple) if isinstance(o, cls)), getitem)
         if len(o) and not isinstance(own(o, 0), (*_atoms, PurePath)): k = max(8, k//2)     # each costs more
         return [own(o, i) for i in _some(len(o), k)]
     return [*_attributes(o).items()]

@@ -25,7 +25,7 @@ from .plain import from_plain, to_plain
 def random_state(
     dls # `DataLoaders`
 )->dict:
-    "Where all random generators are, also those of loaders, and the order of texts in one for language models"
+    "Where all random generators are, also those of loaders, and the order of texts in a language model's"
     kind,words,*rest = np.random.get_state()
     device_state = lambda o: o.get_rng_state_all() if hasattr(o, 'get_rng_state_all') else o.get_rng_state()
     devices = {o.__name__.rpartition('.')[2]: device_state(o) for o in _accelerators()}

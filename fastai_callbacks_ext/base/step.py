@@ -316,7 +316,8 @@ def _noted(dl, name): return name not in vars(dl) or isinstance(vars(dl)[name], 
 
 def _by_index(dl):
     "Does the loader take the items of its list of indices in turn, and collate them row by row?"
-    if not isinstance(dl, DataLoader) or isinstance(dl, LMDataLoader) or 'dl' in vars(dl): return False    # or `DistributedDL`
+    # or `DistributedDL`
+    if not isinstance(dl, DataLoader) or isinstance(dl, LMDataLoader) or 'dl' in vars(dl): return False
     if not (dl.indexed and dl.bs) or dl.fake_l.persistent_workers: return False     # begun earlier
     fastais = lambda o: getattr(type(dl), o).__module__.startswith('fastai.') and _noted(dl, o)
     tfms = [f for o in ('before_batch','after_batch') for f in getattr(vars(dl).get(o), 'fs', ())]
