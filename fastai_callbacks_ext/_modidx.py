@@ -261,6 +261,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                 'fastai_callbacks_ext/base/core.py'),
                                                 'fastai_callbacks_ext.base.core.ExtCallback.__call__': ( 'base/core.html#extcallback.__call__',
                                                                                                          'fastai_callbacks_ext/base/core.py'),
+                                                'fastai_callbacks_ext.base.core.ExtCallback.__copy__': ( 'base/core.html#extcallback.__copy__',
+                                                                                                         'fastai_callbacks_ext/base/core.py'),
                                                 'fastai_callbacks_ext.base.core.ExtCallback.__getstate__': ( 'base/core.html#extcallback.__getstate__',
                                                                                                              'fastai_callbacks_ext/base/core.py'),
                                                 'fastai_callbacks_ext.base.core.ExtCallback.__init_subclass__': ( 'base/core.html#extcallback.__init_subclass__',

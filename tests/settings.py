@@ -11,7 +11,7 @@ from fastai import collab
 from fastai.tabular import all as tabular
 from fastai.text import all as text
 from fastai.vision import all as vision, gan as gans
-from fastai.torch_core import set_seed
+from fastai.torch_core import default_device, set_seed
 from fastai_callbacks_ext.test_utils import digits_learner, words
 
 SETTINGS = {}
@@ -19,7 +19,9 @@ def setting(f):
     "Add the learner that `f` makes to `SETTINGS`"
     def seeded(**kwargs):
         set_seed(42)
-        return f(**kwargs)
+        learn = f(**kwargs)
+        learn.model.to(getattr(learn.dls, 'device', default_device()))
+        return learn
     SETTINGS[f.__name__] = seeded
     return seeded
 

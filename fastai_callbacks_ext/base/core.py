@@ -361,7 +361,7 @@ def refuse_beside(self:ExtCallback,
     for cb in self.learn.cbs:
         if isinstance(cb, classes):
             raise ValueError(f"{self.name}: fastai's {type(cb).__name__} is on the learner too; expected one "
-                             "of the two. Take it off, or let `upgrade(learn)` swap fastai's callbacks for ours")
+                             "of the two. Take it off, or let `upgrade(learn)` swap them")
 
 # %% ../../nbs/base/core.ipynb #8d48cdd2
 @patch
@@ -457,8 +457,14 @@ ExtCallback.stand_in = Callback     # in an exported learner, where this package
 def __reduce_ex__(self:ExtCallback, protocol):
     cls = type(self)
     if not _is_ours(cls): return object.__reduce_ex__(self, protocol)
-    return _rebuilt(cls, cls.stand_in, {k: _portable(v) for k,
-                                        v in self.__getstate__().items()} | {'_scopes': []})
+    state = {k: _portable(v) for k,v in self.__getstate__().items()}
+    return _rebuilt(cls, cls.stand_in, state | {'_scopes': []})
+
+@patch
+def __copy__(self:ExtCallback):
+    res = type(self).__new__(type(self))
+    vars(res).update(self.__getstate__())
+    return res
 
 @patch
 def __reduce__(self:Record): return _named(Record, L),tuple(asdict(self).values())

@@ -135,7 +135,9 @@ def _others_state(learn, lost):
 @torch.no_grad()
 def _load_others_state(learn, state):
     for i,p in _others(learn).items():
-        if i in state['values']: p.copy_(state['values'][i])
+        if i in state['values']:
+            p.data = p.data.to(state['values'][i].device)     # its owner may move it there later
+            p.copy_(state['values'][i])
         p.requires_grad_(i not in state['frozen'])
         _load_grad(p, state['grads'], i)
 
@@ -351,12 +353,12 @@ def load_learner_state(
     devices = iter(own.pop('devices'))
     own = map_state(own, lambda t: _to(t, next(devices)))
     load_model_state(learn.model, shared['model'] | own['model'])
-    load_opt_state(learn.opt, shared['opt'])
     if shared['scaler'] and vars(learn).get('scaler'): learn.scaler.load_state_dict(shared['scaler'])
     set_attributes(learn, own['learner'])
     for n,o in _by_name(learn).items():
         if n in own['callbacks']: load_callback_state(o, own['callbacks'][n])
     _load_others_state(learn, own['others'])
+    load_opt_state(learn.opt, shared['opt'])     # on the devices of the parameters
     load_random_state(learn.dls, own['random'])
 
 def _to(t, device):
