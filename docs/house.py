@@ -28,20 +28,27 @@ def floors(found):
         if mod not in res: res[mod] = 1+max(map(floor, found[mod]), default=-1)
         return res[mod]
     first = 1+max(map(floor, filter(_is_base, found)))      # the floor of the purposes
-    for mod in found:
-        if not _is_base(mod): res[mod] = first + (not all(map(_is_base, found[mod])))
+    res |= {mod: first for mod in found if not _is_base(mod) and all(map(_is_base, found[mod]))}
+    for mod in found: floor(mod)
     return [sorted(mod for mod in found if res[mod]==i) for i in range(max(res.values())+1)]
 
 def _is_base(mod): return mod.startswith('base.')
 
+def direct(found):
+    "Without the imports that follow from others"
+    def reached(mod): return {o for other in found[mod] for o in (other, *reached(other))}
+    return {mod: [o for o in others if not any(o in reached(p) for p in others)] for mod,others in found.items()}
+
 def plot(found=None):
-    "Draw the modules as boxes and what each imports as an arrow; red is an arrow that does not point down"
+    """Draw the modules as boxes and what each imports as an arrow, but for what follows from others.
+
+    Red is an arrow that does not point down."""
     import matplotlib.pyplot as plt
     found = found or imports()
     rows = floors(found)
     at = {mod: ((j+.5+.1*(i%2))/len(mods), i) for i,mods in enumerate(rows) for j,mod in enumerate(mods)}
-    fig,ax = plt.subplots(figsize=(11, len(rows)))
-    for mod,o in [(mod, o) for mod,others in found.items() for o in others]:
+    fig,ax = plt.subplots(figsize=(12, .8*len(rows)))
+    for mod,o in [(mod, o) for mod,others in direct(found).items() for o in others]:
         color = '#8a8a8a' if at[o][1]<at[mod][1] else 'red'
         arrow = dict(arrowstyle='-|>', color=color, lw=.7, shrinkA=10, shrinkB=10)
         ax.annotate('', at[o], at[mod], arrowprops=arrow)
@@ -49,7 +56,7 @@ def plot(found=None):
         color = '#dbe9f6' if _is_base(mod) else '#fdebd0'
         box = dict(boxstyle='round,pad=.35', fc=color, ec='#8a8a8a', lw=.7)
         name = mod.removeprefix('base.')
-        ax.text(x, y, name, ha='center', va='center', fontsize=9, color='black', bbox=box)
+        ax.text(x, y, name, ha='center', va='center', fontsize=8, color='black', bbox=box)
     ax.set(xlim=(0, 1.02), ylim=(-.5, len(rows)-.5))
     ax.axis('off')
     fig.patch.set_alpha(0)      # as dark or as light as the page
