@@ -19,7 +19,7 @@ demo: .venv/ready  ## Train a language model on the Python language reference (3
 	$(RUN)/python examples/language_model.py
 
 test: .venv/ready  ## Run all tests, with coverage
-	OMP_NUM_THREADS=1 $(RUN)/pytest -n 2 --dist loadfile --cov --cov-fail-under=95 --durations 5
+	OMP_NUM_THREADS=1 $(RUN)/pytest -n 2 --cov --cov-fail-under=95 --durations 5
 
 docs: .venv/ready  ## Write README.md and build the site into docs/_build/html, warnings as errors
 	$(RUN)/python docs/build.py --readme

@@ -1,8 +1,9 @@
-"On a GPU the tests compare bits, so its kernels have to give the same ones each time; no test leaves autocast on"
+"Settings of all tests: how they are spread over workers, kernels on a GPU that give the same bits each time, no autocast left on"
 import os
 os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
 
 import pytest, torch
+from xdist.scheduler import LoadScopeScheduling
 
 if torch.cuda.is_available():
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -14,3 +15,12 @@ def autocast_is_left():
     left = [o for o in ('cpu','cuda') if torch.is_autocast_enabled(o)]
     for o in left: torch.set_autocast_enabled(o, False)
     assert not left, f'autocast is still on: {left}'
+
+class ByFile(LoadScopeScheduling):
+    "A file on one worker, so that what its tests share is started once; files whose tests share nothing last, one by one"
+    alone = 'test_contract.py','test_notebooks.py'
+    def _split_scope(self, nodeid):
+        file = nodeid.split('::')[0]
+        return nodeid if file.endswith(self.alone) else file
+
+def pytest_xdist_make_scheduler(config, log): return ByFile(config, log)

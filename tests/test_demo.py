@@ -6,8 +6,6 @@ import pytest
 
 root = Path(__file__).parent.parent
 script = root/'examples'/'language_model.py'
-pytestmark = pytest.mark.xdist_group('demo')
-
 def test_small_run(tmp_path):
     "As a process of its own"
     fig = tmp_path/'figure.png'

@@ -10,7 +10,6 @@ from common import public_callbacks
 from distributed_safety import check
 from ranks import launch
 
-pytestmark = pytest.mark.xdist_group('ranks')      # one launch for all
 names = [o.__name__ for o in public_callbacks()]
 seeds = range(1000, 1005)
 together = {*random.Random(0).sample(names, 6), 'Checkpoint'}       # all of them in the soak

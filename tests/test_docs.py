@@ -10,7 +10,6 @@ from bs4 import BeautifulSoup
 from fastcore.docments import docments
 from fastai_callbacks_ext._modidx import d
 
-pytestmark = pytest.mark.xdist_group('docs')        # one build for all
 root = Path(__file__).resolve().parent.parent
 run = """
 import sys; sys.path.insert(0, 'docs')

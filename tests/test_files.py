@@ -592,8 +592,23 @@ def test_a_lock_lets_one_in(tmp_path):
     pids = []
     for _ in range(4):
         if not (pid := os.fork()):
-            try: often()
-            finally: os._exit(0)
+            try: often(); os._exit(0)
+            finally: os._exit(1)
         pids.append(pid)
-    for pid in pids: os.waitpid(pid, 0)
+    assert all(os.waitpid(pid, 0)[1]==0 for pid in pids)
     assert log.read_text()=='in\nout\n'*40 and not folder.exists()
+
+def test_a_lock_whose_folder_is_removed_under_it(tmp_path, monkeypatch):
+    "The last holder removes the folder just before a newcomer opens the file in it: it is made again"
+    folder,real = tmp_path/'run',os.open
+    def opened(*args):
+        monkeypatch.undo()
+        folder.rmdir()
+        return real(*args)
+    monkeypatch.setattr(os, 'open', opened)
+    lock = FolderLock(folder)
+    assert lock.take() is None and (folder/'lock').exists()
+    lock.release()
+    folder.mkdir()
+    (folder/'lock').symlink_to(tmp_path/'gone'/'lock')
+    with pytest.raises(FileNotFoundError): FolderLock(folder).take()

@@ -23,10 +23,9 @@ def module_of(fn):
         if name := c.directives_.get('default_exp'): return f'{cfg.lib_path.name}.{name.strip()}'
 
 def name(fn): return fn.relative_to(cfg.nbs_path).as_posix()
-def param(f): return pytest.param(f, id=name(f), marks=pytest.mark.xdist_group(name(f)))
 
 @pytest.mark.notebook
-@pytest.mark.parametrize('fn', map(param, notebooks))
+@pytest.mark.parametrize('fn', notebooks, ids=name)
 def test_notebook(fn, monkeypatch):
     monkeypatch.setenv('IN_TEST', '1')
     shell = CaptureShell(fn, profile=False)

@@ -6,8 +6,6 @@ from pathlib import Path
 import pytest
 
 root = Path(__file__).parent.parent
-pytestmark = pytest.mark.xdist_group('packaging')
-
 @pytest.fixture(scope='module')
 def wheel(tmp_path_factory):
     out = tmp_path_factory.mktemp('dist')

@@ -10,8 +10,6 @@ sys.path.insert(0, str(cfg.config_path/'docs'))
 import house
 root,lib,nbs = cfg.config_path,cfg.lib_path,cfg.nbs_path
 
-pytestmark = pytest.mark.xdist_group('repo')
-
 def files(d, pattern):
     shown = lambda p: not any(o.startswith('.') or o=='__pycache__' for o in p.relative_to(d).parts)
     return {p.relative_to(d).as_posix():p.read_bytes() for p in d.rglob(pattern) if shown(p)}

@@ -237,9 +237,12 @@ class FolderLock:
         "Take the lock, or say who has it. `OSError` where locks cannot be had"
         self._key = os.getpid(),os.path.realpath(self.file)
         if self._key in FolderLock._held: return 'another fit of this process'
-        self.file.parent.mkdir(parents=True, exist_ok=True)
         while self._fd is None:
-            fd = os.open(self.file, os.O_RDWR|os.O_CREAT, 0o666)
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            try: fd = os.open(self.file, os.O_RDWR|os.O_CREAT, 0o666)
+            except FileNotFoundError:
+                if os.path.islink(self.file): raise     # to a folder that is not there
+                continue                                # its last holder has just removed the folder
             try: fcntl.lockf(fd, fcntl.LOCK_EX|fcntl.LOCK_NB)      # not kept by forked processes, as flock is
             except OSError as e:
                 who = os.read(fd, 200).decode(errors='replace')
