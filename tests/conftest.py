@@ -1,5 +1,5 @@
 "Settings of all tests: how they are spread over workers, kernels on a GPU that give the same bits each time, no autocast left on"
-import os
+import gc, os
 os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
 
 import pytest, torch
@@ -23,4 +23,10 @@ class ByFile(LoadScopeScheduling):
         file = nodeid.split('::')[0]
         return nodeid if file.endswith(self.alone) else file
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log): return ByFile(config, log)
+
+def pytest_collection_finish():
+    "What is imported by now stays: collections of garbage need not look at it, and tests ask for many"
+    gc.collect()
+    gc.freeze()
