@@ -6,6 +6,7 @@ from pathlib import Path
 warnings.filterwarnings('ignore')
 
 import numpy as np, torch, torch.distributed as dist
+import torch._dynamo      # the first optimizer of PyTorch's and the first DDP import it: once for all that are forked
 from fastai.basics import *
 from fastai.callback.all import *
 from fastai.callback.fp16 import MixedPrecision
@@ -173,7 +174,7 @@ def train(case, folder, kill, checkpoints, bar=False):
     "Train `case` to the end; checksums, and the number of events"
     kind,at,order = kill or ('event',0,0)
     learn,fits = CASES[case](folder)
-    if kind=='event' and at%2 in (0, rank_distrib()): learn.add_cb(KillAtEvent(at, order))
+    if kind=='event' and (case!='ranks' or at%2 in (0, rank_distrib())): learn.add_cb(KillAtEvent(at, order))
     if kind=='disk': kill_at_disk_step(at)
     with contextlib.nullcontext() if bar or case=='teacher' else learn.no_bar(): fits(Checkpoint(folder/'run', steps=3,
                                          seed_items=case=='workers') if checkpoints else [])
@@ -253,12 +254,12 @@ def trial(case, ref, seed, folder, most=8):
     else: shutil.rmtree(folder)
     return kinds,problems
 
-def soak(kills, cases, root, first=0):
+def soak(kills, cases, root, first=0, most=8):
     "Kill runs of each of `cases` in turn until there are as many `kills`; the counts of kills, and the problems"
     refs,done,problems = {c: reference(c, root/f'{c}-reference') for c in cases},Counter(),[]
     for seed in itertools.count(first):
         for case in cases:
-            kinds,found = trial(case, refs[case], seed, root/f'{case}-{seed}')
+            kinds,found = trial(case, refs[case], seed, root/f'{case}-{seed}', most)
             done.update((case, k) for k in kinds)
             problems += found
             if sum(done.values())>=kills: return done,problems
@@ -266,6 +267,7 @@ def soak(kills, cases, root, first=0):
 def main():
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument('--kills', type=int, default=500, help='kills in all')
+    p.add_argument('--most', type=int, default=8, help='kills of one run')
     p.add_argument('--cases', nargs='+', default=list(CASES), choices=CASES)
     p.add_argument('--jobs', type=int, default=2, help='processes that train at a time')
     p.add_argument('--seed', type=int, default=0)
@@ -273,7 +275,7 @@ def main():
     root,start = Path(tempfile.mkdtemp()),time.time()
     torch.set_num_threads(1)
     def job(j):
-        res = soak(-(-args.kills//args.jobs), args.cases, root/str(j), args.seed+1000*j)
+        res = soak(-(-args.kills//args.jobs), args.cases, root/str(j), args.seed+1000*j, args.most)
         (root/f'{j}.json').write_text(json.dumps([[[*k, n] for k,n in res[0].items()], res[1]]))
     pids = []
     for j in range(args.jobs):

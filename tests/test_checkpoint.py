@@ -279,14 +279,14 @@ def test_fresh_processes():
     "Nothing of a process, such as an address or the seed of its hashes, is in the way"
     def script(folder, kill=None):
         Path(folder).mkdir(exist_ok=True)
-        code = (f"import sys; sys.path.insert(0, {str(Path(crash.__file__).parent)!r}); from crash import *; "
+        code = (f"import sys; sys.path.insert(0, {str(Path(crash.__file__).parent)!r}); from crash import *; torch.set_num_threads(1); "
                 f"print('RESULT', train('cnn', Path({folder!r}), {kill!r}, True)[0])")
         return subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True,
                               timeout=120)
-    want = script('whole').stdout
+    want = run('cnn')[0]
     assert script('run', ('event', 150, 3000)).returncode==-signal.SIGKILL
     got = script('run').stdout
-    assert 'RESULT' in want and 'went on in epoch' in got and got.split('RESULT')[1]==want.split('RESULT')[1]
+    assert 'went on in epoch' in got and got.split('RESULT')[1].strip()==str(want)
 
 # Another run
 WRONG = dict(model=dict(model=lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 10))), seed=dict(seed=1),
@@ -320,23 +320,6 @@ def test_batch_size_and_lr():
     run(case(32, 1e-2), Checkpoint('run'), stop=90)
     for bs,lr,word in ((16, 1e-2, 'batch size: 16, and there 32'), (32, 1e-3, 'schedule: ')):
         with pytest.raises(ValueError, match=word): run(case(bs, lr), Checkpoint('run'))
-
-def test_facts_are_the_same_in_another_process():
-    "Whatever the optimizer: no address of a function is among them"
-    code = """
-from fastai.basics import *
-from fastai_callbacks_ext.base.identity import run_facts
-from fastai_callbacks_ext.test_utils import digits_learner
-theirs = partial(OptimWrapper, opt=torch.optim.AdamW)
-for f in (Adam, SGD, RMSProp, QHAdam, Larc, Lamb, RAdam, ranger, theirs):
-    learn = digits_learner(n=100, bs=16, opt_func=f)
-    learn.create_opt()
-    learn.n_epoch = 1
-    print(run_facts(learn))
-"""
-    a,b = [subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True,
-                          check=True).stdout for _ in range(2)]
-    assert a==b and ' at 0x' not in a and a.count('epochs')==9
 
 def test_resume_false_starts_anew():
     want = run(digits())[0]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np, pandas as pd, pytest, torch
 from fastai.callback.core import Callback
+from fastai.optimizer import Adam, Lamb, Larc, OptimWrapper, QHAdam, RAdam, RMSProp, SGD, ranger
 from fastai.vision.all import (CrossEntropyLossFlat, DataLoaders, Datasets, IndexSplitter, Learner, MixUp,
                                RandomResizedCrop, Rotate, noop, set_seed)
 from torch import nn
@@ -172,15 +173,21 @@ def test_a_fit_changes_nothing_of_it(name):
     assert facts_differences(facts(learn), before)==[]
     assert facts_differences(facts(SETTINGS[name]()), before)==[]
 
+def facts_of_all():
+    "Of learners whose facts have names, strings and functions in them, and of all kinds of optimizers"
+    named = [SETTINGS[o]() for o in ('classifier','tabular_classes','text_classifier')]
+    opts = Adam, SGD, RMSProp, QHAdam, Larc, Lamb, RAdam, ranger, partial(OptimWrapper, opt=torch.optim.AdamW)
+    return [facts(o) for o in named + [digits_learner(n=100, bs=16, opt_func=f) for f in opts]]
+
 def test_in_another_process():
-    "With another seed for the hashes of strings"
-    names = 'classifier','tabular_classes','text_classifier'
-    code = f"""import json, warnings; warnings.filterwarnings("ignore"); import test_identity as t
-print(json.dumps([t.facts(t.SETTINGS[n]()) for n in {names}]))"""
+    "With another seed for the hashes of strings, and other addresses"
+    code = "import json, warnings; warnings.filterwarnings('ignore'); import test_identity as t; " \
+           "print(json.dumps(t.facts_of_all()))"
     said = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True,
                           cwd=Path(__file__).parent, env=os.environ | {'PYTHONHASHSEED': '1'})
-    for name,there in zip(names, json.loads(said.stdout.splitlines()[-1])):
-        assert facts_differences(facts(SETTINGS[name]()), there)==[], name
+    here,there = facts_of_all(),json.loads(said.stdout.splitlines()[-1])
+    assert ' at 0x' not in json.dumps(here) and len(here)==len(there)==12
+    for a,b in zip(here, there): assert facts_differences(a, b)==[]
 
 class Stream(IterableDataset):
     def __iter__(self): yield from zip(torch.zeros(4, 1), labels[:4])
