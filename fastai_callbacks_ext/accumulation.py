@@ -175,7 +175,7 @@ def _assumed(call):
     if call.terms or call.unreduced: return
     terms = 'items' if n_targets(learn)==n_items(learn) else 'targets'
     return ('a sum' if call.reduction=='sum' else f'a mean over the {terms}',
-            "it is not a known loss; weight='items', weight='targets' or a function of the learner says it")
+            "this loss is not known; to set it: weight='items', 'targets' or a function of the learner")
 
 # %% ../nbs/14_accumulation.ipynb #c82fb7ea
 class GradientAccumulation(ExtCallback):
@@ -240,11 +240,8 @@ class GradientAccumulation(ExtCallback):
     def _say(self, call):
         "What is taken for granted of a loss, once"
         if not self._asked and (assumed := _assumed(call)):
-            self._say_once(f'takes {call.name} for {assumed[0]}', assumed[1])
+            self.tell(f'treats {call.name} as {assumed[0]}', assumed[1], once=True)
         self._asked = True
-
-    def _say_once(self, what, why):
-        if not any(r.what==what for r in self.records): self.tell(what, why)
 
     def _unit(self, weight):
         "About the weight of a window, to stay in the range of half precision; a power of 2 rounds nothing"
@@ -343,7 +340,8 @@ def after_cancel_epoch(self:GradientAccumulation):
 def _say_dropped(self:GradientAccumulation):
     if self._steps: return
     n_acc = self._window['n_acc']
-    self._say_once('took no step', f"the epoch has fewer than n_acc={n_acc} items, and they were dropped")
+    why = f'the epoch has fewer than n_acc={n_acc} items, and they were dropped'
+    self.tell('took no step', why, once=True)
 
 @patch
 def _flush(self:GradientAccumulation):

@@ -9,6 +9,7 @@ __all__ = ['EMA', 'SWA', 'LAWA', 'soup']
 import codecs
 from collections.abc import Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from math import inf, isfinite
 from pathlib import Path
 
@@ -18,10 +19,12 @@ from fastai.learner import Learner
 from fastai.torch_core import rank_distrib
 from fastcore.basics import patch
 from fastcore.foundation import L
-from .base.core import ExtCallback, check_number, check_type, smaller_is_better
+from torch import Tensor
+from .base.core import ExtCallback, check_number, check_type
 from .base.files import load_state
 from .base.model import (buffer_marks, load_weights, mean_state, norm_places,
                                              statistic_places, tensor_places, unwrap_model, weight_places)
+from .base.monitor import less_is_better
 from .base.passes import refresh_batchnorm, validate_aside
 from .base.state import load_random_state, random_state
 
@@ -275,7 +278,7 @@ class _AfterAll(ExtCallback):
     def after_train(self):
         "Validate with other weights too"
         if self.averager.learn is not None: self.averager._validate_others()
-        else: self.recorder.log += [None]*self.averager._added
+        elif self.averager._added: self.recorder.log += [None]*self.averager._added
 
     def after_epoch(self):
         "Training goes on with the trained weights"
@@ -304,16 +307,20 @@ def _tell_nothing(self:_Averager):
 class EMA(_Averager):
     "Exponential moving average of the weights"
     def __init__(self,
-        decay:float|Sequence=None, # Share kept at each step, 0 to 1, or a list; None grows with the fit
+        # Share of the average kept at each step, 0 to 1. None: larger in longer fits. A list makes several
+        # averages; the first is the one to validate with
+        decay:float|Sequence=None,
         half_life:float|Sequence=None, # Instead of `decay`: steps after which a weight counts half
         every:int=1, # Move the average every n-th step, n times as far
-        warmup:bool=True, # Average over the steps taken only? If not, the untrained weights are the past
+        warmup:bool=True, # Correct for the start, as Adam does? False: the untrained weights are in it
         start:int=0, # Steps to take before the average begins
         validate:str='ema', # Validate with the average, 'ema', the trained weights, 'raw', or 'both'
         buffers:str='average', # Batch norm's statistics: 'average', 'copy' (the latest), 'refresh' (a pass)
         final:str='ema' # Weights of the model after the fit: 'ema' or 'raw'
     ):
         def checked(o): return o if o is None else check_number('decay', o, low=0, high=1)
+        if decay is not None and half_life is not None:
+            raise ValueError(f'decay={decay!r}, half_life={half_life!r}: expected one of the two')
         def from_half_life(o): return 0.5**(1/check_number('half_life', o, low=1e-3))
         if half_life is None: self.decays = list(map(checked, _listed('decay', decay)))
         else: self.decays = list(map(from_half_life, _listed('half_life', half_life)))
@@ -505,7 +512,8 @@ def soup(
     if monitor not in names: raise ValueError(f"monitor={monitor!r}: expected one of {', '.join(names)}")
     sign = -1 if _larger_is_better(learn, monitor, maximize) else 1
     model = unwrap_model(learn.model)
-    before = {k: v.clone() for k,v in model.state_dict().items()}
+    copied = lambda o: o.clone() if isinstance(o, Tensor) else deepcopy(o)
+    before = {k: copied(v) for k,v in model.state_dict().items()}
     def value():
         "The smaller the better; infinite for what is not a finite number"
         res = validate_aside(learn)[names.index(monitor)]
@@ -536,13 +544,7 @@ def soup(
 def _larger_is_better(learn, monitor, maximize):
     "What the user says, or else the name of the metric"
     if maximize is not None: return check_type('maximize', maximize, bool)
-    smaller = smaller_is_better(monitor, learn=learn)
-    if smaller is None:
-        smaller = 'loss' in monitor or 'error' in monitor
-        side = 'smaller' if smaller else 'larger'
-        text = f'soup: takes {side} for better in {monitor!r}; if not: maximize={smaller}'
-        if rank_distrib()==0: print(text)
-    return not smaller
+    return not less_is_better('soup', monitor, learn, ('maximize=True','maximize=False'))
 
 def _weights(learn, file):
     "State of the model in `file`"

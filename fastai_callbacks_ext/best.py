@@ -7,7 +7,6 @@ __all__ = ['SaveTopK']
 
 # %% ../nbs/12_best.ipynb #dc1bb72c
 import json
-import re
 import shutil
 from collections.abc import Callable
 from itertools import islice
@@ -21,7 +20,7 @@ from fastcore.basics import patch
 from torch import Tensor
 from .base.core import check_number, check_type, from_first
 from .base.files import DamagedFile, load_state, map_state, replacing, save_state
-from .base.model import mean_state, unwrap_model
+from .base.model import load_weights, mean_state
 from .base.monitor import Monitor
 from .base.passes import refresh_batchnorm
 from .base.state import load_opt_state, opt_state
@@ -147,17 +146,9 @@ def _states(self:SaveTopK):
         except DamagedFile as e:
             if rank_distrib()==0: print(f'{self.name}: {e}')
 
-def _load_model(model, state):
-    "Load `state`, whatever `model` was wrapped in when it was saved; what could not be saved stays"
-    model = unwrap_model(model)
-    own = model.state_dict()
-    if not state.keys()<=own.keys():
-        state = {re.sub(r'^((_orig_mod|module)\.)+', '', k): v for k,v in state.items()}
-    model.load_state_dict({k: v for k,v in own.items() if not isinstance(v, Tensor)} | state)
-
 @patch
 def _load(self:SaveTopK, state):
-    _load_model(self.model, state['model'] if self.with_opt else state)
+    load_weights(self.model, state['model'] if self.with_opt else state)
     if not self.with_opt: return
     opt = state['opt']
     load_opt_state(self.opt, opt if 'hypers' in opt else dict(torch=opt, frozen_idx=self.opt.frozen_idx))
@@ -174,5 +165,5 @@ def average(self:SaveTopK,
         raise ValueError(f'{self.name}.average: learn=None: expected a Learner, since {why}')
     states = [s['model'] if self.with_opt else s for s,_ in islice(self._states(), k)]
     if not states: raise ValueError(f'{self.name}.average: no model can be read; expected at least 1')
-    _load_model(learn.model, mean_state(states))
+    load_weights(learn.model, mean_state(states))
     refresh_batchnorm(learn)

@@ -38,13 +38,13 @@ class Checkpoint(ExtCallback):
     _finished = {}                   # runs that have finished in this process: the process, and the callback
     def __init__(self,
         path:str|Path, # Folder for the checkpoints of this run, made if need be
-        epochs:int=1, # Save after every n-th epoch; None for not
-        steps:int=None, # Save after every n-th training batch; None for not
-        minutes:float=None, # Save when this many minutes have passed; None for not
+        epochs:int=1, # Save after every n-th epoch; None for never
+        steps:int=None, # Save after every n-th training batch; None for never
+        minutes:float=None, # Save when this many minutes have passed; None for never
         keep:int=2, # Checkpoints to keep of each fit
         resume:bool=True, # Go on from the newest intact checkpoint? False starts anew
         background:bool=True, # Write in a thread, while the training goes on? Needs memory for a copy
-        on_error:str='continue', # A checkpoint cannot be saved: 'continue' says so, 'stop' raises the error
+        on_error:str='continue', # If one cannot be saved: 'continue' says so, 'stop' raises the error
         extend:bool=False, # Accept a checkpoint of a fit of fewer epochs, if it had no schedule?
         seed_items:bool=False # Workers: seed each item by epoch and index, to go on exactly in mid-epoch?
     ):
@@ -151,7 +151,7 @@ def _tell_limits(self:Checkpoint):
                   'are read again and dropped')
     elif workers and not self.seed_items:
         self._say(f'with num_workers={workers}, items with random transforms {rest}; '
-                  'seed_items=True makes them so')
+                  'seed_items=True makes them the same')
     elif workers and dl.fake_l.persistent_workers:
         self._say(f'with persistent_workers=True, items with random transforms {rest}')
 
@@ -247,8 +247,10 @@ def before_train(self:Checkpoint):
     self._epoch_start = random_state(self.dls)
     dl = getattr(self.dl, '__dict__', {}).get('dl', self.dl)      # the one in a `DistributedDL`
     if self.seed_items and hasattr(dl, 'fake_l') and dl.fake_l.num_workers:
-        dl.do_item = SeededItems(dl, torch.initial_seed(), self.epoch)
-        self.at_end(vars(dl).pop, 'do_item', None)
+        if isinstance(vars(dl).get('do_item'), SeededItems): dl.do_item.epoch = self.epoch
+        else:
+            dl.do_item = SeededItems(dl, torch.initial_seed(), self.epoch)
+            self.at_end(dl.do_item.take_off)
 
 @patch
 def after_batch(self:Checkpoint):
@@ -279,22 +281,26 @@ def pause(self:Checkpoint):
     "At the end of a batch or an epoch: save, and note that this fit is not finished; the next run goes on"
     self._paused = True
     self._save(self.epoch, self.iter+1) if self.training else self._save(self.epoch+1)
+    self._wait()
+
+# %% ../nbs/06_checkpoint.ipynb #5b4e51c9
+@patch
+def _wait(self:Checkpoint):
+    "For the save before: it reads the memory of the snapshot, and its error must not cost the next save"
     try: self._writer.close()
     except Exception as e: self._failed(e)
 
-# %% ../nbs/06_checkpoint.ipynb #5b4e51c9
 @patch
 def _save(self:Checkpoint, epoch, batch=None, finished=False):
     self._due,self._last = False,monotonic()
     seconds = dict(fit=self._last-self._clock, epoch=self._last-self._epoch_clock)
     at = dict(epoch=epoch, batch=batch, finished=finished, n_epoch=self.n_epoch)
     about = dict(at=at, run=self._run, facts=self._facts, versions=_versions(), seconds=seconds)
+    self._wait()
     try:
         state = self._state(batch)
         if rank_distrib()>0: return
-        if finished or not self.background:
-            self._writer.close()
-            self._files.save(state, about)
+        if finished or not self.background: self._files.save(state, about)
         else: self._writer.submit(partial(self._files.save, self._snapshot.take(state), about))
     except Exception as e: self._failed(e)
 
@@ -323,8 +329,9 @@ def _gathered(self:Checkpoint, own, problem):
 def _tell_lost(self:Checkpoint, lost):
     new = [o for o in lost if o not in self._told]
     self._told.update(new)
-    if new: self._say(f"not in the checkpoints, for it has no plain form: {', '.join(new)}. "
-                      'Where it changes on the way, the results after going on are others')
+    if not new: return
+    self._say(f"cannot save {', '.join(new)}: not made of tensors, numbers, text, lists and dicts. "
+              'If it changes during the fit, a run that goes on gives other results')
 
 @patch
 def _failed(self:Checkpoint, e):
@@ -337,8 +344,10 @@ class PreemptionGuard(ExtCallback):
     "Ends the fit at the next batch when a signal announces the end of the machine; the next run goes on"
     run_after,run_valid = Checkpoint,False
     def __init__(self,
-        signals:tuple=(signal.SIGTERM, signal.SIGUSR1) # Signals to listen to
+        signals:tuple=None # Signals to listen to; None for SIGTERM and, where there is one, SIGUSR1
     ):
+        if signals is None:      # Windows has no SIGUSR1
+            signals = [getattr(signal, o) for o in ('SIGTERM','SIGUSR1') if hasattr(signal, o)]
         try: self.signals = [signal.Signals(o) for o in L(signals)]
         except (ValueError, TypeError):
             raise ValueError(f'signals={signals!r}: expected numbers of signals, as signal.SIGTERM') from None
@@ -362,6 +371,9 @@ class PreemptionGuard(ExtCallback):
     def _pass_on(self):
         if self._got: signal.raise_signal(self._got)
 
+    def before_train(self):
+        "Until the first batch of the epoch is done there is no position to save"
+        self._in_batch = True
     def before_batch(self):
         "From here on, the state is that of no batch"
         self._in_batch = True
@@ -396,5 +408,6 @@ class PreemptionGuard(ExtCallback):
         self._handle(signal.SIGCHLD, lambda *args: callable(theirs) and self._got is None and theirs(*args))
 
     def _rescue(self):
-        "An error has ended the fit after a signal: save, if that was between two batches"
-        if self._got and not self._ended and self.training and not self._in_batch: self._end()
+        "An error has ended the fit after a signal: save, if that was between two batches of a single process"
+        between = self.training and not self._in_batch and n_ranks()==1     # the others may have no error
+        if self._got and not self._ended and between: self._end()

@@ -39,16 +39,15 @@ class GradientClip(ExtCallback):
         # Names of parameters, or beginnings of names, that `adaptive` leaves alone: the head of the model
         exclude:str|tuple=()
     ):
-        given = {k:v for k,v in dict(max_norm=max_norm, max_value=max_value, adaptive=adaptive,
-                                     auto=auto).items() if v is not None} or {'max_norm': 1.}
+        given = dict(max_norm=max_norm, max_value=max_value, adaptive=adaptive, auto=auto)
+        given = {k:v for k,v in given.items() if v is not None} or {'max_norm': 1.}
         for k,v in given.items(): check_number(k, v, low=0, high=100 if k=='auto' else inf)
         if len(given)>1:
             raise ValueError(f"{', '.join(f'{k}={v!r}' for k,v in given.items())}: expected one of them")
         (self.by,self.limit), = given.items()
         self.norm_type = norm_type if norm_type==inf else check_number('norm_type', norm_type, low=1)
-        self.window,self.exclude = check_number('window', window, low=1,
-                                                integer=True),tuple(L(check_type('exclude', exclude, str,
-                                                                                 tuple)))
+        self.window = check_number('window', window, low=1, integer=True)
+        self.exclude = tuple(L(check_type('exclude', exclude, str, tuple)))
 
     def before_fit(self):
         "Refuse fastai's beside it, and names that no parameter has"
@@ -64,6 +63,10 @@ class GradientClip(ExtCallback):
 
     def before_step(self):
         "Look at the gradient; clip it, or do not take the step"
+        try: self._look()
+        finally: self._units = self._ratios = None     # else they would keep the gradients alive
+
+    def _look(self):
         norm = self._norm()
         if not isfinite(norm): self._skip(norm)
         limit = self._usual(norm) if self.by=='auto' else self.limit
@@ -101,15 +104,13 @@ def unit_norm(
 @patch
 def _norm(self:GradientClip):
     "What is compared with the limit"
-    if self.by=='adaptive': return self._ratios()
+    if self.by=='adaptive': return self._largest_ratio()
     if self.by=='max_value': return total_norm(step_grads(self.opt, real=True), inf).item()
     if self.norm_type!=2: return total_norm(step_grads(self.opt), self.norm_type).item()
-    norm = step_numbers(self.learn).grad_norm
-    if isfinite(norm): return norm
-    return total_norm(step_grads(self.opt)).item()     # it may be too large for half precision only
+    return step_numbers(self.learn).grad_norm
 
 @patch
-def _ratios(self:GradientClip):
+def _largest_ratio(self:GradientClip):
     "The largest of the units' ratios; all of them are kept for `_clip`"
     params = [p for p in with_grad(self.opt) if id(p) not in self._excluded]
     if not params: return 0.
@@ -117,7 +118,7 @@ def _ratios(self:GradientClip):
     norms,weights = ([unit_norm(t) for t in ts] for ts in (self._units, map(numbers_behind, params)))
     torch._foreach_clamp_min_(weights, 1e-3)    # weights that begin at 0 could never move
     torch._foreach_div_(norms, weights)
-    self._all = norms
+    self._ratios = norms
     return total_norm(norms, inf).item()
 
 @patch
@@ -127,9 +128,9 @@ def _clip(self:GradientClip, limit, norm):
         torch._foreach_clamp_max_(grads, limit)
         torch._foreach_clamp_min_(grads, -limit)
     elif self.by=='adaptive':
-        torch._foreach_div_(self._all, limit)
-        torch._foreach_clamp_min_(self._all, 1.)
-        torch._foreach_div_(self._units, self._all)
+        torch._foreach_div_(self._ratios, limit)
+        torch._foreach_clamp_min_(self._ratios, 1.)
+        torch._foreach_div_(self._units, self._ratios)
     else: multiply_(step_grads(self.opt), limit/norm)
 
 # %% ../nbs/10_gradients.ipynb #921f9a6c
@@ -156,9 +157,8 @@ class SAM(ExtCallback):
         adaptive:bool=False, # Measure the way relative to the size of each weight?
         eta:float=0.01 # With `adaptive`: added to the size of each weight
     ):
-        self.rho,self.adaptive,self.eta = check_number('rho', rho,
-                                                       low=0),check_type('adaptive', adaptive,
-                                                                         bool),check_number('eta', eta, low=0)
+        self.rho,self.eta = check_number('rho', rho, low=0),check_number('eta', eta, low=0)
+        self.adaptive = check_type('adaptive', adaptive, bool)
         self._forget()
 
     def _forget(self): self._moved,self._kept,self._undo = [],[],None
@@ -230,8 +230,8 @@ def _move(self:SAM, params, way):
 def _keep(self:SAM, params):
     "Copy the weights: to subtract what was added would not give the same bits"
     kind = lambda p: (p.shape, p.dtype, p.device)
-    if [*map(kind, self._kept)]!=[*map(kind, params)]: self._kept = [torch.empty_like(p, requires_grad=False)
-                                                                     for p in params]
+    if [*map(kind, self._kept)]!=[*map(kind, params)]:
+        self._kept = [torch.empty_like(p, requires_grad=False) for p in params]
     torch._foreach_copy_(self._kept, [p.detach() for p in params])
     self._moved = params
 
@@ -301,22 +301,27 @@ class GradientNoise(ExtCallback):
 
 # %% ../nbs/10_gradients.ipynb #21e12092
 class LookaheadWeights(ExtCallback):
-    "Takes `k` steps forward and goes a part of the way back"
+    """Takes `k` steps forward and goes a part of the way back.
+
+    A fit ends with the forward weights, unless its number of steps is a multiple of `k`."""
     order,run_valid = 44,False
     fit_state = dict(_slow=None, _t=0)
     def __init__(self,
         k:int=5, # Steps forward
         alpha:float=0.5 # Share of the way that is kept
-    ): self.k,self.alpha = check_number('k', k, low=1,
-                                        integer=True),check_number('alpha', alpha, low=0, high=1)
+    ):
+        self.k = check_number('k', k, low=1, integer=True)
+        self.alpha = check_number('alpha', alpha, low=0, high=1)
 
     def before_fit(self):
         "Forget the slow weights however the fit ends"
         self.at_end(setattr, self, '_slow', None)
 
     def before_train(self):
-        "Keep the first slow weights"
-        if self._slow is None: self._slow = [p.detach().clone() for p in opt_params(self.opt)]
+        "Keep the first slow weights; anew if the optimizer has got others"
+        params = [p.detach() for p in opt_params(self.opt)]
+        if self._slow is None or [p.shape for p in params]!=[p.shape for p in self._slow]:
+            self._slow = [p.clone() for p in params]
 
     def step_taken(self):
         "Count the steps; every `k`th time go a part of the way back"

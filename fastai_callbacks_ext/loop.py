@@ -33,7 +33,7 @@ class _Table(dict):
     "By event of the batch loop: each callback, the events in which fastai calls it, its method for others"
     def __init__(self, learn):
         self.cbs = list(learn.cbs)
-        # the recorder's values, of several processes
+        # values of several processes are gathered: leave `Recorder.after_batch` as it is
         gathers = num_distrib()>1 or hasattr(learn.dl, 'to_detach')
         self.faster = {k:v for k,v in _faster.items() if not (gathers and k is Recorder.after_batch)}
         cbs = learn.cbs.sorted('order')

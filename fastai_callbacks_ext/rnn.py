@@ -26,7 +26,7 @@ class ModelResetter(ExtCallback):
     `ValueError` if no module of the model has a method `reset`."""
     run_outside,stand_in = True,fastai_rnn.ModelResetter
     def __init__(self,
-        detach:bool=False, # Keep the numbers of the state, cut its graph: training goes on after validation
+        detach:bool=False, # Keep the values of the hidden state and cut only its graph?
         missing_ok:bool=False # Do nothing for a model that has nothing to reset?
     ):
         self.detach = check_type('detach', detach, bool)
@@ -61,7 +61,7 @@ class ModelResetter(ExtCallback):
 class RNNCallback(ExtCallback):
     """Gives the loss an AWD-LSTM's predictions, and keeps its activations for `RNNRegularizer`.
 
-    The last layer's activations are in `raw_out` and, after dropout, in `out`, until the loss is computed."""
+    The last layer's activations are in `raw_out` and, after dropout, in `out`, until the next batch."""
     run_outside,stand_in,raw_out,out = True,fastai_rnn.RNNCallback,None,None
     _beside = False     # fastai's?
 
@@ -73,7 +73,7 @@ class RNNCallback(ExtCallback):
 
     def before_fit(self):
         "Refuse a learner whose output fastai's `RNNCallback` takes apart already"
-        _refuse_beside(self, fastai_rnn.RNNCallback)
+        self.refuse_beside(fastai_rnn.RNNCallback)
         self.at_end(self._forget)
 
     def _forget(self): self.raw_out = self.out = None
@@ -97,14 +97,6 @@ def _first_of(cb):
     return next(o for o in cb.learn.cbs if isinstance(o, type(cb)))
 
 def _has(learn, cls): return any(isinstance(o, cls) for o in learn.cbs)
-
-def _refuse_beside(cb, theirs):
-    "Refuse a learner that has fastai's callback of the same job"
-    if not _has(cb.learn, theirs): return
-    raise ValueError(f"{type(cb).__name__}: the learner has fastai's {theirs.__name__} too, as "
-                     "language_model_learner adds it. Swap fastai's callbacks for ours of the same job, with "
-                     'their arguments, and fit again: '
-                     'from fastai_callbacks_ext.all import upgrade; upgrade(learn)')
 
 # %% ../nbs/01_rnn.ipynb #42435069
 def mean_square(
@@ -154,7 +146,7 @@ class RNNRegularizer(ExtCallback):
 
     def before_fit(self):
         "Take hold of the activations; add the columns `ar` and `tar` to the epoch table of a real fit"
-        _refuse_beside(self, fastai_rnn.RNNRegularizer)
+        self.refuse_beside(fastai_rnn.RNNRegularizer)
         self._stands_by = self._has_double()
         if self._stands_by: return
         self.at_end(self._forget)
@@ -206,8 +198,8 @@ class RNNRegularizer(ExtCallback):
     def _activations(self):
         source = self if self.module else self._rnn()[0]
         if source.out is None:
-            raise RuntimeError(f'RNNRegularizer: module={self.module!r} was not called in the forward pass '
-                               'of this batch')
+            who = f'module={self.module!r} was not called' if self.module else 'RNNCallback kept nothing'
+            raise RuntimeError(f'RNNRegularizer: {who} in the forward pass of this batch')
         if source.out.ndim!=3:
             got = _shown(source.out)
             raise ValueError(f'RNNRegularizer: expected activations (bs, seq, features), and got {got}')

@@ -23,15 +23,16 @@ from .base.core import ExtCallback, check_number, check_type, from_all
 from .base.files import Snapshot, save_state
 from .base.guard import (Guard, StateCopy, attempt, first_text, scaler_skipped,
                                              scaler_skips)
+from .base.grads import multiply_, step_grads
 from .base.state import model_state, opt_state
-from .base.step import all_finite, generators, opt_params, skip_record, step_numbers
+from .base.step import all_finite, generators, skip_record, step_numbers
 
 # %% ../nbs/02_safety.ipynb #a45f7456
 class TerminateOnNaN(Guard):
     "Stops the fit before a step on a loss or gradient that is not finite, and says where it began"
     order = -9
     def __init__(self,
-        every:int=1, # Look every n-th batch, at all since; above 1 no batch in between waits for the device
+        every:int=1, # Look every n-th batch, at all since the last look; the others never wait
         valid:bool=False, # Stop also for a loss in validation?
         snapshot:int=500, # Copy model and optimizer every n batches, for lost weights; None for no copy
         save:str|Path=None # File for a report (batch, model, optimizer), for `load_state`; None for no report
@@ -84,22 +85,21 @@ def _report(self:TerminateOnNaN, why):
 @patch
 def _look_later(self:TerminateOnNaN, numbers):
     "Note the numbers; look at all since the last look, if it is time"
-    self._looks.append(numbers.tensor)
-    if len(self._looks)>=self.every: self._look_back(self.train_iter)
+    self._looks.append((self.train_iter, numbers.tensor.isfinite().all()))
+    if len(self._looks)>=self.every: self._look_back()
 
 @patch
 def after_train(self:TerminateOnNaN):
     "Look at the batches since the last look"
-    if self._looks: self._look_back(self.train_iter-1)
+    if self._looks: self._look_back()
 
 @patch
-def _look_back(self:TerminateOnNaN, last):
-    finite = torch.stack(self._looks).isfinite().all(1).tolist()
-    self._looks = []
+def _look_back(self:TerminateOnNaN):
+    (batches,finite),self._looks = zip(*self._looks),[]
+    finite = torch.stack(finite).tolist()
     if not self.any_rank(not all(finite)): return
     if all(finite): self._end_fit('loss or gradient of another process is not finite')
-    first = last-len(finite)+1+finite.index(False)
-    self._end_fit(f'loss or gradient of batch {first} of the fit is not finite')
+    self._end_fit(f'loss or gradient of batch {batches[finite.index(False)]} of the fit is not finite')
 
 # %% ../nbs/02_safety.ipynb #4d16a071
 class SkipNonFinite(Guard):
@@ -131,9 +131,10 @@ class SkipNonFinite(Guard):
     def _skip(self):
         why = self._diagnosis()
         self._undo.undo()
-        if self._count_in_a_row()>self.max_consecutive: self._end_fit(f'{self._in_a_row} in a row; {why}')
+        if self._count_in_a_row()>self.max_consecutive:
+            self._end_fit(f'{self._in_a_row} batches in a row were not finite; the last: {why}')
         too_many = self.max_total is not None and self.skipped>=self.max_total
-        if too_many: self._end_fit(f'{self.skipped+1} in this fit; {why}')
+        if too_many: self._end_fit(f'{self.skipped+1} batches of this fit were not finite; the last: {why}')
         self.skipped += 1
         self.tell('skipped a batch', why + self._repair())
         skip_record(self.learn)
@@ -161,19 +162,19 @@ class SpikeGuard(Guard):
     fit_state = dict(history={'loss':[], 'grad_norm':[]}, rollbacks=0, _in_a_row=0, _last=-2,
                      _factor=1., _until=inf, _lrs=None)
     state_attrs = ('_due',)
-    _n_copies = 2     # the older one is good: as many batches were ordinary after it
+    _n_copies = 2     # the newer may be damaged already; after the older, `snapshot` batches were ordinary
     def __init__(self,
         window:int=100, # Batches that say what is ordinary
-        threshold:float=8., # A spike is more than this many (robust) standard deviations above their median,
-        factor:float=10., # and more than this many times the third largest of them
+        threshold:float=8., # A spike is this many robust standard deviations above the median of the window,
+        factor:float=10., # and this many times its third largest value
         watch:str|tuple='grad_norm', # 'loss', 'grad_norm', or both
         action:str='skip', # 'skip' the batch, 'clip' its gradient to the median norm, or 'rollback' to a copy
         warmup:int=20, # Batches before it acts; on what is not finite it acts at once
-        max_consecutive:int=10, # Spikes in a row; the next is ordinary, or stops the fit if it is not finite
+        max_consecutive:int=10, # Spikes in a row to act on; the next is ordinary, or ends the fit if it is NaN
         snapshot:int=50, # Copy model and optimizer every n batches, to go back to
         max_rollbacks:int=20, # The next one stops the fit
         lr_factor:float=1., # For 'rollback': multiply the learning rate by this each time
-        lr_batches:int=None # For this many batches; None for the rest of the fit
+        lr_batches:int=None # Batches that `lr_factor` holds for; None for the rest of the fit
     ):
         whole = lambda k,v,low: check_number(k, v, low=low, integer=True)
         self.window,self.warmup = whole('window', window, 5),whole('warmup', warmup, 5)
@@ -255,8 +256,8 @@ def _accept(self:SpikeGuard, finite, values, why):
     "So many spikes in a row are none"
     if not finite:
         self._undo.undo()
-        self._end_fit(f'{self._in_a_row} in a row; {why}')
-    self.tell('takes this for ordinary from now on', f'{self._in_a_row} spikes in a row; {why}')
+        self._end_fit(f'{self._in_a_row} batches in a row were spikes or not finite; the last: {why}')
+    self.tell('treats this as ordinary from now on', f'{self._in_a_row} spikes in a row; {why}')
     self.history = {o:[] for o in self.history}
     self._remember(values)
 
@@ -264,8 +265,7 @@ def _accept(self:SpikeGuard, finite, values, why):
 def _clip(self:SpikeGuard, values, why):
     "Shorten the gradient to the median norm"
     norm = min(median(self.history['grad_norm'] or [values['grad_norm']]), values['grad_norm'])
-    grads = [p.grad for p in opt_params(self.opt) if p.grad is not None]
-    if values['grad_norm']: torch._foreach_mul_(grads, norm/values['grad_norm'])
+    if values['grad_norm']: multiply_(step_grads(self.opt), norm/values['grad_norm'])
     self.tell(f'clipped the gradient to {norm:.3g}', why)
     self._remember(values)
 

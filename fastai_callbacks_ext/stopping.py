@@ -135,7 +135,7 @@ def _keep(self:EarlyStopping, value):
 
 @patch
 def _copied(self:EarlyStopping):
-    "The model's state in main memory; None, and a word, if there is no way to copy it"
+    "The model's state in main memory; None, said once, if there is no way to copy it"
     def copy(o): return o.detach().to('cpu', copy=True) if isinstance(o, Tensor) else deepcopy(o)
     try: return {k: copy(v) for k,v in unwrap_model(self.model).state_dict().items()}
     except Exception as e: self.tell('cannot keep the best weights', str(e), once=True)
@@ -230,7 +230,7 @@ class StepLimit(_Limit):
         self.done += 1
 
     def _why(self):
-        if self.done>=self.steps: return f'{self.done} steps are taken'
+        if self.done>=self.steps: return f'{self.done} steps were taken'
 
 # %% ../nbs/07_stopping.ipynb #ba8ae9a8
 class SampleLimit(_Limit):
@@ -245,7 +245,7 @@ class SampleLimit(_Limit):
 
     def _count(self): self.done += _n_items((*self.xb, *self.yb), self.dl)*n_ranks()
     def _why(self):
-        if self.done>=self.samples: return f'{self.done} items are seen'
+        if self.done>=self.samples: return f'{self.done} items were seen'
 
 def _n_items(batch, dl):
     "What the tensors of `batch`, or else its lists, agree on; or the first tensor; or the batch size of `dl`"

@@ -18,7 +18,7 @@ from fastai.callback.core import Callback, _inner_loop, event
 from fastai.learner import Learner
 from fastcore.basics import patch
 from fastcore.foundation import L
-from .base.core import _runs_in
+from .base.core import runs_in
 
 # %% ../nbs/11_tracing.ipynb #b1dc78bf
 def show_order(
@@ -35,7 +35,7 @@ class CallbackOrder:
     def __init__(self,
         cbs:list # Callbacks, in the order in which they run
     ):
-        acting = {e: [cb for cb in cbs if _runs_in(cb, e)] for e in vars(event) if e[0]!='_'}
+        acting = {e: [cb for cb in cbs if runs_in(cb, e)] for e in vars(event) if e[0]!='_'}
         self.events = {e:os for e,os in acting.items() if os}
         self.constraints = [o for i,cb in enumerate(cbs) for side in ('run_before','run_after')
                             for c in L(getattr(type(cb), side, None)) for o in self._held(cbs, i, side, c)]
@@ -120,7 +120,7 @@ _phases = 'fit epoch train validate batch backward step'.split()
 
 def _acts(cb, event_name):
     "Does fastai call `cb` for this event, here and now?"
-    if not (_runs_in(cb, event_name) and cb.run): return False
+    if not (runs_in(cb, event_name) and cb.run): return False
     return event_name not in _inner_loop or (cb.run_train if cb.learn.training else cb.run_valid)
 
 def _raised_by(exc):

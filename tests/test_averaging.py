@@ -16,6 +16,7 @@ from common import fit, quiet
 from fastai_callbacks_ext.all import (EMA, LAWA, SWA, Checkpoint, EarlyStopping, ExtCallback, FastLoop,
                                       GradientAccumulation, SaveTopK, SkipNonFinite, refresh_batchnorm, soup)
 from fastai_callbacks_ext.base.files import DamagedFile
+from fastai_callbacks_ext.base.model import load_weights
 from fastai_callbacks_ext.test_utils import PoisonBatch, digits_learner, text_learner
 
 @pytest.fixture(autouse=True)
@@ -855,7 +856,7 @@ def test_which_way_is_better(capsys):
     assert list(soup(learn, ['bad','good'], monitor='_rmse'))[0]=='good'
     learn.metrics = [Odd()]
     assert list(soup(learn, ['bad','good'], monitor='oddness'))==['good']
-    assert "soup: takes larger for better in 'oddness'; if not: maximize=False" in capsys.readouterr().out
+    assert "soup: treats larger as better in 'oddness'; if not: maximize=False" in capsys.readouterr().out
 
 @pytest.mark.parametrize('make,match', [
     (lambda: EMA(1.1),'decay='), (lambda: EMA([]),'decay='), (lambda: EMA(half_life=0),
@@ -865,3 +866,38 @@ def test_which_way_is_better(capsys):
     (lambda: EMA(final='both'),'final='), (lambda: EMA(every=0),'every=')])
 def test_wrong_arguments(make, match):
     with pytest.raises(ValueError, match=match): make()
+
+# Models that are wrapped in parts, or have more than tensors
+class Extra(nn.Linear):
+    "Has a state that is no tensor"
+    def get_extra_state(self): return {'seen': 3}
+    def set_extra_state(self, state): self.extra = state
+
+def test_soup_of_a_model_with_an_extra_state():
+    learn = digits_learner(n=160, bs=32, model=nn.Sequential(nn.Flatten(), Extra(64, 10)), path='.')
+    for name in ('a','b'):
+        fit(learn)
+        learn.save(name, with_opt=False)
+    with quiet(learn): assert set(soup(learn, ['a','b'], greedy=False))=={'a','b'}
+    assert learn.model[1].extra=={'seen': 3}
+
+@pytest.mark.parametrize('prefix', ['', 'module.', '_orig_mod.', '_orig_mod.module.', 'module._orig_mod.'])
+def test_load_weights_of_a_wrapped_model(prefix):
+    "Into a model of which a part is compiled"
+    net = lambda: nn.Sequential(nn.Flatten(), nn.Sequential(nn.Linear(64, 10)))
+    there,here = net(),net()
+    here[1] = torch.compile(here[1], backend='eager')
+    load_weights(here, {f'{prefix}{k}': v for k,v in there.state_dict().items()})
+    for p,q in zip(here.parameters(), there.parameters()): assert torch.equal(p, q)
+
+def test_decay_or_half_life():
+    with pytest.raises(ValueError, match='decay=0.9, half_life=10: expected one of the two'): EMA(.9, half_life=10)
+
+def test_taken_off_without_a_recorder():
+    class TakeOff(Callback):
+        def after_batch(self):
+            if self.train_iter==2: self.learn.remove_cb(EMA)
+    learn = digits_learner([EMA(.9), TakeOff()], n=160, bs=32)
+    learn.remove_cb(learn.recorder)
+    with learn.no_bar(): learn.fit(2)
+    assert all(p.isfinite().all() for p in learn.model.parameters())

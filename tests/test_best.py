@@ -164,7 +164,7 @@ def test_an_assumption_is_said_once():
     for comp,said in ((None,1), (np.less,0)):
         learn = regression([ValueMetric(lambda: 1., 'mine')], SaveTopK('mine', comp=comp))
         out = fit(learn)+fit(learn)
-        assert out.count("save_top_k: takes larger for better in 'mine'; if not: comp=np.less")==said
+        assert out.count("save_top_k: treats larger as better in 'mine'; if not: comp=np.less")==said
 
 def test_epochs_without_a_value():
     "Neither saved nor counted against anything; the last one's reason is told where nothing was saved"

@@ -1,5 +1,5 @@
 "A state on disk is complete or not there, however it is damaged and whenever its writer is killed"
-import errno, hashlib, io, itertools, json, os, pickle, random, resource, signal, stat, subprocess, sys, threading, time, traceback, zipfile
+import errno, hashlib, importlib.util, io, itertools, json, os, pickle, random, resource, signal, stat, subprocess, sys, threading, time, traceback, zipfile
 from collections import OrderedDict
 from contextlib import contextmanager
 from functools import partial
@@ -612,3 +612,11 @@ def test_a_lock_whose_folder_is_removed_under_it(tmp_path, monkeypatch):
     folder.mkdir()
     (folder/'lock').symlink_to(tmp_path/'gone'/'lock')
     with pytest.raises(FileNotFoundError): FolderLock(folder).take()
+
+def test_a_system_without_fcntl(tmp_path, monkeypatch):
+    "The module can be imported; a lock says that it cannot be had"
+    monkeypatch.setitem(sys.modules, 'fcntl', None)
+    import fastai_callbacks_ext.base.files as files
+    spec = importlib.util.spec_from_file_location('fastai_callbacks_ext.base.files_elsewhere', files.__file__)
+    spec.loader.exec_module(elsewhere := importlib.util.module_from_spec(spec))
+    with pytest.raises(OSError, match='no fcntl'): elsewhere.FolderLock(tmp_path).take()

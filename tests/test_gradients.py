@@ -1,6 +1,7 @@
 "Each callback of the page on gradients is its definition, beside others and for all kinds of gradients"
 from functools import partial
 from math import inf, nan
+from weakref import ref
 
 import pytest, torch
 import torch.nn.functional as F
@@ -413,3 +414,27 @@ def test_taken_off_in_mid_fit(make, event):
         for o in (learn, plain):
             with quiet(o): o.fit(1, .1)
         same(learn, plain)
+
+def test_clipping_keeps_no_gradient():
+    "They are gone before the next batch, and not in an export"
+    alive = []
+    class Look(Callback):
+        def after_batch(self):
+            if not self.training: return
+            self.refs = [ref(p.grad) for p in self.model.parameters()]
+            for p in self.model.parameters(): p.grad = None
+        def before_batch(self): alive.append(sum(o() is not None for o in getattr(self, 'refs', ())))
+    fit(digits_learner([GradientClip(adaptive=.01), Look()], n=160, bs=32))
+    assert len(alive)>4 and sum(alive)==0
+
+def test_lookahead_of_an_optimizer_with_more_weights():
+    "Made anew between two epochs"
+    class More(Callback):
+        def before_epoch(self):
+            if self.epoch!=1: return
+            self.learn.splitter = lambda m: [[*m.parameters(), *more.parameters()]]
+            self.create_opt()
+            self.learn.opt.set_hyper('lr', 1e-2)
+    more = nn.Linear(2, 2).to(device)
+    learn = fit(digits_learner([LookaheadWeights(), More()], n=160, bs=32), 3)
+    assert all(p.isfinite().all() for p in learn.model.parameters())

@@ -11,6 +11,7 @@ from fastai.vision.all import (CrossEntropyLossFlat, DataLoaders, Datasets, Inde
 from torch import nn
 from torch.utils.data import (ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset,
                               WeightedRandomSampler)
+from fastai_callbacks_ext.base import identity
 from fastai_callbacks_ext.base.identity import facts_differences, facts_unknown, fingerprint, run_facts
 from fastai_callbacks_ext.test_utils import digits_learner
 from common import quiet
@@ -229,3 +230,20 @@ def test_a_fact_that_fails_is_unknown():
     learn.create_opt(); learn.n_epoch = 1
     learn.__class__ = Odd
     assert facts_unknown(run_facts(learn))==['learner']
+
+def boxes(i): return dict(image=f'{i}.png', boxes=[dict(bbox=[1.,2.,3.,4.], outline=[[*map(float, range(60))]])]*10)
+
+def test_items_of_many_parts(monkeypatch):
+    "Not all of their parts are looked at, but items at every place are"
+    items,n = [boxes(i) for i in range(400)],0
+    real = identity._pieces
+    def counted(*args):
+        nonlocal n
+        n += 1
+        return real(*args)
+    monkeypatch.setattr(identity, '_pieces', counted)
+    first = fingerprint(items)
+    assert n<10_000
+    assert fingerprint([boxes(i) for i in range(400)])==first
+    for at in (0, 399): assert fingerprint([*items[:at], boxes(-1), *items[at+1:]])!=first
+    assert fingerprint(items[::-1])!=first and fingerprint(items[200:]+items[:200])!=first

@@ -126,11 +126,11 @@ class Added(nn.Module):
     def forward(self, pred, y): return own(pred, y)*pred.numel()
 
 @pytest.mark.parametrize('loss,y,said', [
-    (own, (real,), 'takes own for a mean over the targets'), (mean_of_items, (real,), 'takes mean_of_items'),
+    (own, (real,), 'treats own as a mean over the targets'), (mean_of_items, (real,), 'treats mean_of_items as'),
     (lambda p,t: own(p, t), (real,), 'takes <lambda>'), (Twice(), (classes,),
-    'takes Twice for a mean over the items'),
-    (two_heads, (real, real[:,0]), 'takes two_heads for a mean over the items'),
-    (Added(), (real,), 'takes Added for a sum')])
+    'treats Twice as a mean over the items'),
+    (two_heads, (real, real[:,0]), 'treats two_heads as a mean over the items'),
+    (Added(), (real,), 'treats Added as a sum')])
 def test_what_is_taken_for_granted(loss, y, said, capsys):
     "Own losses: right if they are what the line says"
     learn = accumulated(loss, y, dense)
@@ -140,7 +140,7 @@ def test_what_is_taken_for_granted(loss, y, said, capsys):
 
 def test_smoothing_by_classes_is_two_means(capsys):
     accumulated(LabelSmoothingCrossEntropyFlat(**w), (classes,), dense)
-    assert re.search('takes LabelSmoothingCrossEntropy for a mean.*two means.*label_smoothing=',
+    assert re.search('treats LabelSmoothingCrossEntropy as a mean.*two means.*label_smoothing=',
                      capsys.readouterr().out)
     accumulated(LabelSmoothingCrossEntropyFlat(), (targets['some'],), dense)
     assert 'two means' in capsys.readouterr().out

@@ -1,5 +1,5 @@
 "Runs that go on, as people run them: bars, notebooks, loaders, losses, callbacks that own things, folders"
-import contextlib, io, itertools, json, os, re, signal, subprocess, sys
+import contextlib, io, itertools, json, os, re, signal, subprocess, sys, time
 from collections import defaultdict, deque
 from copy import deepcopy
 from functools import partial
@@ -15,7 +15,9 @@ from fastai.metrics import F1Score, accuracy, skm_to_fastai
 from fastai.optimizer import OptimWrapper, SGD
 from fastai.torch_core import default_device
 from fastcore.imports import noop
-from fastai_callbacks_ext.all import Checkpoint, PreemptionGuard
+from fastai_callbacks_ext.all import Checkpoint, PreemptionGuard, SkipNonFinite
+from fastai_callbacks_ext.base import files
+from fastai_callbacks_ext.base.files import load_state
 from fastai_callbacks_ext.test_utils import digits_learner
 import crash
 from test_checkpoint import in_a_folder_of_its_own
@@ -152,7 +154,9 @@ def test_an_interrupted_fit_goes_on_in_the_same_process():
 SECOND = '''
 import sys; from pathlib import Path
 from fastai.basics import *
-from fastai_callbacks_ext.all import Checkpoint, PreemptionGuard
+from fastai_callbacks_ext.all import Checkpoint, PreemptionGuard, SkipNonFinite
+from fastai_callbacks_ext.base import files
+from fastai_callbacks_ext.base.files import load_state
 from fastai_callbacks_ext.test_utils import digits_learner
 learn = digits_learner(n=160, bs=32)
 try:
@@ -307,7 +311,7 @@ def test_a_copy_of_the_model_is_in_the_same_mode():
 def test_callbacks_that_own_things():
     out = goes_on(lambda: small([Teachers()], opt_func=SGD), fit(), [(0,2), (2,1)],
                   numbers=lambda l: (crash.digests(l), l.teachers.w.item()))
-    assert 'no plain form' not in out
+    assert 'cannot save' not in out
 
 class Item: pass
 class Mess(Callback):
@@ -325,14 +329,14 @@ class Mess(Callback):
 def test_what_cannot_be_saved_is_named_once():
     fits = lambda l,cbs: l.fine_tune(2, 1e-2, cbs=cbs)
     _,out = train(lambda: small([Mess()]), fits, Checkpoint('run', steps=1))
-    lines = [o for o in out.splitlines() if 'no plain form' in o]
+    lines = [o for o in out.splitlines() if 'cannot save' in o]
     assert len(lines)==1
     names = set(re.findall(r'Mess\.(\w+)', lines[0]))
     assert names=={'count','file','box','g','net'}, lines
     assert 'Mess.count (count)' in lines[0]
     train(lambda: small([Mess()]), fit(), Checkpoint('other', steps=1), stop=(0,2))
     _,out = train(lambda: small([Mess()]), fit(), Checkpoint('other'))
-    assert out.count('no plain form')==1 and out.index('went on')<out.index('no plain form')
+    assert out.count('cannot save')==1 and out.index('went on')<out.index('cannot save')
 
 def test_no_noise_about_fastais_own():
     cbs = lambda: [ShowGraphCallback(), CSVLogger(), MixUp(), SaveModelCallback(fname='m'),
@@ -369,7 +373,7 @@ def test_what_has_no_plain_form_is_said_at_the_first_save(name):
     kwargs,path = HARD[name]
     learn,out = train(lambda: small(**kwargs), fit(), Checkpoint('run', steps=1, background=False),
                       stop=(0,2))
-    assert out.count('no plain form')==1 and path in out
+    assert out.count('cannot save')==1 and path in out
     learn,out = train(lambda: small(**kwargs), fit(), Checkpoint('run'))
     assert 'went on in epoch 0, batch 3' in out and len(learn.recorder.values)==3
 
@@ -425,7 +429,9 @@ def test_save_model_beside_an_average():
 GROUP = '''
 import os, signal, subprocess, sys, time, warnings; warnings.filterwarnings('ignore'); os.setsid()
 from fastai.basics import *
-from fastai_callbacks_ext.all import Checkpoint, PreemptionGuard
+from fastai_callbacks_ext.all import Checkpoint, PreemptionGuard, SkipNonFinite
+from fastai_callbacks_ext.base import files
+from fastai_callbacks_ext.base.files import load_state
 from fastai_callbacks_ext.test_utils import digits_dls, digits_model
 when,number,times,path = sys.argv[1],getattr(signal, sys.argv[2]),int(sys.argv[3]),sys.argv[4]
 class Send(Callback):
@@ -473,3 +479,81 @@ def test_two_processes_go_on(how, distributed):
         assert found['got']==found['want']==found['again'] and not found['lock']
         assert [o.count('went on') for o in found['said']]==([1]*2 if rank==0 else [0]*2), found['said']
         assert found['finished'].count('found the fit finished')==(rank==0)*(1+(how=='fine_tune'))
+
+# Saves that meet each other
+def states_on_disk():
+    "What each checkpoint says of its place, and its weights"
+    for f in sorted(Path('run').rglob('*.json')):
+        about = json.loads(f.read_text())
+        state = load_state(f.with_suffix('.pt'), about['size'], about['sha256'])['state']
+        yield about['about']['at'],state['shared']['model']['weights']
+
+class Signal(Callback):
+    "Sends a signal after a batch; keeps the weights after each"
+    order = 1990
+    def __init__(self, batch): self.batch,self.seen = batch,{}
+    def after_batch(self):
+        if not self.training: return
+        self.seen[self.epoch,self.iter+1] = {k: v.cpu().clone() for k,v in self.learn.model.state_dict().items()}
+        if self.train_iter==self.batch: signal.raise_signal(signal.SIGUSR1)
+
+@pytest.fixture
+def usr1():
+    before = signal.signal(signal.SIGUSR1, lambda *args: None)
+    yield
+    signal.signal(signal.SIGUSR1, before)
+
+def test_a_save_waits_for_the_one_before(monkeypatch, usr1):
+    "A signal while a file is still written: that file has the weights of its batch, not of a later one"
+    write = files._Sink.write
+    monkeypatch.setattr(files._Sink, 'write', lambda *args: (time.sleep(.02), write(*args))[1])
+    cb = Signal(4)
+    train(small, fit(), cb, Checkpoint('run', steps=2), PreemptionGuard(signal.SIGUSR1))
+    found = {(at['epoch'], at['batch']): weights for at,weights in states_on_disk()}
+    assert {(0,2), (0,4)}==found.keys()
+    for at,weights in found.items(): assert all(torch.equal(v.cpu(), weights[k]) for k,v in cb.seen[at].items()), at
+
+def test_a_failed_save_does_not_cost_the_next(monkeypatch):
+    "None can be written on the way; the final state is"
+    save = files.save_state
+    def fails(file, state):
+        if state['about']['at']['finished']: return save(file, state)
+        raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(files, 'save_state', fails)
+    assert 'could not save' in train(small, fit(), Checkpoint('run'))[1]
+    assert [at['finished'] for at,_ in states_on_disk()]==[True]
+
+@pytest.mark.parametrize('epoch', [0, 1])
+def test_an_error_before_the_first_batch_of_an_epoch(epoch, usr1):
+    "After a signal: there is no batch to go on from; the epoch before is, and the error is the loader's"
+    class Broken(Callback):
+        order,epoch_of_error = 3000,epoch
+        def before_train(self):
+            if self.epoch!=self.epoch_of_error: return
+            signal.raise_signal(signal.SIGUSR1)
+            raise OSError('the loader is broken')
+    with pytest.raises(OSError, match='the loader is broken'):
+        train(small, fit(), Broken(), Checkpoint('run'), PreemptionGuard(signal.SIGUSR1))
+    assert [(at['epoch'],at['batch']) for at,_ in states_on_disk()]==[(1,None)]*epoch
+    want = crash.digests(train(small, fit())[0])
+    assert crash.digests(train(small, fit(), Checkpoint('run'))[0])==want
+
+def test_a_do_item_of_ones_own_beside_seeded_items():
+    "It is called for each item, and is there afterwards"
+    def doubled(i): return type(dl).do_item(dl, i)
+    learn = small()
+    learn.dls.train = dl = learn.dls.train.new(num_workers=1)
+    dl.do_item,first = doubled,[]
+    learn.add_cb(StopIn(0, 1))
+    with contextlib.suppress(KeyboardInterrupt), learn.no_bar():
+        class Look(Callback):
+            def before_batch(self): first.append(vars(dl)['do_item'].own)
+        learn.fit(1, cbs=[Checkpoint('run', seed_items=True), SkipNonFinite(), Look()])
+    assert first and all(o is doubled for o in first) and vars(dl)['do_item'] is doubled
+
+def test_seeded_items_beside_a_guard():
+    "What a guard puts on the loader for a while does not stay there"
+    learn = small()
+    learn.dls.train = dl = learn.dls.train.new(num_workers=1)
+    with learn.no_bar(): learn.fit(2, cbs=[Checkpoint('run', seed_items=True), SkipNonFinite()])
+    assert 'do_item' not in vars(dl)

@@ -346,7 +346,7 @@ def test_step_limit(steps, epoch, batch):
     cb = learn.step_limit
     assert [(r.epoch,r.batch,r.iteration) for r in cb.records]==[(epoch,batch,steps)]
     assert cb.done==steps==len(learn.recorder.losses)
-    assert out==f'step_limit: ended the fit in epoch {epoch}, batch {batch}: {steps} steps are taken\n'
+    assert out==f'step_limit: ended the fit in epoch {epoch}, batch {batch}: {steps} steps were taken\n'
     assert [len(o) for o in learn.recorder.values]==[3]*(epoch+1)
     losses = learn.recorder.losses
     assert learn.recorder.values[-1][0]==losses[-1].item()

@@ -81,7 +81,7 @@ ours = dict(callback=ext.RNNCallback, regularizer=lambda: ext.RNNRegularizer(1))
 def test_refusal_changes_nothing(cb):
     learn = text_learner(fastai_rnn.rnn_cbs(1), n=1000)
     had,before = kinds(learn),{n: p.clone() for n,p in learn.model.state_dict().items()}
-    with quiet(learn), pytest.raises(ValueError, match=r"Swap fastai's callbacks .* upgrade\(learn\)"):
+    with quiet(learn), pytest.raises(ValueError, match=r"swap fastai's callbacks .* upgrade\(learn\)"):
         learn.fit(1, cbs=cb())
     assert kinds(learn)==had and all(torch.equal(p, before[n]) for n,p in learn.model.state_dict().items())
     fit(learn)

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from fastai.callback.fp16 import MixedPrecision
 from fastai.learner import Learner
 from torch import Tensor
 from .core import n_ranks
 from .model import unwrap_model
+from .passes import mixed_precision
 from .step import BatchUndo, ItemWatch, all_finite, step_params, tensors_in
 
 # %% ../../nbs/base/diagnosis.ipynb #d1a90006
@@ -68,7 +68,7 @@ def _outputs(learn, model):
         if found or all_finite(out): return
         found.append(('output', f"the output of {name or 'the model'} ({type(m).__name__})", out))
     hooks = [m.register_forward_hook(partial(look, n)) for n,m in model.named_modules()]
-    mixed = next((cb for cb in learn.cbs if isinstance(cb, MixedPrecision)), None)
+    mixed = mixed_precision(learn)
     try:
         with torch.no_grad(), mixed.autocast if mixed else nullcontext(): model(*learn.xb)
     finally:

@@ -7,7 +7,7 @@ __all__ = ['plain_types', 'map_state', 'replacing', 'save_state', 'DamagedFile',
            'Snapshot', 'BackgroundWriter']
 
 # %% ../../nbs/base/files.ipynb #fad74e98
-import fcntl, hashlib, json, os, re
+import hashlib, json, os, re
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
@@ -19,6 +19,8 @@ from threading import Thread
 from uuid import uuid4
 from zipfile import ZipFile
 
+try: import fcntl
+except ImportError: fcntl = None
 import torch
 from torch import Tensor
 from .core import check_number
@@ -99,9 +101,9 @@ class _Sink:
 
 def save_state(
     file:str|Path, # File to write; its folder is made if need be
-    state:object # Tensors and plain values, in dicts, lists and tuples; a view takes all of its storage along
+    state:object # Tensors and plain values, in dicts, lists and tuples; of a view all of its storage is saved
 )->dict: # `size` in bytes, and `sha256`
-    "Write `state` to `file`, the old one until all is there. Errors: see `map_state`, `replacing`"
+    "Write `state` to `file`, which stays as it is until all is there. Errors: see `map_state`, `replacing`"
     state = map_state(state, lambda t: t)
     with replacing(file) as f:
         sink = _Sink(f)
@@ -111,7 +113,7 @@ def save_state(
 
 # %% ../../nbs/base/files.ipynb #50956bef
 class DamagedFile(Exception):
-    "A file that is missing, incomplete, changed, or no state that can be read without running code"
+    "A file that is missing, incomplete, changed, or not a state that can be read without running code"
 
 @contextmanager
 def _reading(file):
@@ -200,8 +202,9 @@ class StateFiles:
 
     def _remove_old(self):
         "States that are too old, and only those that a `StateFiles` wrote"
-        first = max(self._first, sorted(self._manifests()-self._damaged)[-self.keep:][0])
-        own = {n for n in self._numbers() if n<first and (n in self._manifests() or _is_state(self._file(n)))}
+        ours = self._manifests()
+        first = max(self._first, sorted(ours-self._damaged)[-self.keep:][0])
+        own = {n for n in self._numbers() if n<first and (n in ours or _is_state(self._file(n)))}
         for kind in ('json','pt'):      # in this order: no manifest without its state
             for n in own: self._file(n, kind).unlink(missing_ok=True)
 
@@ -234,7 +237,8 @@ class FolderLock:
     ): self.file,self._fd = Path(folder)/'lock',None
 
     def take(self)->str: # Who has it; None if it is taken now
-        "Take the lock, or say who has it. `OSError` where locks cannot be had"
+        "Take the lock, or say who has it. `OSError` where locks cannot be had, as on Windows"
+        if fcntl is None: raise OSError('this system has no fcntl')
         self._key = os.getpid(),os.path.realpath(self.file)
         if self._key in FolderLock._held: return 'another fit of this process'
         while self._fd is None:
@@ -257,7 +261,7 @@ class FolderLock:
         FolderLock._held.add(self._key)
 
     def release(self):
-        "Give the folder free; an empty one is removed"
+        "Release the folder; an empty one is removed"
         if self._fd is None or self._key[0]!=os.getpid(): return
         with suppress(OSError): self.file.unlink()
         os.close(self._fd)
@@ -291,9 +295,10 @@ class Snapshot:
         old,self._buffers = self._buffers,defaultdict(list)
         for t in sources:
             kind = t.dtype,t.shape,t.is_cuda
-            self._buffers[kind].append(old[kind].pop() if old[kind] else torch.empty(t.shape, dtype=t.dtype,
-                                                                                     pin_memory=t.is_cuda))
-            yield self._buffers[kind][-1]
+            if old[kind]: memory = old[kind].pop()
+            else: memory = torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda)
+            self._buffers[kind].append(memory)
+            yield memory
 
 def _copy(targets, sources):
     gpus = {t.device for t in sources if t.is_cuda}
@@ -305,8 +310,8 @@ def _pieces(tensors):
     "What to copy for `tensors`, by key: whole storages, and single tensors by number; and the key of each"
     used = Counter()
     for t in tensors: used[_storage(t)] += t.nbytes
-    keys = [_storage(t) if used[_storage(t)]>=t.untyped_storage().nbytes() else i for i,
-            t in enumerate(tensors)]
+    whole = lambda t: used[_storage(t)]>=t.untyped_storage().nbytes()
+    keys = [_storage(t) if whole(t) else i for i,t in enumerate(tensors)]
     return {k: t if k==i else _whole(t) for i,(k,t) in enumerate(zip(keys, tensors))},keys
 
 def _dense(t): return t.layout is torch.strided and not t.is_quantized

@@ -9,7 +9,7 @@ __all__ = ['grad_numbers', 'numbers_behind', 'with_grad', 'step_grads', 'total_n
 import torch
 from fastai.optimizer import Optimizer
 from torch import Tensor, nn
-from .step import opt_params
+from .step import norms, opt_params
 
 # %% ../../nbs/base/grads.ipynb #dccf5023
 def grad_numbers(
@@ -48,11 +48,8 @@ def total_norm(
     "p-norm of all numbers in `tensors` together; those in half precision are added up in float32"
     tensors = [t for t in tensors if t.numel()]
     if not tensors: return torch.zeros(())
-    halves = [t for t in tensors if t.element_size()<4]
-    others = [t for t in tensors if t.element_size()>=4]
-    norms = [*(torch._foreach_norm(others, p) if others else ()),
-             *(torch._foreach_norm(halves, p, torch.float32) if halves else ())]
-    return torch.linalg.vector_norm(torch.stack([n.to(norms[0]) for n in norms]), p)
+    each = norms(tensors, p)
+    return torch.linalg.vector_norm(torch.stack([n.to(each[0]) for n in each]), p)
 
 def multiply_(
     tensors:list, # On one device or several

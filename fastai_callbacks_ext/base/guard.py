@@ -62,10 +62,7 @@ class Guard(ExtCallback):
         self._watch.note()
         self._undo.keep_all()
         refused = self._undo.refused
-        if refused: self._say_once('leaves as a skipped batch leaves it', _listed(refused))
-
-    def _say_once(self, what, why):
-        if not any(r.what==what for r in self.records): self.tell(what, why)
+        if refused: self.tell('cannot undo for a skipped batch', _listed(refused), once=True)
 
     def after_step(self):
         "The window is closed"
@@ -147,7 +144,7 @@ def _copy_state(self:Guard):
 def _do_without(self:Guard, problem):
     "No copy any more; a guard does not end a run that is healthy"
     self._copies,self._due = (),inf
-    self._say_once('keeps no copy of model and optimizer, and guards on', first_text(from_all(problem)))
+    self.tell('goes on without a copy of model and optimizer', first_text(from_all(problem)), once=True)
 
 @patch
 def _restore(self:Guard):
@@ -165,7 +162,7 @@ def _restore(self:Guard):
 def _repair(self:Guard):
     "If weights or optimizer are not finite, put the copy back; what to say about it"
     if not self.any_rank(not self._healthy()): return ''
-    if not self._copies: return '; the weights are lost, for there is no copy'
+    if not self._copies: return '; weights or optimizer are not finite, and there is no copy to put back'
     return f'; weights and optimizer are those before {self._restore()}'
 
 # %% ../../nbs/base/guard.ipynb #9a4d000a

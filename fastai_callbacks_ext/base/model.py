@@ -157,9 +157,13 @@ def load_weights(
     model:nn.Module, # A model, maybe wrapped
     state:dict # Values by name, from a model of the same kind, maybe wrapped or compiled otherwise
 ):
-    "`load_state_dict`, whatever wraps or compiles the model here and where `state` is from"
+    """`load_state_dict`, whatever wraps or compiles the model here and where `state` is from.
+    What is no tensor and not in `state` (`get_extra_state`) stays as it is"""
     model = unwrap_model(model)
-    names = {plain_name(n): n for n in model.state_dict()}
+    own = model.state_dict()
+    names = {plain_name(n): n for n in own}
+    state = {plain_name(n): v for n,v in state.items()}
     if not any(n.startswith('module.') for n in names):
         state = {n.removeprefix('module.'): v for n,v in state.items()}
-    model.load_state_dict({names.get(plain_name(n), n): v for n,v in state.items()})
+    kept = {n: v for n,v in own.items() if not isinstance(v, Tensor)}
+    model.load_state_dict(kept | {names.get(n, n): v for n,v in state.items()})

@@ -24,7 +24,7 @@ class NotPlain(TypeError):
 _forms = {L: (list, L), set: (list, set), frozenset: (list, frozenset), type(Path()): (str, Path),
           deque: (lambda o: [list(o), o.maxlen], lambda o: deque(*o)), Counter: (dict, Counter),
           np.ndarray: (lambda o: torch.from_numpy(o.copy()), lambda o: o.cpu().numpy().copy())}
-_named = {cls.__name__: back for cls,(_,back) in _forms.items()}
+_named = {cls.__name__: back for cls,(_,back) in _forms.items()} | {'dict': dict}
 
 def to_plain(
     o:object, # Anything
@@ -36,7 +36,9 @@ def to_plain(
     each = lambda v: v if type(v) in plain_types else to_plain(v, lost, where)
     if cls in plain_types: return o
     if cls in (list,tuple): return cls([each(v) for v in o])
-    if cls in (dict,OrderedDict): return dict(_entries(o, lost, where))
+    if cls in (dict,OrderedDict):
+        entries = _entries(o, lost, where)
+        return dict(entries) if all(type(k) in plain_types for k in o) else {'is': 'dict', 'from': [*entries]}
     if isinstance(o, Tensor): return _plain_tensor(o)
     if isinstance(o, np.generic): return to_plain(o.item())
     if cls not in _forms or cls is np.ndarray and o.dtype.kind not in 'biufc':

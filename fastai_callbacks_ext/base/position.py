@@ -48,15 +48,15 @@ def load_random_state(
 
 def _accelerators(): return [o for o in (torch.cuda, torch.xpu, torch.mps) if o.is_available()]
 
-# hundreds of numbers
+# a state has 625 numbers: one tensor, not 625 values
 def _words(state): return tuple(torch.tensor(o) if isinstance(o, tuple) else o for o in state)
 def _from_words(state): return tuple(tuple(o.tolist()) if isinstance(o, Tensor) else o for o in state)
 
 # by kind: how to get the state of one, and how to set it
 generator_kinds = {torch.Generator: (lambda g: g.get_state(), lambda g,s: g.set_state(s)),
                    random.Random: (lambda g: _words(g.getstate()), lambda g,s: g.setstate(_from_words(s))),
-                   np.random.RandomState: (lambda g: to_plain(g.get_state()), lambda g,
-                                           s: g.set_state(from_plain(s))),
+                   np.random.RandomState: (lambda g: to_plain(g.get_state()),
+                                           lambda g,s: g.set_state(from_plain(s))),
                    np.random.Generator: (lambda g: to_plain(g.bit_generator.state),
                                          lambda g,s: setattr(g.bit_generator, 'state', from_plain(s)))}
 _texts = {ReindexCollection: (lambda o: torch.tensor(list(o.idxs)), lambda o,s: _reorder(o.idxs, s.tolist()))}
@@ -124,7 +124,7 @@ class _Skip:
     "Stands in for methods of a data loader until its first batch is there"
     def __init__(self, dl, n, ready):
         self.dl,self.n,self.ready = dl,n,ready
-        # workers have random numbers of their own
+        # with workers, the main process draws nothing for an item before `after_batch`
         self.draws = 'create_batches' if dl.fake_l.num_workers==0 else 'after_batch'
         self.methods = {o:getattr(dl, o) for o in ('get_idxs',self.draws)}
         self.replaced = {k:v for k,v in vars(dl).items() if k in self.methods}
@@ -162,13 +162,21 @@ class SeededItems:
         dl:DataLoader, # The loader
         seed:int, # Of the run
         epoch:int # From 0
-    ): self.dl,self.seed,self.epoch = dl,seed,epoch
+    ):
+        own = vars(dl).get('do_item')
+        ours = type(own).__module__.split('.')[0]==__name__.split('.')[0]      # for a while
+        self.dl,self.own,self.seed,self.epoch = dl,None if ours else own,seed,epoch
 
     def __call__(self, i):
         if i is not None:
             seed = hash((self.seed, self.epoch, i)) % 2**32
             random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
-        return type(self.dl).do_item(self.dl, i)
+        return self.own(i) if self.own else type(self.dl).do_item(self.dl, i)
+
+    def take_off(self):
+        "Leave the loader as it was"
+        vars(self.dl).pop('do_item', None)
+        if self.own: self.dl.do_item = self.own
 
 # %% ../../nbs/base/position.ipynb #0b5e11ee
 @contextmanager

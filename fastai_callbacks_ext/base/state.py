@@ -255,8 +255,8 @@ def load_callback_state(
     if isinstance(cb, Recorder): _load_recorder_state(cb, state)
     owned = state.pop('owned', {})
     set_attributes(cb, state)
-    ways = {path: (o, way) for k,v in vars(cb).items() for path,o,
-            way in _leaves(v, k)} | {'': (cb, _in_place(cb))}
+    leaves = (leaf for k,v in vars(cb).items() for leaf in _leaves(v, k))
+    ways = {path: (o, way) for path,o,way in leaves} | {'': (cb, _in_place(cb))}
     for path,s in owned.items():
         o,way = ways.get(path, (None, None))
         if way: way[1](o, s)
