@@ -90,6 +90,11 @@ class EarlyStopping(Monitor, _Timed):
         self._begin()
         if self.restore_best: self.at_end(self._restore)
 
+    def after_fit(self):
+        "Say that there was nothing to look at"
+        if not self._epochs and self.epoch+1>=self.n_epoch:
+            self.tell('had nothing to follow', f'{self.monitor} was not computed in any epoch')
+
     def _begin(self):
         "Patience and the reason are those of one fit, whatever `reset_on_fit` says"
         self._reason,self._mark,self._epochs,self.used = None,0,0,0.
@@ -158,7 +163,8 @@ def _stop(self:EarlyStopping, value, reason):
     self._reason = reason.value
     best = 'never a finite number'
     if self.best is not None: best = f'the best was {self.best:.4g}, in epoch {self.best_epoch}'
-    ago = f'{self._position()-self._mark:.4g} {self.unit} ago'
+    past = self._position()-self._mark
+    ago = f"{past:.4g} {self.unit if past!=1 else self.unit.removesuffix('s')} ago"
     self.tell('stopped the fit', f'{reason.value}: {self.monitor} is {value:.4g}, {best}, {ago}')
     raise CancelFitException
 
@@ -172,7 +178,7 @@ def _restore(self:EarlyStopping):
     if self._weights is None: return
     unwrap_model(self.model).load_state_dict(self._weights)
     if self.epoch!=self.best_epoch:
-        why = f'those of epoch {self.best_epoch}, with a {self.monitor} of {self.best:.4g}'
+        why = f'those of epoch {self.best_epoch}, with {self.monitor} at {self.best:.4g}'
         self.tell('loaded the best weights', why)
     if self.reset_on_fit: self._weights = None
 
@@ -345,7 +351,7 @@ def _why(self:TimeLimit):
 @patch
 def _advance(self:TimeLimit, seconds):
     if not self.schedule: return
-    left,own = self._left()*(self._trained/self.used if self.used else 1.),self.pct_train-self._ahead
+    left,own = self._left()*(self._trained/self.used if self._trained else 1.),self.pct_train-self._ahead
     self._pct = rank_mean(max(own, self._pct + (1-self._pct)*(seconds/(seconds+left) if left>0 else 1.)))
     self._ahead,self.learn.pct_train = self._pct-own,self._pct
 

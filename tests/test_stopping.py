@@ -394,7 +394,7 @@ def test_limit_per_fit_or_over_all():
     weights = {k: v.clone() for k,v in learn.model.state_dict().items()}
     out = fit(learn, 3, cbs=cb)              # nothing left
     assert equal(weights, learn.model.state_dict()) and learn.recorder.values==[]
-    assert 'ended the fit in epoch 0, batch 0' in out
+    assert 'ended the fit in epoch 0: ' in out
     learn = digits()
     fit(learn, 3, 'fine_tune', cbs=StepLimit(7))
     assert len(learn.recorder.losses)==7
@@ -553,7 +553,7 @@ def test_deadline(at_evening, deadline, seconds):
 def test_deadline_is_past(at_evening):
     took,batches,log,learn,out = times(TimeLimit(deadline='2026-11-24 17:00'))
     assert took==batches==0
-    assert 'ended the fit in epoch 0, batch 0: the fit must end by 2026-11-24 17:00' in out
+    assert 'ended the fit in epoch 0: the fit must end by 2026-11-24 17:00' in out
 
 @pytest.mark.parametrize('text', ['tomorrow', '25:00', '2026-13-01', ''])
 def test_wrong_deadline(text):
@@ -777,3 +777,26 @@ def test_all_stop_together(tmp_path):
     assert first['file']['batches']==6 and first['samples']['batches']==5
     for o in (first['metric'], second['metric']):
         assert 'diverged: valid_loss is inf' in o['records'][0][4] and o['rows']==3 and o['best']<2
+
+def test_schedule_by_a_real_clock():
+    "With time enough it begins at the beginning, and learns as without"
+    learn = digits_learner([TimeLimit(minutes=60, schedule=True)], n=300, bs=32)
+    with quiet(learn): learn.fit_one_cycle(2, 1e-2)
+    rates = learn.recorder.hps['lr'] if hasattr(learn.recorder, 'hps') else learn.recorder.lrs
+    assert max(rates)==pytest.approx(1e-2, rel=.2) and rates[0]<max(rates)/2
+
+def test_the_best_belongs_to_one_model():
+    "`reset_on_fit=False` in a second learner: its weights stay its own"
+    cb = EarlyStopping(patience=9, restore_best=True, reset_on_fit=False)
+    first = digits_learner(n=160, bs=32)
+    with quiet(first): first.fit(2, 1e-2, cbs=cb); first.fit(1, 1e-2, cbs=cb)
+    best = cb.best
+    second = digits_learner(n=160, bs=32, model=nn.Sequential(nn.Flatten(), nn.Linear(64, 10)))
+    with quiet(second): second.fit(1, 1e-9, cbs=cb)
+    assert cb.best==second.recorder.values[0][1]!=best
+
+def test_nothing_to_follow(capsys):
+    learn = digits_learner([EarlyStopping()], n=160, bs=32)
+    learn.dls.valid = learn.dls.valid.new([])
+    with quiet(learn): learn.fit(2)
+    assert 'had nothing to follow' in capsys.readouterr().out

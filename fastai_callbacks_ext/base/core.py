@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from copy import deepcopy
 from copyreg import _reconstructor
 from dataclasses import asdict, dataclass
+from difflib import get_close_matches
 from functools import partial
 from math import inf, prod
 from numbers import Real
@@ -78,6 +79,7 @@ def check_number(
     integer:bool=False # Accept only whole numbers?
 )->float: # `value`
     "`value` if it is a number from `low` to `high`, else an error that names the argument"
+    if isinstance(value, np.integer): value = value.item()
     check_type(name, value, int if integer else Real)
     if low<=value<=high and abs(value)<inf: return value
     bounds = [f'>= {low}']*(low>-inf) + [f'<= {high}']*(high<inf)
@@ -148,7 +150,7 @@ class Record:
     what:str # What it did
     why:str # Why
     epoch:int # Epoch, from 0
-    batch:int|None # Training batch of the epoch, from 0; None after them
+    batch:int|None # Training batch of the epoch, from 0; None before and after them
     iteration:int # Training batches done in this fit
 
     def __str__(self):
@@ -171,7 +173,7 @@ class ExtCallback(Callback):
         super().__init_subclass__(**kwargs)
         cls.order = resolve_order(cls)
         cls.fit_state = {k:v for c in cls.__mro__[::-1] for k,v in vars(c).get('fit_state', {}).items()}
-        if 'step_taken' in vars(cls): _send_step_taken(cls)
+        if hasattr(cls, 'step_taken'): _send_step_taken(cls)
 
     def __new__(cls, *args, **kwargs):
         self = super().__new__(cls)
@@ -232,7 +234,7 @@ def _send_step_taken(cls):
     if own := {'after_step','after_cancel_step'} & vars(cls).keys():
         names = ' and '.join(sorted(own))
         raise TypeError(f'{cls.__name__} has step_taken and {names}: expected one or the other')
-    cls.after_cancel_step,cls.after_step = _note_cancelled,_after_step
+    if 'step_taken' in vars(cls): cls.after_cancel_step,cls.after_step = _note_cancelled,_after_step
 
 def _note_cancelled(self): vars(self)['_cancelled_at'] = self.learn.train_iter
 def _after_step(self):
@@ -284,7 +286,8 @@ def metric(self:ExtCallback,
         raise ValueError(f'{self.name}: the learner has no Recorder, so no metric {name!r}')
     values = _metric_values(self.recorder)
     if name in values: return values[name]()
-    raise ValueError(f"{self.name}: no metric {name!r}; there are: {', '.join(values)}")
+    near = ''.join(f'; did you mean {o!r}?' for o in get_close_matches(name, values, 1))
+    raise ValueError(f"{self.name}: no metric {name!r}; there are: {', '.join(values)}{near}")
 
 # %% ../../nbs/base/core.ipynb #da473704
 _smaller = """loss error error_rate mse rmse mae msle rmsle mape smape wape wmape mdape rmspe exp_rmspe mase
@@ -295,10 +298,11 @@ _smaller = """loss error error_rate mse rmse mae msle rmsle mape smape wape wmap
 _larger = """score accuracy acc f1 f2 fbeta precision recall sensitivity specificity tpr tnr ppv npv
     true_positive_rate true_negative_rate auc auroc rocauc auprc aucpr ap map map50 map75 mrr
     reciprocal_rank dcg ndcg hit_rate hits mcc matthews_corrcoef corrcoef kappa qwk dice dice_coef iou miou
-    jaccard r2 d2_brier_score explained_variance pearson pearsonr spearman spearmanr kendall kendalltau
+    jaccard r2 d2_brier_score d2_absolute_error d2_pinball d2_tweedie d2_log_loss explained_variance pearson pearsonr spearman spearmanr kendall kendalltau
     correlation ccc similarity psnr ssim likelihood bleu corpus_bleu sacrebleu rouge chrf meteor exact_match
     wip pesq stoi sdr snr"""
 _directions = dict.fromkeys(_smaller.split(), True) | dict.fromkeys(_larger.split(), False)
+_turns = {'negative','minus','inverse','inverted','non','not','without'}
 _details = 'multi binary macro micro samples weighted coeff ovo ovr at top class k logits with mean [0-9]+'
 _details = re.compile(f"(_({_details.replace(' ', '|')}))+$")
 
@@ -324,13 +328,17 @@ def _sources(name, learn):
     return res
 
 def _by_name(name):
-    "What the last words of `name` say"
+    "What the last words of `name` say, if no word before them says otherwise"
+    if re.match('1 *-', name): return None
     for name in (camel2snake(name), name.lower()):
         words = _details.sub('', re.sub('[^a-z0-9]+', '_', name)).split('_')
         for i in range(len(words)):
-            smaller = _directions.get('_'.join(words[i:]))
+            smaller,before = _directions.get('_'.join(words[i:])),words[:i]
             if smaller is None: continue
-            return None if 'negative' in words[:i] else smaller != ('neg' in words[:i])
+            if words[i:]==['score'] and (known := _by_name('_'.join(before))) is not None: return known
+            others = set() if words[-1] in ('loss','error') else {*map(_directions.get, before)}
+            if (not smaller) in others or _turns & {*before}: return None
+            return smaller != ('neg' in before)
 
 # %% ../../nbs/base/core.ipynb #b5b1e73e
 @patch

@@ -7,14 +7,20 @@ __all__ = ['Monitor', 'less_is_better']
 
 # %% ../../nbs/base/monitor.ipynb #04a7c0e5
 from collections.abc import Callable
+from copy import deepcopy
 from numbers import Real
+from weakref import WeakKeyDictionary, ref
 
 import numpy as np
 from fastai.learner import Learner
 from fastai.torch_core import rank_distrib
+from fastcore.imports import noop
 from .core import ExtCallback, check_type, rank_mean, smaller_is_better
+from .model import unwrap_model
 
 # %% ../../nbs/base/monitor.ipynb #06a7c0e5
+_last = WeakKeyDictionary()      # the model of the last fit, by callback
+
 class Monitor(ExtCallback):
     "Follows a loss or a metric from epoch to epoch"
     def __init__(self,
@@ -29,6 +35,13 @@ class Monitor(ExtCallback):
         "Refuse a metric that is not there; find out which way is better"
         self.metric(self.monitor)
         if not self._certain: self._look_up()
+        self._forget_other_model()
+
+    def _forget_other_model(self):
+        "What is best belongs to one model, whatever `reset_on_fit` says"
+        last,model = _last.get(self, noop)(),unwrap_model(self.model)
+        if last is not None and last is not model: vars(self).update(deepcopy(self.fit_state))
+        _last[self] = ref(model)
 
     def before_epoch(self):
         "Forget the epoch before: what is not computed in this one has no value"
