@@ -85,6 +85,12 @@ def wrong_labels():
 # --- averaging ----------------------------------------------------------------------------------
 def averaged(n_epoch, lr, cb): return table(trained(digits_learner(cb), 'fit', n_epoch, lr))
 
+def restless():
+    "A run at a learning rate that stays where it is, after every epoch: its weights and their average"
+    rows = averaged(20, 3e-2, EMA(0.98, validate='both'))
+    lines = {'the weights': 'raw_', 'their moving average, EMA(0.98)': ''}
+    return {what: {k: rows[prefix+what] for k,prefix in lines.items()} for what in ('valid_loss','accuracy')}
+
 def decays():
     "The start of moving averages of several decays, with and without a warm-up: validation losses"
     several = averaged(12, 1e-2, EMA([0.9, 0.98, 0.995], validate='both'))
@@ -102,7 +108,7 @@ def averages():
     assert raw['SWA(0.5)']==raw['LAWA(5, every=12)']==raw['EMA(0.98)'], 'an average changed the training'
     return dict(valid_loss={'the weights': raw['SWA(0.5)']} | {k: v['valid_loss'] for k,v in runs.items()})
 
-FIGURES = {f.__name__: f for f in (spikes, clipping, wrong_labels, decays, averages)}
+FIGURES = {f.__name__: f for f in (spikes, clipping, wrong_labels, restless, decays, averages)}
 
 def write(name):
     versions = {'Python':platform.python_version()} | {p:version(p) for p in ('torch','fastai')}
