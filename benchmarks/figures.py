@@ -12,8 +12,9 @@ warnings.filterwarnings('ignore')
 
 import torch
 from fastai.callback.all import *
+from fastai.callback.core import Callback
 from fastai.optimizer import SGD
-from fastai_callbacks_ext.all import EMA, LAWA, SAM, SWA, GradientClip, SpikeGuard
+from fastai_callbacks_ext.all import EMA, LAWA, SAM, SWA, GradientClip, SpikeGuard, TimeLimit
 from fastai_callbacks_ext.test_utils import digits_learner, text_learner
 from harness import facts
 
@@ -82,6 +83,27 @@ def wrong_labels():
         'SAM(0.3)': with_wrong_labels(20, SAM(0.3)),
         'SAM(2, adaptive=True)': with_wrong_labels(20, SAM(2., adaptive=True))})
 
+# --- stopping -----------------------------------------------------------------------------------
+class FakeClock(Callback):
+    "A clock that batches move on: by a second in training, by two in validation"
+    order,seconds = -100,0.
+    def after_batch(self): self.seconds += 1. if self.training else 2.
+    def time(self): return self.seconds
+
+def time_limit():
+    "One cycle of ten epochs, cut off after a minute and a half, and with the schedule brought to its end"
+    def in_time(**kwargs):
+        limit,clock = TimeLimit(minutes=1.5, **kwargs),FakeClock()
+        limit.clock = clock.time
+        return [limit, clock]
+    runs = {'all epochs': [], 'TimeLimit': in_time(), 'TimeLimit(schedule=True)': in_time(schedule=True)}
+    found = {}
+    for k,cbs in runs.items():
+        learn = trained(digits_learner(cbs), 'fit_one_cycle', 10, 3e-2)
+        found[k] = dict(lrs=[*map(short, learn.recorder.lrs)], iters=list(learn.recorder.iters),
+                        valid_loss=table(learn)['valid_loss'])
+    return dict(runs=found)
+
 # --- averaging ----------------------------------------------------------------------------------
 def averaged(n_epoch, lr, cb): return table(trained(digits_learner(cb), 'fit', n_epoch, lr))
 
@@ -108,7 +130,7 @@ def averages():
     assert raw['SWA(0.5)']==raw['LAWA(5, every=12)']==raw['EMA(0.98)'], 'an average changed the training'
     return dict(valid_loss={'the weights': raw['SWA(0.5)']} | {k: v['valid_loss'] for k,v in runs.items()})
 
-FIGURES = {f.__name__: f for f in (spikes, clipping, wrong_labels, restless, decays, averages)}
+FIGURES = {f.__name__: f for f in (spikes, clipping, wrong_labels, time_limit, restless, decays, averages)}
 
 def write(name):
     versions = {'Python':platform.python_version()} | {p:version(p) for p in ('torch','fastai')}
