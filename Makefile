@@ -37,9 +37,10 @@ bench: .venv/bench-ready ## Measure the callbacks and the loop beside their peer
 	$(RUN)/python benchmarks/gradients.py
 	$(RUN)/python benchmarks/averaging.py
 
-techniques: .venv/ready ## Train digits and a language model with and without each technique, five seeds (an hour)
+techniques: .venv/ready ## Train digits and a language model with and without each technique: tables and figures of the docs (an hour)
 	OMP_NUM_THREADS=1 $(RUN)/python benchmarks/techniques.py
 	OMP_NUM_THREADS=1 $(RUN)/python benchmarks/average_defaults.py
+	OMP_NUM_THREADS=1 $(RUN)/python benchmarks/figures.py
 
 soak-contract: .venv/ready ## Every callback in every setting, every pair, in a notebook and in 2 processes (an hour)
 	$(RUN)/python tests/contract.py --all
