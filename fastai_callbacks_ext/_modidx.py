@@ -1516,6 +1516,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                              'fastai_callbacks_ext/test_utils.py'),
                                                  'fastai_callbacks_ext.test_utils.PoisonBatch.before_batch': ( 'test_utils.html#poisonbatch.before_batch',
                                                                                                                'fastai_callbacks_ext/test_utils.py'),
+                                                 'fastai_callbacks_ext.test_utils._words': ( 'test_utils.html#_words',
+                                                                                             'fastai_callbacks_ext/test_utils.py'),
                                                  'fastai_callbacks_ext.test_utils.digits_dls': ( 'test_utils.html#digits_dls',
                                                                                                  'fastai_callbacks_ext/test_utils.py'),
                                                  'fastai_callbacks_ext.test_utils.digits_learner': ( 'test_utils.html#digits_learner',

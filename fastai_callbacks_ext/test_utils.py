@@ -7,6 +7,7 @@ __all__ = ['digits_dls', 'digits_model', 'digits_learner', 'words', 'text_dls', 
 
 # %% ../nbs/90_test_utils.ipynb #f2b7bae8
 import re
+from functools import cache
 from pydoc_data.topics import topics
 
 import torch
@@ -62,10 +63,12 @@ def digits_learner(
     return learn
 
 # %% ../nbs/90_test_utils.ipynb #bac7d429
+@cache
+def _words(): return re.findall(r'\w+|[^\w\s]', ' '.join(topics[k] for k in sorted(topics)).lower())
+
 def words(n:int=20_000)->list: # The words, lower case; punctuation marks are words
     "The first `n` words of the Python language reference"
-    text = ' '.join(topics[k] for k in sorted(topics))
-    return re.findall(r'\w+|[^\w\s]', text.lower())[:n]
+    return _words()[:n]
 
 # %% ../nbs/90_test_utils.ipynb #3c143861
 def text_dls(
