@@ -68,11 +68,13 @@ def main():
                'EMA()': partial(ours, buffers='average'),
                "torch's AveragedModel": torchs, "timm's ModelEmaV3": timms,
                "Lightning's EMAWeightAveraging": lightnings}
-    for title,model in MODELS.items(): tables[title] = measure({k: partial(repeated, f, model) for k,
-            f in updates.items()}, args.rounds, 'ms an update')
-    steps = list(NETS)[:2]
-    tables |= {f'A training batch. {title}': measure({k: partial(seconds, partial(fastai, cbs=cbs, bar=False),
-            net(title, 'cpu')) for k,cbs in STEPS.items()}, args.rounds, 'µs a batch') for title in steps}
+    for title,model in MODELS.items():
+        cases = {k: partial(repeated, f, model) for k,f in updates.items()}
+        tables[title] = measure(cases, args.rounds, 'ms an update')
+    for title in list(NETS)[:2]:
+        steps = {k: partial(seconds, partial(fastai, cbs=cbs, bar=False), net(title, 'cpu'))
+                 for k,cbs in STEPS.items()}
+        tables[f'A training batch. {title}'] = measure(steps, args.rounds, 'µs a batch')
     results = report('averaging', tables, args.rounds, packages=('timm','lightning'), copies=memory(COPIES))
     print('\nCopies of the model in memory:', results['copies'])
     print('\nTargets: at most 1.15 x one lerp; at most 1 x each peer')
