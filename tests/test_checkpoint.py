@@ -81,7 +81,7 @@ def test_goes_on_from_anywhere(case):
     dict(epochs=2), dict(keep=1, steps=3)], ids=str)
 def test_when_to_save(args):
     want,_,events = run(case := digits(n=130))      # 4 batches an epoch
-    for n in range(12, events+1, events//6):
+    for n in range(12, events+1, events//4):
         path = Path(f'run-{n}')
         run(case, Checkpoint(path, **args), stop=n)
         assert run(case, Checkpoint(path, **args))[0]==want, n
@@ -214,7 +214,7 @@ LOADERS = dict(
 def test_loaders(name):
     case = digits(n=170, dls=loaders(LOADERS[name]))        # 4 batches an epoch, and the rest
     want,_,events = run(case)
-    for n in range(20, events, events//3):
+    for n in range(20, events, events//2):
         run(case, Checkpoint(f'run{n}', steps=1), stop=n)
         assert run(case, Checkpoint(f'run{n}', steps=1))[0]==want, n
 
