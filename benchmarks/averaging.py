@@ -16,8 +16,9 @@ from harness import measure, options, ratio, report
 from loop import NETS, fastai, net, seconds
 
 LERP = 'one lerp of a flat buffer'
-MODELS = {'MLP of 25 M parameters in 10 tensors': lambda: nn.Sequential(*(nn.Linear(2236, 2236)
-        for _ in range(5))), 'ResNet-50, 25.6 M parameters in 161 tensors': resnet50}
+def mlp(): return nn.Sequential(*(nn.Linear(2236, 2236) for _ in range(5)))
+MODELS = {'MLP of 25 M parameters in 10 tensors': mlp,
+          'ResNet-50, 25.6 M parameters in 161 tensors': resnet50}
 
 def repeated(make, model, n=10):
     "Seconds of one update, the mean of `n`; model and average are new each time: where they lie matters"
@@ -58,8 +59,8 @@ STEPS = {
     'SWA(every=10)': lambda: [SWA(every=10, buffers='copy')], 'LAWA(every=10)': lambda: [LAWA(every=10)]}
 
 COPIES = {
-    'EMA()': lambda: [EMA()], 'EMA([0.9, 0.99])': lambda: [EMA([0.9, 0.99])], 'SWA(0.)': lambda: [SWA(0.,
-            every=1)], 'LAWA(5)': lambda: [LAWA(5, every=1)]}
+    'EMA()': lambda: [EMA()], 'EMA([0.9, 0.99])': lambda: [EMA([0.9, 0.99])],
+    'SWA(0.)': lambda: [SWA(0., every=1)], 'LAWA(5)': lambda: [LAWA(5, every=1)]}
 
 def main():
     args = options(__doc__).parse_args()

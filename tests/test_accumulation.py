@@ -128,8 +128,7 @@ def test_optimizers(opt_func): assert_same(*pair(opt_func=opt_func, lr=0.01))
 @pytest.mark.parametrize('cb', [
     lambda: GradientClip(0.1), lambda: GradientClip(max_value=.01), lambda: GradientClip(adaptive=0.1),
     GradientCentralization, GradientNoise, LookaheadWeights, TerminateOnNaN, SkipNonFinite, SpikeGuard,
-    FastLoop,
-    lambda: AnyMixedPrecision(torch.float32, 2.**10)])
+    FastLoop, lambda: AnyMixedPrecision(torch.float32, 2.**10)])
 def test_beside(cb): assert_same(*pair(cb), rtol=1e-4, atol=1e-5)
 
 @pytest.mark.parametrize('method', ['fit_one_cycle','fit_flat_cos','fit_sgdr'])

@@ -67,9 +67,9 @@ def test_without_warmup_the_past_is_what_was_there(decay, every, start):
     learn = run(EMA(decay, every=every, start=start, warmup=False))
     steps = learn.steps
     states = [[steps.first, *steps.steps][start], *steps.steps[start:][every-1::every]]
-    d = decay**every
-    assert_close(state(learn), mean(states, [d**(len(states)-1)] + [(1-d)*d**(len(states)-1-i)
-            for i in range(1, len(states))]), rtol=1e-3, atol=1e-5)
+    d,n = decay**every,len(states)
+    shares = [d**(n-1)] + [(1-d)*d**(n-1-i) for i in range(1, n)]
+    assert_close(state(learn), mean(states, shares), rtol=1e-3, atol=1e-5)
 
 def age(shares):
     "Mean number of steps that weights with these `shares`, the oldest first, are old"
@@ -348,11 +348,10 @@ def test_a_refresh_is_a_pass_of_the_learner(inside):
     cbs = [scale := Scale(), own := Own()]
     def traces(learn):
         return dict(attrs=set(vars(learn)), scale=(scale.n, list(scale.log)), own=own.calls,
-                    rows=list(learn.recorder.values),
-                    losses=len(learn.recorder.losses), hypers=[dict(h)
-                            for h in learn.opt.hypers], training=learn.training,
-                    modes=[m.training for m in learn.model.modules()], cbs=set(map(str,
-                            learn.cbs)), draw=torch.get_rng_state().tolist())
+                    rows=list(learn.recorder.values), losses=len(learn.recorder.losses),
+                    hypers=[dict(h) for h in learn.opt.hypers], training=learn.training,
+                    modes=[m.training for m in learn.model.modules()], cbs=set(map(str, learn.cbs)),
+                    draw=torch.get_rng_state().tolist())
     learn = normed(cbs)
     if not inside: fit(learn, 1)
     else:
@@ -443,8 +442,8 @@ def test_a_batch_of_a_refresh_waits_for_nothing(monkeypatch):
     assert few==many
 
 def test_freezing():
-    learn = digits_learner(n=300, bs=32, splitter=lambda m: [list(m[:4].parameters()),
-            list(m[4:].parameters())])
+    def splitter(m): return [list(m[:4].parameters()), list(m[4:].parameters())]
+    learn = digits_learner(n=300, bs=32, splitter=splitter)
     cb,first = EMA(0.8),learn.model[0].weight.detach().clone()
     learn.freeze(); fit(learn, 1, cbs=cb)
     assert torch.equal(learn.model[0].weight, first)
@@ -860,10 +859,9 @@ def test_which_way_is_better(capsys):
     assert "soup: takes larger for better in 'oddness'; if not: maximize=False" in capsys.readouterr().out
 
 @pytest.mark.parametrize('make,match', [
-    (lambda: EMA(1.1),'decay='), (lambda: EMA([]),'decay='), (lambda: EMA(half_life=0),
-            'half_life='), (lambda: EMA(validate='swa'),'validate='),
-    (lambda: SWA(2.),'start='), (lambda: SWA(lr=-1.),'lr='), (lambda: LAWA(0),
-            'k='), (lambda: LAWA(buffers='none'),'buffers='),
+    (lambda: EMA(1.1),'decay='), (lambda: EMA([]),'decay='), (lambda: EMA(half_life=0),'half_life='),
+    (lambda: EMA(validate='swa'),'validate='), (lambda: SWA(2.),'start='), (lambda: SWA(lr=-1.),'lr='),
+    (lambda: LAWA(0),'k='), (lambda: LAWA(buffers='none'),'buffers='),
     (lambda: EMA(final='both'),'final='), (lambda: EMA(every=0),'every=')])
 def test_wrong_arguments(make, match):
     with pytest.raises(ValueError, match=match): make()

@@ -24,11 +24,10 @@ x,classes,real = drawn(torch.randn, N, 5),drawn(torch.randint, 0, 4, (N,)),drawn
 signs = torch.where(real>0, 1., -1.)
 targets = dict(
     classes=classes, some=torch.where(x[:,0]>.3, -100, classes), real=real, positive=real.abs(),
-    yes=(real>0).float(),
-    chances=real.softmax(1), signs=signs, pixels=drawn(torch.randint, 0, 4, (N,2)), spread=(real,
-    real.abs()+.1),
-    labels=torch.stack([classes, torch.full_like(classes, -1), classes, classes], 1), cosine=(real,
-    signs[:,0]),
+    yes=(real>0).float(), chances=real.softmax(1), signs=signs,
+    pixels=drawn(torch.randint, 0, 4, (N,2)), spread=(real, real.abs()+.1),
+    labels=torch.stack([classes, torch.full_like(classes, -1), classes, classes], 1),
+    cosine=(real, signs[:,0]),
     ranks=(real, signs), triplet=(real, real.flip(0)), weighed=(drawn(torch.rand, N, 4).round(), real.abs()),
     speech=(drawn(torch.randint, 1, 4, (N,2)), torch.full_like(classes, 6), torch.where(x[:,0]>0, 1, 2)))
 targets['some pixels'] = torch.where(targets['pixels']==1, -100, targets['pixels'])
@@ -126,8 +125,8 @@ class Added(nn.Module):
 
 @pytest.mark.parametrize('loss,y,said', [
     (own, (real,), 'takes own for a mean over the targets'), (mean_of_items, (real,), 'takes mean_of_items'),
-    (lambda p,t: own(p, t), (real,), 'takes <lambda>'), (Twice(), (classes,),
-    'takes Twice for a mean over the items'),
+    (lambda p,t: own(p, t), (real,), 'takes <lambda>'),
+    (Twice(), (classes,), 'takes Twice for a mean over the items'),
     (two_heads, (real, real[:,0]), 'takes two_heads for a mean over the items'),
     (Added(), (real,), 'takes Added for a sum')])
 def test_what_is_taken_for_granted(loss, y, said, capsys):

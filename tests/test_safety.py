@@ -333,13 +333,11 @@ def test_diagnosis_changes_nothing():
         order = 10
         def before_step(self):
             undo = self.learn.skip_non_finite._undo
-            kept = [t.clone()
-                    for t in tensors_in([self.model.state_dict(), [p.grad for p in self.model.parameters()]])]
+            def all_there(): return [self.model.state_dict(), [p.grad for p in self.model.parameters()]]
+            kept = [t.clone() for t in tensors_in(all_there())]
             rng = torch.get_rng_state()
             seen.append(diagnose(self.learn, undo))
-            for a,b in zip(kept,
-                           tensors_in([self.model.state_dict(),
-                                       [p.grad for p in self.model.parameters()]])): assert torch.equal(a, b)
+            for a,b in zip(kept, tensors_in(all_there())): assert torch.equal(a, b)
             assert torch.equal(rng, torch.get_rng_state())
     trained(digits, SkipNonFinite(), Look(), epochs=1)
     assert seen==[None]*10
@@ -554,8 +552,8 @@ def test_a_guard_that_joins_a_resumed_run(cb):
     for batch in (14,15):
         shutil.copytree('run', f'run{batch}')
         Checkpoint._finished.clear()        # as in a new process
-        got = digits([Checkpoint(f'run{batch}', background=False), cb(), PoisonBatch(batch, 'weight'),
-                      Stop()])
+        again = Checkpoint(f'run{batch}', background=False)
+        got = digits([again, cb(), PoisonBatch(batch, 'weight'), Stop()])
         with quiet(got), contextlib.redirect_stdout(io.StringIO()) as out: got.fit(4)
         assert all(o in out.getvalue() for o in ('went on in epoch 1, batch 4', 'batch 14 of the fit'))
     for a,b in zip(got.model.state_dict().values(), before): assert torch.equal(a, b)
