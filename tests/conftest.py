@@ -31,27 +31,29 @@ def autocast_is_left():
     assert not left, f'autocast is still on: {left}'
 
 class ByFile(LoadScopeScheduling):
-    "A file on one worker, so that what its tests share is started once; the rest is spread one by one, last"
+    """A file on one worker, so that what its tests share is started once
+
+    Files whose tests share nothing are last, and spread one by one; those in a notebook share its kernel."""
     alone = 'test_contract.py','test_notebooks.py'
     def _split_scope(self, nodeid):
         file = nodeid.split('::')[0]
+        if nodeid.endswith('in_a_notebook'): return 'one kernel'
         return nodeid if file.endswith(self.alone) else file
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log): return ByFile(config, log)
 
-LONG = {
-    'test_contract','test_crash','test_demo','test_distributed','test_docs','test_learners','test_notebooks',
-    'test_packaging',                                                                   # whole files
-    'test_goes_on_from_anywhere','test_damaged_files','test_when_to_save','test_loaders',   # checkpoints
-    'test_each_exception_in_each_event','test_any_callbacks','test_beside_ours',            # the loop
-    'test_skipped_is_as_if_it_had_never_been_there','test_resumes_to_the_same_bits',        # guards
-    'test_goes_on','test_time_goes_on','test_deadline'}                                     # stopping
+NOT_TRACED = """
+test_contract test_crash test_demo test_distributed test_docs test_learners test_notebooks test_packaging
+test_goes_on_from_anywhere test_damaged_files test_when_to_save test_loaders
+test_each_exception_in_each_event test_any_callbacks test_beside_ours
+test_skipped_is_as_if_it_had_never_been_there test_resumes_to_the_same_bits
+test_goes_on test_time_goes_on test_deadline""".split()
 
 def pytest_collection_modifyitems(items):
-    "Coverage slows a test down by 40 %: long ones go without, where shorter ones reach the same lines"
+    "Coverage slows a test down by 40 %: long files and tests go without, whose lines shorter ones reach too"
     for o in items:
-        if LONG & {o.path.stem, o.originalname}: o.add_marker('no_cover')
+        if o.path.stem in NOT_TRACED or o.originalname in NOT_TRACED: o.add_marker('no_cover')
 
 def pytest_collection_finish():
     "What is imported by now stays: collections of garbage need not look at it, and tests ask for many"
