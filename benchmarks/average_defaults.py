@@ -51,12 +51,10 @@ def diabetes(seed):
 def language(seed): return text_learner(n=10_000, seed=seed)
 
 TASKS = {   # title: metric, larger is better, learner
-    'Digits, 5 convolutions with batch norm': ('accuracy', True,
-                                               digits_conv), 'Digits, MLP without': ('accuracy', True,
-                                                       digits_mlp),
-    'Diabetes, MLP with batch norm': ('RMSE', False,
-                                      diabetes), 'Language model, AWD-LSTM without': ('perplexity', False,
-                                              language)}
+    'Digits, 5 convolutions with batch norm': ('accuracy', True, digits_conv),
+    'Digits, MLP without': ('accuracy', True, digits_mlp),
+    'Diabetes, MLP with batch norm': ('RMSE', False, diabetes),
+    'Language model, AWD-LSTM without': ('perplexity', False, language)}
 
 def value(learn):
     with learn.no_bar(): return learn.validate()[1]

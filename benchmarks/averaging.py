@@ -16,8 +16,9 @@ from harness import measure, options, ratio, report
 from loop import NETS, fastai, net, seconds
 
 LERP = 'one lerp of a flat buffer'
-MODELS = {'MLP of 25 M parameters in 10 tensors': lambda: nn.Sequential(*(nn.Linear(2236, 2236)
-        for _ in range(5))), 'ResNet-50, 25.6 M parameters in 161 tensors': resnet50}
+def mlp(): return nn.Sequential(*(nn.Linear(2236, 2236) for _ in range(5)))
+MODELS = {'MLP of 25 M parameters in 10 tensors': mlp,
+          'ResNet-50, 25.6 M parameters in 161 tensors': resnet50}
 
 def repeated(make, model, n=10):
     "Seconds of one update, the mean of `n`; model and average are new each time: where they lie matters"
@@ -58,8 +59,8 @@ STEPS = {
     'SWA(every=10)': lambda: [SWA(every=10, buffers='copy')], 'LAWA(every=10)': lambda: [LAWA(every=10)]}
 
 COPIES = {
-    'EMA()': lambda: [EMA()], 'EMA([0.9, 0.99])': lambda: [EMA([0.9, 0.99])], 'SWA(0.)': lambda: [SWA(0.,
-            every=1)], 'LAWA(5)': lambda: [LAWA(5, every=1)]}
+    'EMA()': lambda: [EMA()], 'EMA([0.9, 0.99])': lambda: [EMA([0.9, 0.99])],
+    'SWA(0.)': lambda: [SWA(0., every=1)], 'LAWA(5)': lambda: [LAWA(5, every=1)]}
 
 def main():
     args = options(__doc__).parse_args()
@@ -68,11 +69,13 @@ def main():
                'EMA()': partial(ours, buffers='average'),
                "torch's AveragedModel": torchs, "timm's ModelEmaV3": timms,
                "Lightning's EMAWeightAveraging": lightnings}
-    for title,model in MODELS.items(): tables[title] = measure({k: partial(repeated, f, model) for k,
-            f in updates.items()}, args.rounds, 'ms an update')
-    steps = list(NETS)[:2]
-    tables |= {f'A training batch. {title}': measure({k: partial(seconds, partial(fastai, cbs=cbs, bar=False),
-            net(title, 'cpu')) for k,cbs in STEPS.items()}, args.rounds, 'µs a batch') for title in steps}
+    for title,model in MODELS.items():
+        cases = {k: partial(repeated, f, model) for k,f in updates.items()}
+        tables[title] = measure(cases, args.rounds, 'ms an update')
+    for title in list(NETS)[:2]:
+        steps = {k: partial(seconds, partial(fastai, cbs=cbs, bar=False), net(title, 'cpu'))
+                 for k,cbs in STEPS.items()}
+        tables[f'A training batch. {title}'] = measure(steps, args.rounds, 'µs a batch')
     results = report('averaging', tables, args.rounds, packages=('timm','lightning'), copies=memory(COPIES))
     print('\nCopies of the model in memory:', results['copies'])
     print('\nTargets: at most 1.15 x one lerp; at most 1 x each peer')

@@ -8,12 +8,14 @@ from fastai_callbacks_ext.all import ModelResetter, RNNCallback, RNNRegularizer
 from fastai_callbacks_ext.test_utils import text_learner
 from harness import measure, options, report
 
-def rnn(resetter, callback, regularizer=None): return [resetter(), callback()] + ([regularizer(alpha=2, beta=1)] if regularizer else [])
+def rnn(resetter, callback, regularizer=None):
+    return [resetter(), callback()] + ([regularizer(alpha=2, beta=1)] if regularizer else [])
 
 CASES = {
     'AWD-LSTM': (text_learner, {
         "fastai's rnn_cbs()": lambda: rnn(fastai_rnn.ModelResetter, fastai_rnn.RNNCallback),
-        "fastai's rnn_cbs(2, 1)": lambda: rnn(fastai_rnn.ModelResetter, fastai_rnn.RNNCallback, fastai_rnn.RNNRegularizer),
+        "fastai's rnn_cbs(2, 1)": lambda: rnn(fastai_rnn.ModelResetter, fastai_rnn.RNNCallback,
+                                              fastai_rnn.RNNRegularizer),
         'rnn_cbs()': lambda: rnn(ModelResetter, RNNCallback),
         'rnn_cbs(2, 1)': lambda: rnn(ModelResetter, RNNCallback, RNNRegularizer)})}
 

@@ -1,6 +1,8 @@
-"""Cost of a checkpoint: how long the training waits, bytes on disk, and how much slower the steps are while a thread writes
+"""Cost of a checkpoint: how long the training waits, bytes on disk, and how much slower the steps are while a
+thread writes
 
-The state is that of an MLP and Adam, three copies of the weights. The same run times a plain `torch.save` of it, one copy in memory, and Lightning.
+The state is that of an MLP and Adam, three copies of the weights. The same run times a plain `torch.save` of
+it, one copy in memory, and Lightning.
 """
 import gc, logging, os, warnings
 from functools import partial
@@ -145,10 +147,10 @@ def tables(size, rounds, folder):
         if find_spec('lightning'):
             args = LIGHTNING,lightning,layers,width,folder
             saves |= {'Lightning':args, 'Lightning, AsyncCheckpointIO':(*args, True)}
-        res[f'Training waits: {title}'] = measure({k:partial(saved, k, *o) for k,o in saves.items()}, rounds,
-                                                  'ms a save')
-        sizes = {TENSORS:sum(t.nbytes for t in state)/1e6,
-                 'Checkpoint':mb[OURS]} | {k:mb[k] for k in (PLAIN,'Lightning') if k in mb}
+        saves = {k:partial(saved, k, *o) for k,o in saves.items()}
+        res[f'Training waits: {title}'] = measure(saves, rounds, 'ms a save')
+        sizes = {TENSORS:sum(t.nbytes for t in state)/1e6, 'Checkpoint':mb[OURS]}
+        sizes |= {k:mb[k] for k in (PLAIN,'Lightning') if k in mb}
         res[f'On disk: {title}'] = measure({k:partial(float, v) for k,v in sizes.items()}, 1, 'MB')
         copies.clear()
         cases = {'no checkpoint':partial(undisturbed, learn),
@@ -189,6 +191,7 @@ def main():
     print('\nTargets')
     for t in facts['targets']:
         met = 'met' if t['ratio']<=t['limit'] else 'MISSED'
-        print(f"{met:8}{t['ratio']:.2f} for at most {t['limit']:.2f}: {t['row']} / {t['over']} ({t['table']})")
+        print(f"{met:8}{t['ratio']:.2f} for at most {t['limit']:.2f}: {t['row']} / {t['over']} "
+              f"({t['table']})")
 
 if __name__=='__main__': main()

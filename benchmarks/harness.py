@@ -1,7 +1,7 @@
 """Measurements side by side: rounds in which every case has its turn, medians, ratios to a baseline
 
-A benchmark calls `options`, `measure` for each of its tables, and `report`, which prints them and writes results/NAME.json.
-A page of the docs loads that file and shows it with `table`, `plot` and `about`.
+A benchmark calls `options`, `measure` for each of its tables, and `report`, which prints them and writes
+results/NAME.json. A page of the docs loads that file and shows it with `table`, `plot` and `about`.
 """
 import argparse, gc, io, json, platform, sys, time
 from base64 import b64encode
@@ -20,19 +20,25 @@ def options(doc, rounds=9):
     "The parser with what every benchmark has; threads are set to 1"
     torch.set_num_threads(1)
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--rounds', type=int, default=rounds, help='times that each case is measured (default: %(default)s)')
+    parser.add_argument('--rounds', type=int, default=rounds,
+                        help='times that each case is measured (default: %(default)s)')
     return parser
 
 def measure(cases, rounds, unit='ms a batch', baseline=None):
-    "Quartiles of each of `cases`, functions that return seconds, or what else `unit` says; `baseline` is the first if not named"
+    """Quartiles of each of `cases`, functions that return seconds, or what else `unit` says
+
+    `baseline` is the first case if not named."""
     values = {k:[] for k in cases}
     for i in range(rounds+1):
         for k,case in cases.items():
-            if sys.stderr.isatty(): print(f'\r\033[Kround {i} of {rounds}: {k}', end='\r', file=sys.stderr, flush=True)
+            if sys.stderr.isatty():
+                print(f'\r\033[Kround {i} of {rounds}: {k}', end='\r', file=sys.stderr, flush=True)
             gc.collect()
             values[k].append(case() * SCALE.get(unit.split()[0], 1))
-    quartiles = {k:np.quantile(v[1:], (.25,.5,.75)).round(4).tolist() for k,v in values.items()}    # round 0 is the warm-up
-    return dict(unit=unit, baseline=baseline or next(iter(cases)), rows={k:dict(zip(('low','median','high'), q)) for k,q in quartiles.items()})
+    # round 0 is the warm-up
+    quartiles = {k:np.quantile(v[1:], (.25,.5,.75)).round(4).tolist() for k,v in values.items()}
+    rows = {k:dict(zip(('low','median','high'), q)) for k,q in quartiles.items()}
+    return dict(unit=unit, baseline=baseline or next(iter(cases)), rows=rows)
 
 def apart():
     "What calls functions in a process of its own, for cases whose imports would slow the others down"
@@ -45,11 +51,13 @@ def ratio(results, title, row, baseline=None):
     return t['rows'][row]['median'] / t['rows'][baseline or t['baseline']]['median']
 
 def report(name, tables, rounds, device='cpu', packages=(), **facts):
-    "Print the `tables` (title: what `measure` returns), and write them with what they were measured on to results/`name`.json"
-    versions = {'Python':platform.python_version()} | {p:version(p) for p in ('torch', 'fastai', *packages) if find_spec(p)}
+    """Print the `tables` (title: what `measure` returns)
+
+    With what they were measured on, they are written to results/`name`.json."""
+    versions = {p:version(p) for p in ('torch', 'fastai', *packages) if find_spec(p)}
     machine = torch.cuda.get_device_name() if device=='cuda' else f'{platform.machine()} CPU'
-    results = dict(date=time.strftime('%Y-%m-%d'), versions=versions, machine=machine, threads=torch.get_num_threads(),
-                   rounds=rounds, **facts, tables=tables)
+    results = dict(date=time.strftime('%Y-%m-%d'), versions={'Python':platform.python_version()} | versions,
+                   machine=machine, threads=torch.get_num_threads(), rounds=rounds, **facts, tables=tables)
     file = Path(__file__).parent/'results'/f'{name}.json'
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps(results, indent=1, ensure_ascii=False)+'\n', 'utf-8')
@@ -71,25 +79,31 @@ def num(v): return f'{v:.2g}' if abs(v)<0.1 else f'{v:.2f}' if abs(v)<100 else f
 def table(results, title):
     "A table of `results` as Markdown"
     t = results['tables'][title]
-    rows = [(k, num(r['median']), f"{num(r['low'])} to {num(r['high'])}", num(ratio(results, title, k))) for k,r in t['rows'].items()]
+    rows = [(k, num(r['median']), f"{num(r['low'])} to {num(r['high'])}", num(ratio(results, title, k)))
+            for k,r in t['rows'].items()]
     return _markdown(('', t['unit'], 'quartiles', 'ratio'), rows)
 
 def seeds_table(t, names):
-    "Mean and standard deviation over seeds of the rows `names` of `t`, the first of all rows on top, and in how many seeds each was better than that one"
+    """Mean and standard deviation over seeds of the rows `names` of `t`, the first of all rows on top
+
+    And in how many seeds each was better than that one."""
     base,sign = next(iter(t['rows'].values())),1 if t['larger_is_better'] else -1
     digits = 3 if t['larger_is_better'] else 2
     better = lambda values: sum(sign*(v-b)>0 for v,b in zip(values, base))
-    rows = [(k, f'{np.mean(v):.{digits}f}', f'{np.std(v, ddof=1):.{digits}f}', '' if v is base else f'{better(v)} of {len(v)}')
+    rows = [(k, f'{np.mean(v):.{digits}f}', f'{np.std(v, ddof=1):.{digits}f}',
+             '' if v is base else f'{better(v)} of {len(v)}')
             for k,v in t['rows'].items() if v is base or k in names]
     return _markdown(('', t['unit'], 'standard deviation', 'better in'), rows)
 
 def _markdown(head, rows):
     w = [max(map(len, column)) for column in zip(head, *rows)]
-    lines = ['| '+' | '.join([row[0].ljust(w[0]), *(o.rjust(n) for o,n in zip(row[1:], w[1:]))])+' |' for row in (head, *rows)]
-    return '\n'.join([lines[0], '|'+'|'.join(['-'*(w[0]+2), *('-'*(n+1)+':' for n in w[1:])])+'|', *lines[1:]])
+    def line(first, *others): return [first.ljust(w[0]), *(o.rjust(n) for o,n in zip(others, w[1:]))]
+    lines = ['| '+' | '.join(line(*row))+' |' for row in (head, *rows)]
+    rule = '|'+'|'.join(['-'*(w[0]+2), *('-'*(n+1)+':' for n in w[1:])])+'|'
+    return '\n'.join([lines[0], rule, *lines[1:]])
 
 def plot(results, titles, fig=None, mark=None):
-    "Bars of the ratios, with quartiles, a panel for each of `titles`; rows with `mark` in their names in colour"
+    "Bars of the ratios, with quartiles, a panel for each of `titles`; rows with `mark` in them in colour"
     from matplotlib import pyplot as plt
     sizes = [len(results['tables'][o]['rows']) for o in titles]
     fig = fig or plt.figure(figsize=(8, 0.9*len(titles)+0.3*sum(sizes)), layout='constrained')
@@ -100,9 +114,11 @@ def plot(results, titles, fig=None, mark=None):
 def _bars(ax, title, t, mark):
     names,base = list(t['rows']),t['rows'][t['baseline']]['median']
     low,mid,high = (np.array([r[k]/base for r in t['rows'].values()]) for k in ('low','median','high'))
-    ax.barh(names, mid, color=['C0' if mark and mark in k else '#c3c9d0' for k in names], xerr=(mid-low, high-mid), ecolor='gray')
+    colors = ['C0' if mark and mark in k else '#c3c9d0' for k in names]
+    ax.barh(names, mid, color=colors, xerr=(mid-low, high-mid), ecolor='gray')
     ax.axvline(1, c='black', lw=0.8, ls=':')
-    for y,(m,h) in enumerate(zip(mid, high)): ax.annotate(num(m), (h,y), (4,0), textcoords='offset points', va='center')
+    for y,(m,h) in enumerate(zip(mid, high)):
+        ax.annotate(num(m), (h,y), (4,0), textcoords='offset points', va='center')
     if mid.max() > 30*mid.min() > 0: ax.set_xscale('log')
     ax.set_title(title, loc='left', fontsize='medium')
     ax.set_xlabel(f"ratio to {t['baseline']} ({num(base)} {t['unit']})")

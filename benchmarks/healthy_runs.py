@@ -40,12 +40,10 @@ def parity(cbs):
 def seed(): return random.randrange(10**6)
 
 def one_cycle(cbs): digits_learner(cbs, seed=seed(), n=1797, bs=16).fit_one_cycle(5, 2e-2)
-def tiny_batches(cbs): digits_learner(cbs, seed=seed(), n=700, bs=2, opt_func=RMSProp, lr=1e-3,
-                                      model=nn.Sequential(nn.Flatten(), nn.Linear(64,32), nn.ReLU(),
-                                                          nn.Linear(32,10))).fit(2)
-def to_the_end(cbs): digits_learner(cbs, seed=seed(), n=500, bs=16,
-                                    model=nn.Sequential(nn.Flatten(), nn.Linear(64,128), nn.ReLU(),
-                                                        nn.Linear(128,10))).fit(25, 1e-2)
+def mlp(n): return nn.Sequential(nn.Flatten(), nn.Linear(64,n), nn.ReLU(), nn.Linear(n,10))
+def tiny_batches(cbs):
+    digits_learner(cbs, seed=seed(), n=700, bs=2, opt_func=RMSProp, lr=1e-3, model=mlp(32)).fit(2)
+def to_the_end(cbs): digits_learner(cbs, seed=seed(), n=500, bs=16, model=mlp(128)).fit(25, 1e-2)
 def language(cbs):
     learn = text_learner(bs=8, n=9_000, opt_func=SGD, seed=seed())
     learn.add_cbs(cbs)
@@ -66,9 +64,9 @@ def contrastive(cbs):
         def __init__(self):
             super().__init__()
             self.net = nn.Sequential(nn.Flatten(), nn.Linear(64,64), nn.ReLU(), nn.Linear(64,32))
-        def forward(self,
-                    x): return torch.stack([F.normalize(self.net(x+.3*torch.randn_like(x)), dim=1)
-                                            for _ in range(2)])
+        def forward(self, x):
+            views = [x+.3*torch.randn_like(x) for _ in range(2)]
+            return torch.stack([F.normalize(self.net(v), dim=1) for v in views])
     def nce(z, y): return F.cross_entropy(z[0]@z[1].T/.1, torch.arange(len(y), device=y.device))
     learn = digits_learner(cbs, seed=seed(), n=1500, bs=32, model=Views(), loss_func=nce, metrics=[])
     learn.fit_one_cycle(5, 5e-3)
@@ -103,8 +101,8 @@ def adversarial(cbs):
     class Gan(nn.Module):
         def __init__(self):
             super().__init__()
-            self.g,self.d = [nn.Sequential(nn.Linear(i,32), nn.LeakyReLU(.2), nn.Linear(32,o)) for i,
-                             o in ((4,2),(2,1))]
+            def net(i, o): return nn.Sequential(nn.Linear(i,32), nn.LeakyReLU(.2), nn.Linear(32,o))
+            self.g,self.d = net(4,2),net(2,1)
         def forward(self, x):
             fake = self.g(torch.randn(len(x), 4, device=x.device))
             return self.d(x),self.d(fake.detach()),_frozen(self.d, fake)
@@ -124,23 +122,22 @@ def heavy_tails(cbs):
     "Regression whose errors are Cauchy's, with a loss that does not tame them much"
     x = torch.randn(6000, 8)
     y = x@torch.randn(8)+torch.distributions.StudentT(1.5).sample((6000,))
-    learner(x, y, 8, nn.Sequential(nn.Linear(8,16), nn.ReLU(), nn.Linear(16,1)), lambda o,
-            t: (o[:,0]-t).abs().pow(1.5).mean(), cbs=cbs).fit(2, 1e-3)
+    net = nn.Sequential(nn.Linear(8,16), nn.ReLU(), nn.Linear(16,1))
+    def loss(o, t): return (o[:,0]-t).abs().pow(1.5).mean()
+    learner(x, y, 8, net, loss, cbs=cbs).fit(2, 1e-3)
 
 def regression(cbs):
     "From far away: targets of 1,000, and a loss that falls by a factor of a million"
     x = torch.randn(4000, 8)
-    learner(x, 1000+x@torch.randn(8), 16, nn.Linear(8,1), lambda o,t: F.mse_loss(o[:,0], t), SGD,
-            cbs=cbs).fit(3, 1e-2)
+    def loss(o, t): return F.mse_loss(o[:,0], t)
+    learner(x, 1000+x@torch.randn(8), 16, nn.Linear(8,1), loss, SGD, cbs=cbs).fit(3, 1e-2)
 
 RUNS = {'an RNN leaves a plateau': adding, 'parity: plateau, then sharp descent': parity,
-        'one-cycle at a high learning rate': one_cycle,
-        'language model, SGD at 5': language, 'fine-tuning': fine_tuning,
-        'batches of two, RMSProp': tiny_batches,
+        'one-cycle at a high learning rate': one_cycle, 'language model, SGD at 5': language,
+        'fine-tuning': fine_tuning, 'batches of two, RMSProp': tiny_batches,
         'training until nothing is left': to_the_end, 'contrastive (InfoNCE)': contrastive,
-        'triplets, mostly 0': triplets,
-        'hinge loss, wrong labels': hinge, 'generator and critic': adversarial,
-        'heavy-tailed errors': heavy_tails,
+        'triplets, mostly 0': triplets, 'hinge loss, wrong labels': hinge,
+        'generator and critic': adversarial, 'heavy-tailed errors': heavy_tails,
         'loss falls by a million': regression}
 
 class Count(Callback):

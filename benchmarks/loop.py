@@ -1,4 +1,5 @@
-"""Cost of a training batch: a bare PyTorch loop, fastai, FastLoop, Lightning and Keras, on the same nets, batches and optimizers
+"""Cost of a training batch: a bare PyTorch loop, fastai, FastLoop, Lightning and Keras, on the same nets,
+batches and optimizers
 
 With --batches, no comparison: one long fit with FastLoop, and how much memory it holds on to.
 """
@@ -40,7 +41,8 @@ class Net(NamedTuple):
     data: object             # Dataset of batches, or of items of which `sampler` makes batches
     sampler: object = None
     needs: object = list     # Makes fastai's callbacks without which the model cannot be trained
-    ours: object = lambda: [TerminateOnNaN(), ModelResetter(missing_ok=True)]    # Makes this package's callbacks that fit the model
+    # Makes this package's callbacks that fit the model
+    ours: object = lambda: [TerminateOnNaN(), ModelResetter(missing_ok=True)]
 
     def to(self, device):
         "On a GPU, the batches are there before the clock starts"
@@ -55,7 +57,8 @@ def drawn(x, y, bs, n):
 
 def tiny():
     x,y = map(torch.tensor, load_breast_cancer(return_X_y=True))
-    model = lambda: nn.Sequential(nn.Linear(30, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 2))
+    model = lambda: nn.Sequential(nn.Linear(30, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(),
+                                  nn.Linear(32, 2))
     return Net(model, *drawn(((x-x.mean(0))/x.std(0)).float(), y, 8, 1000))
 
 def digits():
@@ -64,11 +67,13 @@ def digits():
 
 def text():
     batches = [[t.as_subclass(torch.Tensor) for t in b] for b in text_learner().dls.train]
-    return Net(lambda: text_learner().model, batches, needs=lambda: [FastaiModelResetter(), FastaiRNNCallback()],
+    return Net(lambda: text_learner().model, batches,
+               needs=lambda: [FastaiModelResetter(), FastaiRNNCallback()],
                ours=lambda: [ModelResetter(), RNNCallback(), RNNRegularizer(2, 1), TerminateOnNaN()])
 
 TINY,IDLE = 'Tiny net: MLP 30-32-32-2, 8 rows a batch','One more idle callback, tiny net'
-NETS = {TINY:tiny, 'Digits: CNN of 6,000 parameters, 64 images a batch':digits, 'Language model: AWD-LSTM of 64 units, 16 x 20 words a batch':text}
+NETS = {TINY:tiny, 'Digits: CNN of 6,000 parameters, 64 images a batch':digits,
+        'Language model: AWD-LSTM of 64 units, 16 x 20 words a batch':text}
 
 @cache
 def net(title, device):
@@ -76,7 +81,8 @@ def net(title, device):
     torch.manual_seed(42)
     return NETS[title]().to(device)
 
-def output(pred): return pred[0] if isinstance(pred, tuple) else pred    # an AWD-LSTM gives its activations too
+# an AWD-LSTM gives its activations too
+def output(pred): return pred[0] if isinstance(pred, tuple) else pred
 def loss_func(pred, y): return F.cross_entropy(output(pred).flatten(0, -2), y.flatten())
 def reset(model): getattr(model, 'reset', lambda: None)()
 
@@ -117,10 +123,12 @@ def lightning(net, model, loader, shown=False):
             return loss
     logging.getLogger('lightning.pytorch').setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as d:
-        shows = dict(logger=CSVLogger(d), callbacks=[TQDMProgressBar()]) if shown else dict(logger=False, enable_progress_bar=False)
+        hidden = dict(logger=False, enable_progress_bar=False)
+        shows = dict(logger=CSVLogger(d), callbacks=[TQDMProgressBar()]) if shown else hidden
         accelerator = 'gpu' if next(model.parameters()).is_cuda else 'cpu'
-        L.Trainer(max_epochs=EPOCHS, accelerator=accelerator, devices=1, enable_checkpointing=False, enable_model_summary=False, **shows
-                 ).fit(Module(), loader)
+        trainer = L.Trainer(max_epochs=EPOCHS, accelerator=accelerator, devices=1, enable_checkpointing=False,
+                            enable_model_summary=False, **shows)
+        trainer.fit(Module(), loader)
 
 class Output(nn.Module):
     def __init__(self, model): super().__init__(); self.model = model
@@ -133,7 +141,8 @@ def keras(net, model, loader, shown=False):
         def on_epoch_begin(self, epoch, logs=None): reset(model)
     wrapped = keras.Sequential([keras.layers.TorchModuleWrapper(Output(model))])
     wrapped.compile(keras.optimizers.Adam(LR), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-    wrapped.fit(loader, epochs=EPOCHS, verbose=int(shown), callbacks=[Reset()] if hasattr(model, 'reset') else [])
+    cbs = [Reset()] if hasattr(model, 'reset') else []
+    wrapped.fit(loader, epochs=EPOCHS, verbose=int(shown), callbacks=cbs)
 
 CASES = {
     'bare PyTorch': bare,
@@ -147,16 +156,20 @@ CASES = {
     "bare PyTorch, torch's Adam": partial(bare, opt_func=torch.optim.Adam),
     "FastLoop, torch's Adam": partial(fast, opt_func=TorchAdam),
     "FastLoop, torch's Adam, no bar": partial(fast, opt_func=TorchAdam, bar=False)}
-if find_spec('lightning'): CASES |= {'Lightning, no bar, no logger': lightning, 'Lightning, bar and CSV logger': partial(lightning, shown=True)}
+if find_spec('lightning'):
+    CASES |= {'Lightning, no bar, no logger': lightning,
+              'Lightning, bar and CSV logger': partial(lightning, shown=True)}
 if find_spec('keras'): CASES |= {'Keras, no bar': keras, 'Keras, bar': partial(keras, shown=True)}
-PROCESSES = {'Lightning':apart(), 'Keras':apart()}    # once Lightning is imported, plain fastai takes a quarter longer
+# once Lightning is imported, plain fastai takes a quarter longer
+PROCESSES = {'Lightning':apart(), 'Keras':apart()}
 
 # What is measured
 
 def seconds(train, net, **kwargs):
     "Seconds a batch, in the time from the start of an epoch to the next start"
     loader = Loader(net.data, net.sampler)
-    with open(os.devnull, 'w') as f, redirect_stdout(f), redirect_stderr(f): train(net, net.model(), loader, **kwargs)
+    with open(os.devnull, 'w') as f, redirect_stdout(f), redirect_stderr(f):
+        train(net, net.model(), loader, **kwargs)
     before,after = loader.starts[-2:]    # Keras starts the loader once more when an epoch ends
     return (after-before)/len(loader)
 
@@ -172,7 +185,8 @@ def one_more(train, net, n):
     return (seconds(train, net, idle=n)-seconds(train, net))/n
 
 FULL,LIKE = 'FastLoop + 10 idle callbacks',"FastLoop, torch's Adam"
-TARGETS = {TINY:[(FULL, 'bare PyTorch', 1.25), (FULL, 'fastai', 0.6)]}    # on this net, at most this ratio to that row; and on every net
+# on this net, at most this ratio to that row; and on every net
+TARGETS = {TINY:[(FULL, 'bare PyTorch', 1.25), (FULL, 'fastai', 0.6)]}
 PEERS = [(LIKE, 'Lightning, bar and CSV logger', 1), (LIKE, 'Keras, bar', 1),
          (f'{LIKE}, no bar', 'Lightning, no bar, no logger', 1), (f'{LIKE}, no bar', 'Keras, no bar', 1)]
 
@@ -180,8 +194,11 @@ def targets(tables):
     "The ratios that were aimed at, and what they are"
     for title in NETS:
         for row,over,limit in TARGETS.get(title, [])+PEERS:
-            if over in CASES: yield dict(table=title, row=row, over=over, limit=limit, ratio=round(ratio(dict(tables=tables), title, row, over), 3))
-    yield dict(table=IDLE, row='FastLoop', over='1 µs', limit=1, ratio=tables[IDLE]['rows']['FastLoop']['median'])
+            if over not in CASES: continue
+            found = round(ratio(dict(tables=tables), title, row, over), 3)
+            yield dict(table=title, row=row, over=over, limit=limit, ratio=found)
+    found = tables[IDLE]['rows']['FastLoop']['median']
+    yield dict(table=IDLE, row='FastLoop', over='1 µs', limit=1, ratio=found)
 
 class NoWait(list):
     "Batches; from the second to the end of the epoch, waiting for the GPU is an error"
@@ -201,7 +218,9 @@ def waits(train, net):
     return False
 
 class Memory(Callback):
-    "Every `every` batches, empties the recorder's lists and prints the resident memory and how many objects Python keeps track of"
+    """Every `every` batches, empties the recorder's lists and prints the resident memory
+
+    And how many objects Python keeps track of."""
     order,run_valid = Recorder.order+1,False
     def __init__(self, every): self.every,self.samples = every,[]
     def after_batch(self):
@@ -209,36 +228,45 @@ class Memory(Callback):
         for o in ('lrs','losses','iters','values'): getattr(self.recorder, o).clear()
         gc.collect()
         self.samples.append((psutil.Process().memory_info().rss / 2**20, len(gc.get_objects())))
-        print('{:11,} batches {:10.2f} MB {:10,} objects'.format(self.train_iter, *self.samples[-1]), file=sys.__stdout__, flush=True)
+        line = '{:11,} batches {:10.2f} MB {:10,} objects'.format(self.train_iter, *self.samples[-1])
+        print(line, file=sys.__stdout__, flush=True)
 
 def soak(net, batches):
     "Train for so many batches; an error if more memory is held on to in the second half"
     loader,memory = Loader(net.data, net.sampler),Memory(batches//10)
-    with open(os.devnull, 'w') as f, redirect_stdout(f): fastai(net, net.model(), loader, lambda: [FastLoop(), memory], epochs=batches//len(loader))
+    with open(os.devnull, 'w') as f, redirect_stdout(f):
+        fastai(net, net.model(), loader, lambda: [FastLoop(), memory], epochs=batches//len(loader))
     (mb0,objects0),(mb1,objects1) = memory.samples[len(memory.samples)//2-1],memory.samples[-1]
     print(f'In the second half: {mb1-mb0:+.2f} MB, {objects1-objects0:+,} objects')
-    if mb1-mb0>4 or objects1-objects0>100: sys.exit('Memory grows')    # Python takes memory from the system 1 MB at a time
+    # Python takes memory from the system 1 MB at a time
+    if mb1-mb0>4 or objects1-objects0>100: sys.exit('Memory grows')
 
 # The command
 
 def main():
     parser = options(__doc__)
     parser.add_argument('--device', choices=('cpu','cuda'), default='cpu', help='(default: %(default)s)')
-    parser.add_argument('--batches', type=int, help='train the tiny net for so many batches, in epochs of 1,000')
+    parser.add_argument('--batches', type=int,
+                        help='train the tiny net for so many batches, in epochs of 1,000')
     args = parser.parse_args()
     if args.batches and args.batches<10_000: parser.error('expected --batches of at least 10,000')
     nets = {title:net(title, args.device) for title in NETS}
     if args.batches: return soak(nets[TINY], args.batches)
     tables = {title: measure(cases(title, args.device), args.rounds, 'µs a batch') for title in NETS}
-    idle = {k:partial(one_more, train, nets[TINY], n) for k,train,n in (('fastai',fastai,20), ('FastLoop',fast,100))}
+    idle = {k:partial(one_more, train, nets[TINY], n)
+            for k,train,n in (('fastai',fastai,20), ('FastLoop',fast,100))}
     tables[IDLE] = measure(idle, args.rounds, 'µs a batch')
     facts = dict(targets=list(targets(tables)))
-    if args.device=='cuda': facts['waits'] = {title:{'fastai':waits(fastai, net), 'FastLoop':waits(fast, net)} for title,net in nets.items()}
-    report('loop' if args.device=='cpu' else 'loop-cuda', tables, args.rounds, args.device, ('lightning','keras'), **facts)
+    if args.device=='cuda':
+        facts['waits'] = {title:{'fastai':waits(fastai, net), 'FastLoop':waits(fast, net)}
+                          for title,net in nets.items()}
+    name = 'loop' if args.device=='cpu' else 'loop-cuda'
+    report(name, tables, args.rounds, args.device, ('lightning','keras'), **facts)
     print('\nTargets')
     for t in facts['targets']:
         met = 'met' if t['ratio']<=t['limit'] else 'MISSED'
-        print(f"{met:8}{t['ratio']:.2f} for at most {t['limit']:.2f}: {t['row']} / {t['over']} ({t['table'].split(':')[0]})")
+        print(f"{met:8}{t['ratio']:.2f} for at most {t['limit']:.2f}: {t['row']} / {t['over']} "
+              f"({t['table'].split(':')[0]})")
     for title,o in facts.get('waits', {}).items(): print(f'Waits for the GPU in a batch: {o} ({title})')
 
 if __name__=='__main__': main()

@@ -27,8 +27,8 @@ CASES = {
 STOPPING = {
     'plain fastai': list,
     "fastai's EarlyStoppingCallback": lambda: [EarlyStoppingCallback(monitor='train_loss', patience=9)],
-    'EarlyStopping(restore_best=True)': lambda: [EarlyStopping(monitor='train_loss', patience=9,
-                                                               restore_best=True)],
+    'EarlyStopping(restore_best=True)':
+        lambda: [EarlyStopping(monitor='train_loss', patience=9, restore_best=True)],
     'StepLimit': lambda: [StepLimit(10**9)],
     'SampleLimit': lambda: [SampleLimit(10**9)],
     'TimeLimit(schedule=True)': lambda: [TimeLimit(minutes=10**6, schedule=True)],
@@ -39,10 +39,10 @@ def main():
     titles = list(NETS)[:2]
     nets = {title:net(title, 'cpu') for title in titles}
     case = lambda title,cbs: partial(seconds, partial(fastai, cbs=cbs, bar=False), nets[title])
-    tables = {title: measure({k:case(title, cbs) for k,cbs in CASES.items()}, args.rounds, 'µs a batch')
-              for title in titles}
-    tables |= {f'Stopping. {title}': measure({k:case(title, cbs) for k,cbs in STOPPING.items()}, args.rounds,
-                                             'µs a batch') for title in titles}
+    def table(title, cases):
+        return measure({k:case(title, cbs) for k,cbs in cases.items()}, args.rounds, 'µs a batch')
+    tables = {title: table(title, CASES) for title in titles}
+    tables |= {f'Stopping. {title}': table(title, STOPPING) for title in titles}
     results = report('safety', tables, args.rounds)
     print('\nTarget: no dearer than fastai\'s')
     for title in titles:

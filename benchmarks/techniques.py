@@ -1,4 +1,5 @@
-"""Final metric with and without each technique of the pages on gradients and averaging: digits and the demo's language model, five seeds
+"""Final metric with and without each technique of the pages on gradients and averaging: digits and the demo's
+language model, five seeds
 
 Results are noted in results/techniques.jsonl as they are found: a run that was stopped goes on from there.
 """
@@ -12,7 +13,8 @@ warnings.filterwarnings('ignore')
 
 import torch
 from fastai.callback.all import *
-from fastai_callbacks_ext.all import EMA, LAWA, SAM, SWA, GradientCentralization, GradientClip, GradientNoise, LookaheadWeights, rnn_cbs
+from fastai_callbacks_ext.all import (EMA, LAWA, SAM, SWA, GradientCentralization, GradientClip,
+                                      GradientNoise, LookaheadWeights, rnn_cbs)
 from fastai_callbacks_ext.test_utils import digits_learner
 from harness import facts, seeds_table
 sys.path.insert(0, str(Path(__file__).parents[1]/'examples'))
@@ -21,13 +23,22 @@ import language_model
 FILE,NOTES = [Path(__file__).parent/f'results/techniques.{o}' for o in ('json','jsonl')]
 PLAIN = 'plain'
 GRADIENTS = {
-    'SAM(0.05)': lambda: SAM(), 'SAM(1, adaptive=True)': lambda: SAM(1., adaptive=True), 'GradientCentralization()': GradientCentralization,
-    'GradientNoise(1e-6)': lambda: GradientNoise(1e-6), 'GradientNoise(0.01)': GradientNoise, 'LookaheadWeights()': LookaheadWeights, 'GradientClip(1)': GradientClip,
-    'GradientClip(adaptive=0.1)': lambda: GradientClip(adaptive=0.1), 'GradientClip(auto=50)': lambda: GradientClip(auto=50)}
+    'SAM(0.05)': lambda: SAM(),
+    'SAM(1, adaptive=True)': lambda: SAM(1., adaptive=True),
+    'GradientCentralization()': GradientCentralization,
+    'GradientNoise(1e-6)': lambda: GradientNoise(1e-6),
+    'GradientNoise(0.01)': GradientNoise,
+    'LookaheadWeights()': LookaheadWeights,
+    'GradientClip(1)': GradientClip,
+    'GradientClip(adaptive=0.1)': lambda: GradientClip(adaptive=0.1),
+    'GradientClip(auto=50)': lambda: GradientClip(auto=50)}
 raw = dict(validate='raw', final='raw')
 AVERAGING = {     # these leave the training alone: one run for all
-    'EMA(0.9)': lambda: EMA(0.9, **raw), 'EMA(0.98)': lambda: EMA(0.98, **raw), 'EMA(0.995)': lambda: EMA(0.995, **raw),
-    'SWA(0.5, every=10)': lambda: SWA(0.5, every=10, **raw), 'LAWA(5, every=10)': lambda: LAWA(5, every=10, **raw)}
+    'EMA(0.9)': lambda: EMA(0.9, **raw),
+    'EMA(0.98)': lambda: EMA(0.98, **raw),
+    'EMA(0.995)': lambda: EMA(0.995, **raw),
+    'SWA(0.5, every=10)': lambda: SWA(0.5, every=10, **raw),
+    'LAWA(5, every=10)': lambda: LAWA(5, every=10, **raw)}
 
 @cache
 def corpus():
@@ -35,13 +46,19 @@ def corpus():
     return language_model.Corpus(None)
 
 def digits(seed, cbs): return digits_learner(cbs, seed=seed)
-def language(seed, cbs): return language_model.language_learner(corpus(), 'small', seed, rnn_cbs(language_model.ALPHA, language_model.BETA)+cbs)
+def language(seed, cbs):
+    cbs = rnn_cbs(language_model.ALPHA, language_model.BETA) + cbs
+    return language_model.language_learner(corpus(), 'small', seed, cbs)
 
 TASKS = {   # title: unit, larger is better, learner, fit, what else to train than the plain run
-    'Digits, 8 epochs, one cycle': ('accuracy', True, digits, lambda o: o.fit_one_cycle(8, 1e-2), GRADIENTS),
-    'Digits, 20 epochs at a constant learning rate of 0.03': ('accuracy', True, digits, lambda o: o.fit(20, 3e-2), GRADIENTS),
-    'Language model, 3 epochs, one cycle': ('perplexity', False, language, lambda o: o.fit_one_cycle(3, language_model.LR), GRADIENTS),
-    'Language model, 3 epochs at a constant learning rate': ('perplexity', False, language, lambda o: o.fit(3, language_model.LR/2), {})}
+    'Digits, 8 epochs, one cycle':
+        ('accuracy', True, digits, lambda o: o.fit_one_cycle(8, 1e-2), GRADIENTS),
+    'Digits, 20 epochs at a constant learning rate of 0.03':
+        ('accuracy', True, digits, lambda o: o.fit(20, 3e-2), GRADIENTS),
+    'Language model, 3 epochs, one cycle':
+        ('perplexity', False, language, lambda o: o.fit_one_cycle(3, language_model.LR), GRADIENTS),
+    'Language model, 3 epochs at a constant learning rate':
+        ('perplexity', False, language, lambda o: o.fit(3, language_model.LR/2), {})}
 
 def value(learn):
     "The metric of `learn` on the validation set"
@@ -78,23 +95,30 @@ def run(jobs, processes):
 
 def report(seeds):
     "Print the tables, and write them"
-    tables = {task: dict(unit=unit, larger_is_better=larger, rows={k: [None]*seeds for k in (PLAIN, *others, *AVERAGING)}) for task,(unit,larger,*_,others) in TASKS.items()}
+    def table(unit, larger, _, __, others):
+        return dict(unit=unit, larger_is_better=larger,
+                    rows={k: [None]*seeds for k in (PLAIN, *others, *AVERAGING)})
+    tables = {task: table(*o) for task,o in TASKS.items()}
     for task,seed,_,values in notes():
         for k,v in values.items(): tables[task]['rows'][k][seed] = v
     versions = {'Python':platform.python_version()} | {p:version(p) for p in ('torch','fastai')}
-    results = dict(date=time.strftime('%Y-%m-%d'), versions=versions, machine=f'{platform.machine()} CPU', threads=1, here=dict(gradients=list(GRADIENTS), averaging=list(AVERAGING)), tables=tables)
+    here = dict(gradients=list(GRADIENTS), averaging=list(AVERAGING))
+    results = dict(date=time.strftime('%Y-%m-%d'), versions=versions, machine=f'{platform.machine()} CPU',
+                   threads=1, here=here, tables=tables)
     FILE.write_text(json.dumps(results, indent=1)+'\n')
     NOTES.unlink()
     print(facts(results))
     for title,t in tables.items(): print(f'\n{title}\n\n{seeds_table(t, list(t["rows"]))}')
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--seeds', type=int, default=5, help='(default: %(default)s)')
     parser.add_argument('--processes', type=int, default=2, help='(default: %(default)s)')
     args = parser.parse_args()
     done = [o[:3] for o in notes()]
-    jobs = [(task, seed, technique) for seed in range(args.seeds) for task,(*_,others) in TASKS.items() for technique in (PLAIN, *others)]
+    jobs = [(task, seed, technique) for seed in range(args.seeds)
+            for task,(*_,others) in TASKS.items() for technique in (PLAIN, *others)]
     run([o for o in jobs if list(o) not in done], args.processes)
     report(args.seeds)
 

@@ -37,7 +37,8 @@ def _is_base(mod): return mod.startswith('base.')
 def direct(found):
     "Without the imports that follow from others"
     def reached(mod): return {o for other in found[mod] for o in (other, *reached(other))}
-    return {mod: [o for o in others if not any(o in reached(p) for p in others)] for mod,others in found.items()}
+    return {mod: [o for o in others if not any(o in reached(p) for p in others)]
+            for mod,others in found.items()}
 
 def plot(found=None):
     """Draw the modules as boxes and what each imports as an arrow, but for what follows from others.

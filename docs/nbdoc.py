@@ -83,7 +83,9 @@ class render_show_docs(Processor):
 
     def cell(self, cell):
         if cell.cell_type=='markdown': self._headings(cell.source)
-        elif cell.source.startswith('show_doc(_'): cell.clear(), cell.update(mk_cell('', 'markdown'))     # of a private class
+        elif cell.source.startswith('show_doc(_'):      # of a private class
+            cell.clear()
+            cell.update(mk_cell('', 'markdown'))
         elif cell.source.startswith('show_doc('):
             name,full,md = eval(cell.source, self.ns)
             if name not in self.here:

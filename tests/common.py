@@ -52,17 +52,17 @@ def fit(learn, n=1, method='fit', **kwargs):
     with quiet(learn): getattr(learn, method)(n, **kwargs)
     return learn
 
-def _hooks(module): return {k:len(v) for k,v in vars(module).items() if k.endswith('_hooks')
-                            and hasattr(v, '__len__')}
+def _hooks(module):
+    return {k:len(v) for k,v in vars(module).items() if k.endswith('_hooks') and hasattr(v, '__len__')}
 
 def traces(learn):
     "Everything outside the results of a fit that a callback might have left changed"
-    # replaced methods
     own = {k:v for k,v in vars(learn).items() if hasattr(type(learn), k) and k!='_metrics'}
+    handled = sorted(signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP})
     return dict(
         hooks=[_hooks(m) for m in learn.model.modules()],
         tensor_hooks=[len(p._backward_hooks or ()) for p in learn.model.parameters()],
-        replaced={k for k,v in own.items() if callable(v)},
+        replaced={k for k,v in own.items() if callable(v)},     # methods
         loaders=[set(vars(dl)) for dl in learn.dls.loaders], attrs=set(vars(learn)),
         model_attrs=[set(vars(m)) for m in learn.model.modules()],
         opt_attrs=set(vars(learn.opt)) if learn.opt else None,
@@ -70,6 +70,5 @@ def traces(learn):
         metrics=[m.name for m in learn.metrics],
         files=len(os.listdir('/proc/self/fd')) if os.path.exists('/proc/self/fd') else 0,
         threads=threading.active_count(),
-        signals=[signal.getsignal(s) for s in sorted(signal.valid_signals() - {signal.SIGKILL,
-                                                                               signal.SIGSTOP})],
+        signals=[signal.getsignal(s) for s in handled],
         grad=torch.is_grad_enabled(), autocast=[torch.is_autocast_enabled(o) for o in ('cpu','cuda')])

@@ -4,7 +4,7 @@
 two processes. test_contract.py takes a sample of each."""
 import argparse, contextlib, gc, io, itertools, os, random, signal, sys, tempfile, time, traceback, warnings
 from collections import Counter
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 warnings.filterwarnings('ignore')
 
@@ -95,7 +95,7 @@ def sleeps_outside_a_fit(cls, setting):
     assert cb.records==[] and f'{cb.name}:' not in out.getvalue()
 
 def _left(learn, cbs):
-    "What an interrupted fit leaves; of open files and threads how many more there are, since older ones may end in it"
+    "What an interrupted fit leaves; of open files and threads how many more, since older ones may end in it"
     gc.collect()
     before = traces(learn)
     learn.add_cb(stop := Stop(2))
@@ -110,8 +110,8 @@ def leaves_no_trace(cls, setting):
     "An interrupted fit leaves what it leaves without the callback"
     want = _left(learner_of(cls, setting), [rnn.RNNCallback()] if cls is ext.RNNCallback else [])
     learn = learner_of(cls, setting)
-    assert (left := _left(learn, [make(cls)]))==want, {k: (left[k], want[k]) for k in want
-                                                       if left[k]!=want[k]}
+    left = _left(learn, [make(cls)])
+    assert left==want, {k: (left[k], want[k]) for k in want if left[k]!=want[k]}
 
 @prop
 def exports(cls, setting):
@@ -154,8 +154,8 @@ def goes_on(cls, setting, how='interrupt'):
 
 def holds_in_ranks(cls):
     "Under `distrib_ctx`: the same weights everywhere; an interrupted run goes on to the same bits"
-    # one folder for all
-    path,setting = Path.cwd()/cls.__name__,'digits' if cls not in IS_RNN else 'text_classifier'
+    setting = 'digits' if cls not in IS_RNN else 'text_classifier'
+    path = Path.cwd()/cls.__name__      # one folder for all
     want = _run(cls, setting, path/'whole', ranks=True)
     with contextlib.suppress(KeyboardInterrupt): _run(cls, setting, path/'in_parts', 3, ranks=True)
     differ = _differ(_run(cls, setting, path/'in_parts', ranks=True), want)
@@ -186,18 +186,17 @@ def sample_pairs(seed=0, steps=(1, 3)):
     return [(cls, table[(i+k)%len(table)]) for i,cls in enumerate(table) for k in steps]
 
 # --- in a notebook ------------------------------------------------------------------------------
-def in_notebook(names, folder, seconds=600):
-    "Run `trains` and `goes_on` for the callbacks called `names` in a Jupyter kernel; the notebook"
+def in_notebook(names, folder, *more, seconds=600):
+    "A notebook that ran `trains` and `goes_on` for the callbacks called `names`, then `more`, in a kernel"
     import nbformat
     from nbclient import NotebookClient
-    cell = nbformat.v4.new_code_cell
     here = str(Path(__file__).parent)
     start = f'import sys; sys.path.insert(0, {here!r})\nimport contract\nfrom contract import ext'
-    cells = [cell(start), *[cell(f"contract.trains(ext.{o}, 'digits'); contract.goes_on(ext.{o}, 'digits')")
-                            for o in names]]
+    each = [f"contract.trains(ext.{o}, 'digits'); contract.goes_on(ext.{o}, 'digits')" for o in names]
+    cells = [nbformat.v4.new_code_cell(o) for o in (start, *each, *more)]
     nb = nbformat.v4.new_notebook(cells=cells)
-    NotebookClient(nb, timeout=seconds, allow_errors=True,
-                   resources={'metadata': {'path': str(folder)}}).execute()
+    resources = {'metadata': {'path': str(folder)}}
+    NotebookClient(nb, timeout=seconds, allow_errors=True, resources=resources).execute()
     return nb
 
 def notebook_problems(nb):
@@ -229,21 +228,21 @@ def soak(classes, settings):
     width = max(map(len, settings))
     print('\n' + ' '*24 + ' '.join(f'{s:>{width}}' for s in settings))
     def held(*key): return f"{[*tried[key].values()].count('')} of {len(tried[key])}" if key in tried else '-'
-    for cls in classes: print(f'{cls.__name__:24}' + ' '.join(f'{held(cls.__name__, s):>{width}}'
-                                                              for s in settings))
-    return [f'{cls} in {setting}, {name}: {p}' for (cls,setting),ps in tried.items() for name,
-            p in ps.items() if p]
+    for cls in classes:
+        print(f'{cls.__name__:24}' + ' '.join(f'{held(cls.__name__, s):>{width}}' for s in settings))
+    return [f'{cls} in {setting}, {name}: {p}' for (cls,setting),ps in tried.items()
+            for name,p in ps.items() if p]
 
 def soak_pairs(classes):
-    found = {f'{a.__name__} and {b.__name__}': attempt(pair, a, b) for a,
-             b in itertools.combinations(classes, 2)}
+    found = {f'{a.__name__} and {b.__name__}': attempt(pair, a, b)
+             for a,b in itertools.combinations(classes, 2)}
     problems = [f'{k}: {p}' for k,p in found.items() if p]
     print(f'{len(found)-len(problems)} of {len(found)} pairs learn')
     return problems
 
 def soak_notebook(classes):
-    problems = [': '.join(o) for o in notebook_problems(in_notebook([o.__name__ for o in classes], Path.cwd(),
-                                                                    3600))]
+    nb = in_notebook([o.__name__ for o in classes], Path.cwd(), seconds=3600)
+    problems = [': '.join(o) for o in notebook_problems(nb)]
     print(f'{len(classes)-len(problems)} of {len(classes)} callbacks hold in a notebook')
     return problems
 

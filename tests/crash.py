@@ -1,12 +1,12 @@
 """Runs that are killed with SIGKILL again and again, and must end with the bits of a run that was not.
 `python tests/crash.py --kills 500` is the soak; test_crash.py takes a few of each kind."""
-import argparse, contextlib, hashlib, itertools, json, os, random, shutil, signal, sys, tempfile, time, traceback, warnings
+import argparse, contextlib, hashlib, itertools, json, os, random, shutil, signal, sys, tempfile, time
+import traceback, warnings
 from collections import Counter
 from pathlib import Path
 warnings.filterwarnings('ignore')
 
 import numpy as np, torch, torch.distributed as dist
-import torch._dynamo      # the first optimizer of PyTorch's and the first DDP import it: once for all that are forked
 from fastai.basics import *
 from fastai.callback.all import *
 from fastai.callback.fp16 import MixedPrecision
@@ -45,7 +45,7 @@ def cnn(folder):
     return learn,lambda cb: learn.fine_tune(2, 1e-2, cbs=cb)
 
 def language(folder):
-    "An AWD-LSTM with AR and TAR, on texts whose order is shuffled; the training loss of each metric is shown too"
+    "An AWD-LSTM with AR and TAR, on texts whose order is shuffled; training metrics are shown too"
     def dls():
         ws = words(2000)
         num = {w:i for i,w in enumerate(sorted(set(ws)))}
@@ -82,8 +82,8 @@ def workers(folder):
 def ranks(folder):
     "Each of two processes with its part of the data, and with random numbers of its own"
     learn = digits_learner(TerminateOnNaN(), n=250, bs=16)
-    train,valid = [[ds[i] for i in range(rank_distrib(), len(ds),
-                                         2)] for ds in (learn.dls.train_ds, learn.dls.valid_ds)]
+    train,valid = [[ds[i] for i in range(rank_distrib(), len(ds), 2)]
+                   for ds in (learn.dls.train_ds, learn.dls.valid_ds)]
     random.seed(rank_distrib())
     learn.dls = DataLoaders(DataLoader(train, bs=16, shuffle=True), DataLoader(valid, bs=16))
     torch.manual_seed(rank_distrib())
@@ -104,7 +104,9 @@ class Teacher(Callback):
         for p,q in zip(self.learn.model.parameters(), self.slow.parameters()): q.data.lerp_(p.data, .1)
 
 def teacher(folder):
-    "PyTorch's loader with a generator of its own, a callback that owns a model; both fits of fine_tune, with graph and table"
+    """PyTorch's loader with a generator of its own, a callback that owns a model
+
+    Both fits of fine_tune, with graph and table."""
     cb = Teacher()
     learn = digits_learner([cb, ShowGraphCallback(), CSVLogger()], n=250, bs=32, path=folder,
                            splitter=lambda m: [list(m[:6].parameters()), [*m[6:].parameters(), cb.t]])
@@ -120,7 +122,9 @@ CASES = {f.__name__: f for f in (tabular, cnn, language, accumulation, workers, 
 # What must be the same
 def flat(o):
     "The values in `o`, as bytes"
-    if isinstance(o, Tensor): yield f'{o.dtype}{tuple(o.shape)}'.encode()+o.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    if isinstance(o, Tensor):
+        plain = o.detach().cpu().contiguous().flatten()
+        yield f'{o.dtype}{tuple(o.shape)}'.encode() + plain.view(torch.uint8).numpy().tobytes()
     elif isinstance(o, dict):
         for k,v in o.items(): yield str(k).encode(); yield from flat(v)
     elif isinstance(o, (list,tuple,L)):
@@ -130,8 +134,8 @@ def flat(o):
 def digests(learn):
     "A checksum for each part of the result"
     opt,rec = learn.opt,learn.recorder
-    parts = dict(model=dict(learn.model.state_dict()),
-                 opt=[dict(opt.state.get(p, {})) if isinstance(opt, Optimizer) else opt.opt.state[p] for g in opt.param_lists for p in g],
+    def state(p): return dict(opt.state.get(p, {})) if isinstance(opt, Optimizer) else opt.opt.state[p]
+    parts = dict(model=dict(learn.model.state_dict()), opt=[state(p) for g in opt.param_lists for p in g],
                  hypers=[dict(h) for h in opt.hypers], losses=rec.losses, lrs=rec.lrs, values=rec.values,
                  iters=rec.iters, hps=getattr(rec, 'hps', None),
                  random=[torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist(),
@@ -159,7 +163,8 @@ def kill_at_disk_step(n):
             if k==n: kill_self()
             return res
         return g
-    for o,name in ((os,'fsync'), (os,'replace'), (Path,'unlink'), (Path,'exists')): setattr(o, name, counted(getattr(o, name), n%2))
+    for o,name in ((os,'fsync'), (os,'replace'), (Path,'unlink'), (Path,'exists')):
+        setattr(o, name, counted(getattr(o, name), n%2))
     import fastai_callbacks_ext.base.files as files
     files._Sink.write = counted(files._Sink.write, n%2)
 
@@ -176,8 +181,8 @@ def train(case, folder, kill, checkpoints, bar=False):
     learn,fits = CASES[case](folder)
     if kind=='event' and (case!='ranks' or at%2 in (0, rank_distrib())): learn.add_cb(KillAtEvent(at, order))
     if kind=='disk': kill_at_disk_step(at)
-    with contextlib.nullcontext() if bar or case=='teacher' else learn.no_bar(): fits(Checkpoint(folder/'run', steps=3,
-                                         seed_items=case=='workers') if checkpoints else [])
+    cb = Checkpoint(folder/'run', steps=3, seed_items=case=='workers') if checkpoints else []
+    with contextlib.nullcontext() if bar or case=='teacher' else learn.no_bar(): fits(cb)
     return digests(learn),KillAtEvent.sent
 
 def child(case, folder, kill, checkpoints, bar, rank, store):
@@ -213,9 +218,13 @@ def attempt(case, folder, kill=None, checkpoints=True, bar=False):
         for other in pids:     # workers too, and the other rank of one that died
             if other==pid or codes[-1]:
                 with contextlib.suppress(ProcessLookupError): os.killpg(other, signal.SIGKILL)
-    return codes,'\n'.join((folder/f'out-{rank}.txt').read_text() for rank in range(n) if (folder/f'out-{rank}.txt').exists())
+    said = [folder/f'out-{rank}.txt' for rank in range(n)]
+    return codes,'\n'.join(f.read_text() for f in said if f.exists())
 
-def results(case, folder): return [json.loads((folder/f'result-{rank}.json').read_text()) for rank in range(2 if case=='ranks' else 1)]
+def results(case, folder):
+    "What each process that ended has written"
+    n = 2 if case=='ranks' else 1
+    return [json.loads((folder/f'result-{rank}.json').read_text()) for rank in range(n)]
 
 def reference(case, folder):
     "Checksums of the run that is not killed, its number of events, and its seconds"
@@ -235,7 +244,9 @@ def unreadable(folder):
     return bad
 
 def trial(case, ref, seed, folder, most=8):
-    "Kill a run, every second one with a progress bar, up to `most` times, then let it end; the kills, and the problems"
+    """Kill a run up to `most` times, then let it end; the kills, and the problems
+
+    Every second run has a progress bar."""
     folder.mkdir(parents=True)
     r,kinds,problems = random.Random(f'{case} {seed}'),[],[]
     while True:
@@ -255,7 +266,7 @@ def trial(case, ref, seed, folder, most=8):
     return kinds,problems
 
 def soak(kills, cases, root, first=0, most=8):
-    "Kill runs of each of `cases` in turn until there are as many `kills`; the counts of kills, and the problems"
+    "Kill runs of each of `cases` in turn, so many `kills` in all; the counts of kills, and the problems"
     refs,done,problems = {c: reference(c, root/f'{c}-reference') for c in cases},Counter(),[]
     for seed in itertools.count(first):
         for case in cases:
@@ -272,6 +283,7 @@ def main():
     p.add_argument('--jobs', type=int, default=2, help='processes that train at a time')
     p.add_argument('--seed', type=int, default=0)
     args = p.parse_args()
+    import torch._dynamo      # optimizers of PyTorch's and DDP import it: once for all that are forked
     root,start = Path(tempfile.mkdtemp()),time.time()
     torch.set_num_threads(1)
     def job(j):
@@ -291,8 +303,12 @@ def main():
     problems = [o for _,ps in found for o in ps]
     kinds = sorted({k for _,k in counts})
     print(f"{'case':14}" + ''.join(f'{k:>8}' for k in kinds) + f"{'kills':>8}")
-    for case in args.cases: print(f'{case:14}' + ''.join(f'{counts[case,k]:8}' for k in kinds) + f'{sum(counts[case,k] for k in kinds):8}')
-    print(f'{sum(counts.values())} kills in {time.time()-start:.0f} s; ' + ('all ended with the same bits, no unreadable state' if not problems else f'{len(problems)} problems'))
+    for case in args.cases:
+        row = [counts[case,k] for k in kinds]
+        print(f'{case:14}' + ''.join(f'{n:8}' for n in [*row, sum(row)]))
+    well = 'all ended with the same bits, no unreadable state'
+    print(f'{sum(counts.values())} kills in {time.time()-start:.0f} s; '
+          + (f'{len(problems)} problems' if problems else well))
     for o in problems: print(o)
     if problems: sys.exit(f'left in {root}')
     shutil.rmtree(root)

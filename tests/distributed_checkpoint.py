@@ -1,27 +1,14 @@
-"Run by torchrun: runs under fastai's `distrib_ctx` that stop and go on; each process writes what it saw to OUT/RANK.json"
-import contextlib, io, json, os, random, sys, tempfile, warnings
+"A part of ranks.py: runs under fastai's `distrib_ctx` that stop and go on"
+import contextlib, io, random
 from pathlib import Path
-warnings.filterwarnings('ignore')
-os.environ['ACCELERATE_USE_CPU'] = 'true'
 
 import torch
 import torch.distributed as dist
-from fastai.basics import *
-from fastai.callback.all import *
-from fastai.distributed import DistributedDL
+from fastai.callback.all import Callback, CSVLogger, ProgressCallback
+from fastai.metrics import accuracy
+import crash
 from fastai_callbacks_ext.all import Checkpoint
 from fastai_callbacks_ext.test_utils import digits_learner
-import crash
-
-out,rank = Path(sys.argv[1]),int(os.environ['RANK'])
-torch.set_num_threads(1)
-
-def broadcast(self, t, rank):
-    "As fastai's, which needs a GPU"
-    t = torch.tensor(t)
-    dist.broadcast(t, rank)
-    return t.tolist()
-DistributedDL._broadcast = broadcast
 
 class StopIn(Callback):
     "Stops a training batch, in the fit of so many epochs"
@@ -33,28 +20,28 @@ class StopIn(Callback):
 def train(method, epochs, path=None, stop=None):
     "Checksums, and what was printed"
     Checkpoint._finished.clear()     # as in a process of its own
+    rank = dist.get_rank()
     learn = digits_learner(n=160, bs=16, metrics=accuracy)
     learn.dls.train.after_item.add(crash.Noise())
-    learn.add_cb(CSVLogger(out/f'{rank}.csv'))
+    learn.add_cb(CSVLogger(Path(f'{rank}.csv').absolute()))
     random.seed(rank), torch.manual_seed(rank)
     cbs = [StopIn(*stop)] if stop else []
     if path: cbs.append(Checkpoint(path, steps=2, background=False))
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.suppress(KeyboardInterrupt), learn.distrib_ctx(sync_bn=False):
+    out,ctx = contextlib.redirect_stdout(io.StringIO()),learn.distrib_ctx(sync_bn=False)
+    with out as said, contextlib.suppress(KeyboardInterrupt), ctx:
         if rank==0: learn.remove_cb(ProgressCallback)
         getattr(learn, method)(epochs, 1e-2, cbs=cbs)
     return crash.digests(learn),said.getvalue()
 
-def case(method, epochs, stops):
-    want,path = train(method, epochs)[0],out/method
+cases = dict(fit=('fit_one_cycle', 3, [(3,1,0), (3,2,3)]), fine_tune=('fine_tune', 2, [(1,0,3), (2,1,2)]))
+
+def run(name):
+    "A run that goes on after each of its stops, once more when it is finished, and one without stops"
+    method,epochs,stops = cases[name]
+    want,path = train(method, epochs)[0],Path(f'goes_on_{name}').absolute()
     said = [train(method, epochs, path, stop)[1] for stop in stops]
     got,last = train(method, epochs, path)
     again,finished = train(method, epochs, path)
+    dist.barrier()      # once both have left
     return dict(want=want, got=got, again=again, said=[*said[1:], last], finished=finished,
-                lock=(dist.barrier(), (path/'lock').exists())[1])     # once both have left
-
-dist.init_process_group('gloo')
-cases = dict(fit=case('fit_one_cycle', 3, [(3,1,0), (3,2,3)]),
-             fine_tune=case('fine_tune', 2, [(1,0,3), (2,1,2)]))
-(out/f'{rank}.json').write_text(json.dumps(cases))
-dist.destroy_process_group()
+                lock=(path/'lock').exists())

@@ -1,8 +1,4 @@
-"Run by torchrun: each process has its own batches and ignored targets, and writes what it saw to a file"
-import json, os, sys, warnings
-from pathlib import Path
-warnings.filterwarnings('ignore')
-
+"A part of ranks.py: each process has its own batches and ignored targets"
 import torch
 import torch.distributed as dist
 from fastai.callback.all import ShortEpochCallback
@@ -14,9 +10,8 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 from common import quiet
-from fastai_callbacks_ext.all import (EMA, LAWA, SAM, SWA, FastLoop, GradientAccumulation,
-                                      GradientCentralization,
-                                      GradientClip, GradientNoise, LookaheadWeights, SkipNonFinite)
+from fastai_callbacks_ext.all import (EMA, LAWA, SAM, SWA, FastLoop, GradientAccumulation, GradientClip,
+                                      GradientCentralization, GradientNoise, LookaheadWeights, SkipNonFinite)
 from fastai_callbacks_ext.test_utils import PoisonBatch
 from test_gradients import batched, data, learner
 
@@ -35,12 +30,14 @@ class Sharing(Callback):
 def run(rank, *cbs, lr=0.1, n=2):
     "What a fit did: gradients, how often they were shared, weights"
     set_seed(0)
-    learn = learner(batches(rank), nn.Linear(5, 4), CrossEntropyLossFlat(), Sharing(), *cbs, opt_func=SGD,
-                    lr=lr)
+    model,loss = nn.Linear(5, 4),CrossEntropyLossFlat()
+    learn = learner(batches(rank), model, loss, Sharing(), *cbs, opt_func=SGD, lr=lr)
     shared = []
+    def counted(state, bucket):
+        shared.append(1)
+        return allreduce_hook(None, bucket)
     learn.model = DistributedDataParallel(learn.model)
-    learn.model.register_comm_hook(None,
-                                   lambda state, bucket: (shared.append(1), allreduce_hook(None, bucket))[1])
+    learn.model.register_comm_hook(None, counted)
     with quiet(learn): learn.fit(n)
     return dict(grads=torch.stack(learn.grads.grads).tolist(), shared=len(shared),
                 weights=[p.tolist() for p in learn.model.parameters()],
@@ -57,13 +54,3 @@ cases = dict(
     all=lambda: dict(cbs=[SAM(), GradientAccumulation(12), GradientClip(0.1), GradientCentralization(),
                           GradientNoise(), LookaheadWeights(2), EMA(0.5), FastLoop()]),
     averages=lambda: dict(cbs=[SWA(0.), LAWA(2, validate='raw', final='raw')]))
-
-if __name__=='__main__':
-    dist.init_process_group('gloo')
-    rank = dist.get_rank()
-    found = {}
-    for name,case in cases.items():
-        kwargs = case()
-        found[name] = run(rank, *kwargs.pop('cbs'), **kwargs)
-    Path(sys.argv[1], f'{rank}.json').write_text(json.dumps(found))
-    dist.destroy_process_group()

@@ -44,10 +44,10 @@ def scenario(seed, world):
                        lambda: [SkipNonFinite(), TerminateOnNaN()]])
     where = r.choice(['input','loss','grad','weight','spike'])
     batch,value = r.randrange(20),r.choice([float('nan'),float('inf')])
-    fault = lambda: Spike(batch) if where=='spike' else PoisonBatch(tuple({batch, r.randrange(20)}), where,
-                                                                    value)
     cbs = [guard(), *beside()]
-    return [cb for i,cb in enumerate(cbs) if type(cb) not in map(type, cbs[:i])],fault(),r.randrange(world)
+    cbs = [cb for i,cb in enumerate(cbs) if type(cb) not in map(type, cbs[:i])]
+    fault = Spike(batch) if where=='spike' else PoisonBatch(tuple({batch, r.randrange(20)}), where, value)
+    return cbs,fault,r.randrange(world)
 
 def run(seed, distrib=False):
     "What is left of one fit, with other data for each process, or under fastai's `distrib_ctx`"
@@ -82,7 +82,8 @@ def launch(world, first, n, seconds, distrib=False):
     with tempfile.TemporaryDirectory() as out:
         cmd = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(world),
                __file__, '--out', out, '--first', str(first), '--scenarios', str(n), *['--distrib']*distrib]
-        env = dict(OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore', CUDA_VISIBLE_DEVICES='', ACCELERATE_USE_CPU='1')
+        env = dict(OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore', CUDA_VISIBLE_DEVICES='',
+                   ACCELERATE_USE_CPU='1')
         res = subprocess.run(cmd, env=os.environ|env, capture_output=True, text=True, timeout=seconds)
         if res.returncode: raise RuntimeError(res.stderr[-3000:])
         return [json.loads((Path(out)/f'{r}.json').read_text()) for r in range(world)]

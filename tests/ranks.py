@@ -49,6 +49,17 @@ def gradients(_):
         found[name] = run(dist.get_rank(), *kwargs.pop('cbs'), **kwargs)
     return found
 
+def stopping(_):
+    "The cases of distributed_stopping.py"
+    from distributed_stopping import cases, run
+    return {what: run(what) for what in cases}
+
+def checkpoint(_):
+    "The cases of distributed_checkpoint.py"
+    from distributed_checkpoint import cases, run
+    without_gpu()
+    return {name: run(name) for name in cases}
+
 def safety(seeds):
     "The scenarios of distributed_safety.py"
     from distributed_safety import run
@@ -70,7 +81,8 @@ def without_gpu():
         return t.tolist()
     DistributedDL._broadcast = broadcast
 
-PARTS = dict(nan=nan, gradients=gradients, safety=safety, contract=contract)
+PARTS = dict(nan=nan, gradients=gradients, stopping=stopping, checkpoint=checkpoint, safety=safety,
+             contract=contract)
 
 if __name__=='__main__':
     out,parts = Path(sys.argv[1]),json.loads(sys.argv[2])

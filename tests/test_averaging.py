@@ -43,8 +43,8 @@ def state(learn): return {k: v.clone() for k,v in learn.model.state_dict().items
 def assert_equal(a, b):
     for k in b: assert torch.equal(a[k], b[k]), k
 def assert_close(a, b, **tol):
-    for k in b: torch.testing.assert_close(a[k].double(), b[k].double(),
-                                           **(tol or dict(rtol=1e-4, atol=1e-6)))
+    tol = tol or dict(rtol=1e-4, atol=1e-6)
+    for k in b: torch.testing.assert_close(a[k].double(), b[k].double(), **tol)
 def mean(states, shares):
     "Weighted mean of the float tensors"
     shares = torch.tensor(shares, dtype=torch.float64)/sum(shares)
@@ -68,9 +68,9 @@ def test_without_warmup_the_past_is_what_was_there(decay, every, start):
     learn = run(EMA(decay, every=every, start=start, warmup=False))
     steps = learn.steps
     states = [[steps.first, *steps.steps][start], *steps.steps[start:][every-1::every]]
-    d = decay**every
-    assert_close(state(learn), mean(states, [d**(len(states)-1)] + [(1-d)*d**(len(states)-1-i)
-            for i in range(1, len(states))]), rtol=1e-3, atol=1e-5)
+    d,n = decay**every,len(states)
+    shares = [d**(n-1)] + [(1-d)*d**(n-1-i) for i in range(1, n)]
+    assert_close(state(learn), mean(states, shares), rtol=1e-3, atol=1e-5)
 
 def age(shares):
     "Mean number of steps that weights with these `shares`, the oldest first, are old"
@@ -87,8 +87,8 @@ def test_defaults_are_a_twentieth_of_the_fit_old():
     learn = run(ema := EMA(), LAWA(validate='raw', final='raw'), epochs=4)
     steps = learn.steps.steps
     with ema.using('ema'): got = state(learn)
-    want = mean(steps, poly(len(steps))) | {k: v for k,v in steps[-1].items()
-                                            if 'running' in k}   # these are old enough
+    old_enough = {k: v for k,v in steps[-1].items() if 'running' in k}
+    want = mean(steps, poly(len(steps))) | old_enough
     assert_close(got, {k: v for k,v in want.items() if 'num_' not in k}, rtol=1e-3, atol=1e-5)
 
 @pytest.mark.parametrize('steps', [7,50,60,1000,1001,1013])
@@ -133,8 +133,8 @@ class Torchs(Callback):
 def test_as_torch():
     learn = run(EMA(0.9, warmup=False), Torchs(0.9))
     assert_close({k: v for k,v in state(learn).items() if 'num_batches' not in k},
-                 {k: v for k,v in learn.torchs.average.module.state_dict().items()
-                  if 'num_batches' not in k}, rtol=1e-5, atol=1e-7)
+                 {k: v for k,v in learn.torchs.average.module.state_dict().items() if 'num_batches' not in k},
+                 rtol=1e-5, atol=1e-7)
 
 def test_as_timm():
     timm = pytest.importorskip('timm.utils')
@@ -145,8 +145,8 @@ def test_as_timm():
         def after_step(self): self.v3.update(self.model)
     learn = run(EMA(0.9, warmup=False), Timms())
     assert_close({k: v for k,v in state(learn).items() if 'num_batches' not in k},
-                 {k: v for k,v in learn.timms.v3.module.state_dict().items()
-                  if 'num_batches' not in k}, rtol=1e-5, atol=1e-7)
+                 {k: v for k,v in learn.timms.v3.module.state_dict().items() if 'num_batches' not in k},
+                 rtol=1e-5, atol=1e-7)
 
 @settings(max_examples=6, deadline=None, derandomize=True)
 @given(st.sampled_from([0., 0.3, 0.5, 1.]), st.sampled_from([None, 1, 3]))
@@ -186,8 +186,8 @@ def test_small_updates_of_half_precision(dtype):
     ema._begin()
     fill(2.)
     with torch.no_grad(): [ema._update() for _ in range(700)]
-    for a in ema._kept[0].values(): torch.testing.assert_close(a, torch.full_like(a, 2-.999**700), rtol=1e-4,
-            atol=1e-5)
+    for a in ema._kept[0].values():
+        torch.testing.assert_close(a, torch.full_like(a, 2-.999**700), rtol=1e-4, atol=1e-5)
     ema._lend()
     for p in model.parameters(): assert p.dtype==dtype and p.eq(torch.tensor(2-.999**700, dtype=dtype)).all()
 
@@ -240,8 +240,8 @@ def numbers(model=None, cbs=(), bs=8, n=64, **kwargs):
     x = torch.randn(n, 5, generator=g)
     data = list(zip(x, x.sum(1, keepdim=True)))
     set_seed(0)
-    dls = DataLoaders(*(torch.utils.data.DataLoader(o, bs, shuffle=i==0) for i,
-                        o in enumerate((data, data[:n//4]))))
+    loader = torch.utils.data.DataLoader
+    dls = DataLoaders(loader(data, bs, shuffle=True), loader(data[:n//4], bs))
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     kwargs = dict(lr=1e-2, metrics=rmse) | kwargs
     learn = Learner(dls, (model or Net()).to(device), MSELossFlat(), cbs=[*cbs, Steps()], **kwargs)
@@ -287,8 +287,8 @@ def test_sparse_gradients():
             self.emb,self.out = nn.Embedding(9, 4, sparse=True),nn.Linear(4,1)
         def forward(self, x): return self.out(self.emb(x.abs().long().clamp(max=8)).mean(1))
     from fastai.optimizer import OptimWrapper
-    learn = fit(numbers(Words(), [EMA(0.8)], opt_func=lambda ps,lr,
-                        **kw: OptimWrapper(ps, torch.optim.SGD, lr=lr)), 1)
+    def opt_func(ps, lr, **kwargs): return OptimWrapper(ps, torch.optim.SGD, lr=lr)
+    learn = fit(numbers(Words(), [EMA(0.8)], opt_func=opt_func), 1)
     assert_close(state(learn), mean(learn.steps.steps, [0.8**i for i in range(len(learn.steps.steps))][::-1]))
 
 def test_compiled():
@@ -317,8 +317,9 @@ def test_frozen_and_unfrozen_in_mid_fit():
 
 # Statistics of batch norm
 
-def normed(cbs=(), **kwargs): return numbers(nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5,8),
-                                                           nn.BatchNorm1d(8), nn.Linear(8,1)), cbs, **kwargs)
+def normed(cbs=(), **kwargs):
+    model = nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5,8), nn.BatchNorm1d(8), nn.Linear(8,1))
+    return numbers(model, cbs, **kwargs)
 def statistics(learn): return {k: v for k,v in state(learn).items() if 'running' in k}
 def seen(learn): return torch.cat([x for x,_ in learn.dls.train]).to(learn.model[0].weight.device)
 
@@ -348,11 +349,10 @@ def test_a_refresh_is_a_pass_of_the_learner(inside):
     cbs = [scale := Scale(), own := Own()]
     def traces(learn):
         return dict(attrs=set(vars(learn)), scale=(scale.n, list(scale.log)), own=own.calls,
-                    rows=list(learn.recorder.values),
-                    losses=len(learn.recorder.losses), hypers=[dict(h)
-                            for h in learn.opt.hypers], training=learn.training,
-                    modes=[m.training for m in learn.model.modules()], cbs=set(map(str,
-                            learn.cbs)), draw=torch.get_rng_state().tolist())
+                    rows=list(learn.recorder.values), losses=len(learn.recorder.losses),
+                    hypers=[dict(h) for h in learn.opt.hypers], training=learn.training,
+                    modes=[m.training for m in learn.model.modules()], cbs=set(map(str, learn.cbs)),
+                    draw=torch.get_rng_state().tolist())
     learn = normed(cbs)
     if not inside: fit(learn, 1)
     else:
@@ -386,8 +386,8 @@ class BFloat16(MixedPrecision):
     "fastai's, on the CPU too"
     def before_fit(self):
         device = next(self.model.parameters()).device.type
-        self.autocast,self.learn.scaler,self.scales = torch.autocast(device,
-                dtype=torch.bfloat16),torch.amp.GradScaler(device, enabled=False),[]
+        self.autocast,self.scales = torch.autocast(device, dtype=torch.bfloat16),[]
+        self.learn.scaler = torch.amp.GradScaler(device, enabled=False)
 
 @pytest.mark.parametrize('buffers', ['refresh','average'])
 def test_a_refresh_has_the_precision_of_the_training(buffers):
@@ -443,8 +443,8 @@ def test_a_batch_of_a_refresh_waits_for_nothing(monkeypatch):
     assert few==many
 
 def test_freezing():
-    learn = digits_learner(n=300, bs=32, splitter=lambda m: [list(m[:4].parameters()),
-            list(m[4:].parameters())])
+    def splitter(m): return [list(m[:4].parameters()), list(m[4:].parameters())]
+    learn = digits_learner(n=300, bs=32, splitter=splitter)
     cb,first = EMA(0.8),learn.model[0].weight.detach().clone()
     learn.freeze(); fit(learn, 1, cbs=cb)
     assert torch.equal(learn.model[0].weight, first)
@@ -510,8 +510,8 @@ def test_columns_of_several():
     got = values(learn)
     assert list(got)==['train_loss','raw_valid_loss','raw_accuracy','ema2_valid_loss','ema2_accuracy',
                        'valid_loss','accuracy']
-    with quiet(learn), cb.using('ema', 1): assert learn.validate()==[got['ema2_valid_loss'],
-            got['ema2_accuracy']]
+    with quiet(learn), cb.using('ema', 1):
+        assert learn.validate()==[got['ema2_valid_loss'], got['ema2_accuracy']]
     assert values(run(EMA(0.9)))['valid_loss']==got['ema2_valid_loss']
     assert values(run(EMA(0.5)))['valid_loss']==got['valid_loss']
 
@@ -530,8 +530,8 @@ def test_early_stopping_and_saving_see_the_average():
         with quiet(learn): assert learn.validate()[0]==pytest.approx(min(rows), rel=1e-5), type(saver)
     learn = run(EMA(0.8), EarlyStopping(patience=1, min_delta=10.), epochs=4)
     assert len(learn.recorder.values)==2
-    with quiet(learn): assert learn.validate()[0]==pytest.approx(values(run(EMA(0.8)))['valid_loss'],
-            rel=1e-5)
+    want = values(run(EMA(0.8)))['valid_loss']
+    with quiet(learn): assert learn.validate()[0]==pytest.approx(want, rel=1e-5)
     learn = run(EMA(0.8, final='raw'), EarlyStoppingCallback(min_delta=10.), epochs=4)
     assert_equal(state(learn), learn.steps.steps[-1])
 
@@ -545,9 +545,9 @@ class Leave(Callback):
         if self.learn.epoch==1 and not (self.learn.training and 'batch' in str(self.exc)): raise self.exc
 
 @each
-@pytest.mark.parametrize('event,order', [('before_validate',-20), ('before_validate',300),
-                                         ('after_validate',70),
-                                         ('after_epoch',70), ('after_epoch',300), ('after_train',70)])
+@pytest.mark.parametrize('event,order', [
+    ('before_validate',-20), ('before_validate',300), ('after_validate',70), ('after_epoch',70),
+    ('after_epoch',300), ('after_train',70)])
 def test_an_interrupt_leaves_the_trained_weights(make, event, order):
     learn = learner(cb := make(validate='both'), Leave(event, KeyboardInterrupt(), order))
     with quiet(learn), pytest.raises(KeyboardInterrupt): learn.fit(3)
@@ -585,8 +585,9 @@ def test_use(make, tmp_path):
     average = state(learn)
     cb.use('raw'); assert_equal(state(learn), learn.steps.steps[-1])
     cb.use('raw'); cb.use(cb.average_name); assert_equal(state(learn), average)
-    with pytest.raises(OSError), cb.using('raw'): assert_equal(state(learn),
-            learn.steps.steps[-1]); raise OSError
+    with pytest.raises(OSError), cb.using('raw'):
+        assert_equal(state(learn), learn.steps.steps[-1])
+        raise OSError
     assert_equal(state(learn), average)
     cb.use('raw')
     with cb.using(cb.average_name): assert_equal(state(learn), average)
@@ -656,8 +657,8 @@ def test_several_averagers():
                 LAWA(2, 7, validate='raw', final='raw'))
     assert_equal(state(learn), learn.steps.steps[-1])
     for cb in (learn.ema, learn.swa, learn.lawa):
-        with cb.using(cb.average_name): assert any(not torch.equal(v, learn.steps.steps[-1][k]) for k,
-                                                   v in state(learn).items())
+        with cb.using(cb.average_name): average = state(learn)
+        assert any(not torch.equal(v, learn.steps.steps[-1][k]) for k,v in average.items())
         assert_equal(state(learn), learn.steps.steps[-1])
 
 @pytest.mark.parametrize('validate', ['avg','raw'])
@@ -672,8 +673,8 @@ def test_averagers_that_both_lend(validate):
     cbs[0].use('raw'); assert_equal(state(b), a.steps.steps[-1])
 
 def test_columns_of_two_that_lend():
-    with pytest.raises(ValueError, match="validate='both'.*validate='raw'"): run(EMA(0.8, validate='both'),
-            LAWA(2))
+    with pytest.raises(ValueError, match="validate='both'.*validate='raw'"):
+        run(EMA(0.8, validate='both'), LAWA(2))
     assert 'raw_valid_loss' in values(run(EMA(0.8, validate='both'), LAWA(2, validate='raw')))
 
 def test_short_fits(capsys):
@@ -688,10 +689,10 @@ def test_short_fits(capsys):
     assert 'swa: will average no weights' in capsys.readouterr().out
 
 @pytest.mark.parametrize('make,said', [
-    (lambda: SWA(), 'one set of weights only in epoch 0, batch 0: start=0.75, every=None, and this fit has 14'),
-    (lambda: SWA(0.5, 6), 'one set of weights only'), (lambda: SWA(0.99, 5),
-                                                       'will average no weights'), (lambda: LAWA(2, 15),
-                                                               'every=15'),
+    (lambda: SWA(),
+     'one set of weights only in epoch 0, batch 0: start=0.75, every=None, and this fit has 14'),
+    (lambda: SWA(0.5, 6), 'one set of weights only'), (lambda: SWA(0.99, 5), 'will average no weights'),
+    (lambda: LAWA(2, 15), 'every=15'),
     (lambda: EMA(0.999), 'decay=0.999 remembers 1000 steps, and this fit has 14 batches'),
     (lambda: EMA(every=20), 'every=20')])
 def test_what_an_average_says_when_a_fit_begins(make, said, capsys):
@@ -728,11 +729,11 @@ def test_taken_off_in_mid_fit(make, event):
 def test_what_is_loaded_at_the_end_is_left(final, capsys):
     learn = run(cb := EMA(0.8, final=final), SaveModelCallback('accuracy', fname='best'), epochs=3)
     left = state(learn)
-    assert_equal(left, torch.load(learn.path/learn.model_dir/'best.pth',
-                                  map_location=next(learn.model.parameters()).device))
+    device = next(learn.model.parameters()).device
+    assert_equal(left, torch.load(learn.path/learn.model_dir/'best.pth', map_location=device))
     assert 'was followed by a callback that loaded other weights' in capsys.readouterr().out
-    with cb.using('ema'): assert_close(state(learn), mean(learn.steps.steps, [0.8**i
-            for i in range(21)][::-1]))
+    want = mean(learn.steps.steps, [0.8**i for i in range(21)][::-1])
+    with cb.using('ema'): assert_close(state(learn), want)
     assert_equal(state(learn), left)
     with cb.using('raw'): assert_equal(state(learn), learn.steps.steps[-1] if final=='ema' else left)
     assert_equal(state(learn), left)
@@ -808,8 +809,8 @@ def test_soup_leaves_the_rest_alone():
     before = state(learn)
     with pytest.raises(DamagedFile, match='nothing.pth: missing'): soup(learn, [*files, 'nothing'])
     assert_equal(state(learn), before)
-    for kwargs,match in ((dict(files=[]),'files='), (dict(files=files, monitor='f1'),
-                                                     'monitor=.*valid_loss, accuracy')):
+    for kwargs,match in ((dict(files=[]),'files='),
+                         (dict(files=files, monitor='f1'),'monitor=.*valid_loss, accuracy')):
         with pytest.raises(ValueError, match=match): soup(learn, **kwargs)
 
 def compiled(learn):
@@ -837,8 +838,8 @@ def test_a_diverged_model_is_in_no_soup(greedy, capsys):
     learn.save('diverged')
     assert list(soup(learn, ['diverged','good'], greedy))==['good']
     assert 'soup: left out diverged: valid_loss is not a finite number' in capsys.readouterr().out
-    with pytest.raises(ValueError, match='valid_loss is not a finite number for any'): soup(learn,
-            ['diverged'])
+    with pytest.raises(ValueError, match='valid_loss is not a finite number for any'):
+        soup(learn, ['diverged'])
     assert state(learn)['8.weight'].isfinite().all()
 
 class Odd(Metric):
@@ -859,10 +860,9 @@ def test_which_way_is_better(capsys):
     assert "soup: treats larger as better in 'oddness'; if not: maximize=False" in capsys.readouterr().out
 
 @pytest.mark.parametrize('make,match', [
-    (lambda: EMA(1.1),'decay='), (lambda: EMA([]),'decay='), (lambda: EMA(half_life=0),
-            'half_life='), (lambda: EMA(validate='swa'),'validate='),
-    (lambda: SWA(2.),'start='), (lambda: SWA(lr=-1.),'lr='), (lambda: LAWA(0),
-            'k='), (lambda: LAWA(buffers='none'),'buffers='),
+    (lambda: EMA(1.1),'decay='), (lambda: EMA([]),'decay='), (lambda: EMA(half_life=0),'half_life='),
+    (lambda: EMA(validate='swa'),'validate='), (lambda: SWA(2.),'start='), (lambda: SWA(lr=-1.),'lr='),
+    (lambda: LAWA(0),'k='), (lambda: LAWA(buffers='none'),'buffers='),
     (lambda: EMA(final='both'),'final='), (lambda: EMA(every=0),'every=')])
 def test_wrong_arguments(make, match):
     with pytest.raises(ValueError, match=match): make()

@@ -1,13 +1,12 @@
 "Fits that stop and go on: everywhere, with every loader; what is refused; damaged files; disks that fail"
 import contextlib, errno, io, json, os, pickle, random, shutil, signal, subprocess, sys, threading
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np, pytest, torch
 from fastai.basics import (Adam, Callback, CancelFitException, DataLoader, DataLoaders, L, OptimWrapper,
-                           RMSProp, TfmdDL,
-                           noop, params)
+                           RMSProp, TfmdDL, noop, params)
 from fastai.callback.all import CSVLogger, EarlyStoppingCallback
 from fastai.text.data import SortedDL
 from torch import nn
@@ -61,26 +60,31 @@ def digits(cbs=None, n=250, epochs=2, dls=None, how='fit_one_cycle', **kwargs):
         return learn,lambda cb: getattr(learn, how)(epochs, 1e-2, cbs=cb)
     return make
 
+@cache
+def whole(**kwargs):
+    "Checksums of a run of `digits` that nothing stops"
+    return run(digits(**kwargs))[0]
+
 # Everywhere
 @pytest.mark.parametrize('case', ['tabular','cnn','language','accumulation'])
 def test_goes_on_from_anywhere(case):
     "Stopped at an event, and once more on the way; `make soak-crash` does it at all of them"
     want,_,events = run(case)
-    for n in range(5, events, events//8):
+    for n in range(5, events, events//5):
         path = Path(f'run-{n}')
         assert run(case, Checkpoint(path, steps=3), stop=n)[0] is None
         run(case, Checkpoint(path, steps=3), stop=n//2)
         assert run(case, Checkpoint(path, steps=3))[0]==want, n
 
-@pytest.mark.parametrize('args', [dict(), dict(epochs=None, steps=1), dict(epochs=None, minutes=0),
-                                  dict(steps=2, background=False), dict(epochs=2), dict(keep=1, steps=3)],
-                                  ids=str)
+@pytest.mark.parametrize('args', [
+    dict(), dict(epochs=None, steps=1), dict(epochs=None, minutes=0), dict(steps=2, background=False),
+    dict(epochs=2), dict(keep=1, steps=3)], ids=str)
 def test_when_to_save(args):
-    want,_,events = run(digits())
-    for n in range(20, events+1, 34):
+    want,_,events = run(case := digits(n=130))      # 4 batches an epoch
+    for n in range(12, events+1, events//4):
         path = Path(f'run-{n}')
-        run(digits(), Checkpoint(path, **args), stop=n)
-        assert run(digits(), Checkpoint(path, **args))[0]==want, n
+        run(case, Checkpoint(path, **args), stop=n)
+        assert run(case, Checkpoint(path, **args))[0]==want, n
 
 @pytest.mark.parametrize('how', ['fit','fit_one_cycle','fit_flat_cos','fine_tune'])
 def test_finished(how):
@@ -113,14 +117,14 @@ def test_between_fits():
 
 def test_goes_on_after_interruption():
     "In the same process, with the same callback and another learner"
-    want = run(digits())[0]
+    want = whole()
     cb,threads = Checkpoint('run', steps=3),threading.active_count()
     for n in (70, 30, 40): run(digits(), cb, stop=n)
     assert threading.active_count()==threads and cb._snapshot is None and cb._resuming is None
     assert run(digits(), cb)[0]==want
 
 def test_on_the_learner():
-    want = run(digits())[0]
+    want = whole()
     def case():
         learn = digits_learner(Checkpoint('run', steps=3), n=250, bs=32)
         return learn,lambda cb: learn.fit_one_cycle(2, 1e-2)
@@ -168,8 +172,9 @@ def test_callbacks():
 
 def test_changed_arguments_count():
     "What a callback was given is not undone, what it has learnt is put back"
-    case = lambda patience: digits(lambda: [EarlyStoppingCallback('accuracy', patience=patience,
-                                                                  min_delta=2.)], epochs=6, how='fit')
+    def case(patience):
+        stopping = lambda: [EarlyStoppingCallback('accuracy', patience=patience, min_delta=2.)]
+        return digits(stopping, epochs=6, how='fit')
     run(case(9), Checkpoint('run'), stop=130)
     _,out,_ = run(case(5), Checkpoint('run'))
     assert 'went on in epoch 2' in out and 'No improvement since epoch 0' in out
@@ -182,8 +187,10 @@ class Counted(list):
         Counted.read += 1
         return super().__getitem__(i)
 
-def loaders(make): return lambda dls: DataLoaders(make([dls.train_ds[i] for i in range(len(dls.train_ds))]),
-                                                  dls.valid)
+def loaders(make):
+    "Has training items read by the loader that `make` makes of them"
+    return lambda dls: DataLoaders(make([dls.train_ds[i] for i in range(len(dls.train_ds))]), dls.valid)
+
 class Stream(torch.utils.data.IterableDataset):
     def __init__(self, items): self.items = items
     def __iter__(self): return (self.items[i] for i in np.random.permutation(len(self.items)))
@@ -193,31 +200,28 @@ def weighted(items):
     return dl
 def torchs(items, **kwargs): return torch.utils.data.DataLoader(items, batch_size=32, shuffle=True, **kwargs)
 
-def plain(items, **kwargs): return TfmdDL(items, bs=32, shuffle=True, num_workers=0, **kwargs)
+def plain(items, bs=32, **kwargs): return TfmdDL(items, bs=bs, shuffle=True, num_workers=0, **kwargs)
 LOADERS = dict(
     plain=plain, drop_last=partial(plain, drop_last=True), weighted=weighted, torchs=torchs,
     sorted=lambda o: SortedDL(o, sort_func=lambda x: x[0].sum().item(), bs=32, shuffle=True, num_workers=0),
     random_items=partial(plain, after_item=crash.Noise()),
     random_batches=partial(plain, after_batch=crash.Noise()),
     stream=lambda o: DataLoader(Stream(o), bs=32, n=len(o)),
-    one_at_a_time=lambda o: TfmdDL([(x[None],y[None]) for x,y in o[:12]], bs=None, shuffle=True,
-                                   num_workers=0),
+    one_at_a_time=lambda o: plain([(x[None],y[None]) for x,y in o[:12]], bs=None),
     workers=lambda o: TfmdDL(o, bs=32, shuffle=True, num_workers=2))
 
 @pytest.mark.parametrize('name', LOADERS)
 def test_loaders(name):
-    case = digits(dls=loaders(LOADERS[name]))
+    case = digits(n=170, dls=loaders(LOADERS[name]))        # 4 batches an epoch, and the rest
     want,_,events = run(case)
-    for n in range(30, events, 60):
+    for n in range(20, events, events//2):
         run(case, Checkpoint(f'run{n}', steps=1), stop=n)
         assert run(case, Checkpoint(f'run{n}', steps=1))[0]==want, n
 
 @pytest.mark.parametrize('workers', [0, 2])
 def test_items_are_not_read_again(workers):
-    def case():
-        learn,fits = digits(dls=loaders(lambda o: TfmdDL(Counted(o), bs=32, shuffle=True,
-                                                         num_workers=workers)), epochs=1)()
-        return learn,fits
+    counted = loaders(lambda o: TfmdDL(Counted(o), bs=32, shuffle=True, num_workers=workers))
+    case = digits(dls=counted, epochs=1)
     def read(*args, **kwargs):
         Counted.read = 0
         run(*args, **kwargs)
@@ -238,9 +242,10 @@ def test_items_are_not_read_again(workers):
 def test_batches_from(name, n):
     "The batches from the nth on, and then the loader is as it was"
     items = [(torch.full((1,), float(i)),torch.tensor(i)) for i in range(100)]
-    dl = LOADERS[name](items) if name!='torchs' else torch.utils.data.DataLoader(items, batch_size=16,
-                                                                                 shuffle=True)
-    if name!='torchs': dl.bs = 16
+    if name=='torchs': dl = torch.utils.data.DataLoader(items, batch_size=16, shuffle=True)
+    else:
+        dl = LOADERS[name](items)
+        dl.bs = 16
     dls = SimpleNamespace(loaders=[dl])
     start = random_state(dls)
     every,attrs = [b[1].tolist() for b in dl],set(vars(dl))
@@ -255,8 +260,8 @@ def test_batches_from(name, n):
 
 def test_seeded_items():
     "With workers, random items are the same after going on in mid-epoch with `seed_items`, and only with it"
-    case = digits(dls=loaders(lambda o: TfmdDL(o, bs=32, shuffle=True, num_workers=2,
-                                               after_item=crash.Noise())), epochs=1)
+    noisy = loaders(lambda o: TfmdDL(o, bs=32, shuffle=True, num_workers=2, after_item=crash.Noise()))
+    case = digits(dls=noisy, epochs=1)
     def interrupted(path, seed_items):
         want = run(case, Checkpoint(f'{path}-whole', epochs=None, seed_items=seed_items))[0]
         args = dict(epochs=None, steps=3, seed_items=seed_items)
@@ -277,15 +282,13 @@ def test_limits_are_said_once():
 
 def test_fresh_processes():
     "Nothing of a process, such as an address or the seed of its hashes, is in the way"
-    def script(folder, kill=None):
-        Path(folder).mkdir(exist_ok=True)
-        code = (f"import sys; sys.path.insert(0, {str(Path(crash.__file__).parent)!r}); from crash import *; torch.set_num_threads(1); "
-                f"print('RESULT', train('cnn', Path({folder!r}), {kill!r}, True)[0])")
-        return subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True,
-                              timeout=120)
-    want = run('cnn')[0]
-    assert script('run', ('event', 150, 3000)).returncode==-signal.SIGKILL
-    got = script('run').stdout
+    want,folder = run('cnn')[0],Path('killed')
+    folder.mkdir()
+    assert crash.attempt('cnn', folder, ('event', 150, 3000))[0]==[-signal.SIGKILL]
+    code = (f"import sys; sys.path.insert(0, {str(Path(crash.__file__).parent)!r}); from crash import *; "
+            f"torch.set_num_threads(1); print('RESULT', train('cnn', Path({str(folder)!r}), None, True)[0])")
+    cmd = [sys.executable, '-W', 'ignore', '-c', code]
+    got = subprocess.run(cmd, capture_output=True, text=True, timeout=120).stdout
     assert 'went on in epoch' in got and got.split('RESULT')[1].strip()==str(want)
 
 # Another run
@@ -305,8 +308,8 @@ def test_refuses_another_run(what):
     if what=='torch': want = r'optimizer: AdamW\('
     before = sorted(Path('run').rglob('*'))
     with pytest.raises(ValueError) as e: run(digits(**kwargs), Checkpoint('run', steps=2))
-    for o in (WORDS[what], 'has the checkpoint of another run',
-              'Use another path, or resume=False'): assert o in str(e.value)
+    for o in (WORDS[what], 'has the checkpoint of another run', 'Use another path, or resume=False'):
+        assert o in str(e.value)
     assert sorted(Path('run').rglob('*'))==before
     run(digits(**kwargs), Checkpoint('run', steps=2, resume=False), stop=60)
     assert 'went on' in run(digits(**kwargs), Checkpoint('run', steps=2))[1]
@@ -322,7 +325,7 @@ def test_batch_size_and_lr():
         with pytest.raises(ValueError, match=word): run(case(bs, lr), Checkpoint('run'))
 
 def test_resume_false_starts_anew():
-    want = run(digits())[0]
+    want = whole()
     run(digits(seed=1), Checkpoint('run', steps=2), stop=90)
     run(digits(), Checkpoint('run', steps=2, resume=False), stop=90)
     for f in sorted(Path('run/fit_0').glob('*.pt'))[:1]: f.write_bytes(b'')
@@ -360,8 +363,8 @@ def saved(tmp_path_factory):
     "A folder with two checkpoints of a run, and its checksums"
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp('saved')
-    want = run(digits())[0]
-    run(digits(), Checkpoint(folder, epochs=None, steps=3, background=False), stop=75)
+    want = whole(epochs=1)
+    run(digits(epochs=1), Checkpoint(folder, epochs=None, steps=3, background=False), stop=55)
     assert len(list(folder.glob('*/*.pt')))==2
     return folder,want
 
@@ -393,12 +396,12 @@ def test_damaged_files(saved, kind):
             n += 1
             shutil.copytree(folder, path := Path(f'run-{n}'))
             for f in sorted(path.glob(f'*/*.{kind}'))[0 if both else -1:]: f.write_bytes(content)
-            got,out,_ = run(digits(), Checkpoint(path))
+            got,out,_ = run(digits(epochs=1), Checkpoint(path))
             lines = [o for o in out.splitlines() if o.startswith('checkpoint: ')]
             flipped = kind=='json' and what.startswith('flipped')
             assert got==want, (what, both)
-            if flipped and len(lines)==1: assert 'went on in epoch 0, batch 6' in lines[0]      # it is only for people
-            elif flipped: assert all('00000' in o or 'went on' in o for o in lines), lines      # size or checksum
+            if flipped and len(lines)==1: assert 'went on in epoch 0, batch 6' in lines[0]  # only for people
+            elif flipped: assert all('00000' in o or 'went on' in o for o in lines), lines  # size or checksum
             elif both: assert len(lines)==2 and all(f'{o:06}.{kind}' in l for o,l in zip((2,1), lines)), lines
             else: assert f'000002.{kind}: ' in lines[0] and 'went on in epoch 0, batch 3' in lines[1], lines
             shutil.rmtree(path)
@@ -408,7 +411,7 @@ def test_damaged_files(saved, kind):
 @pytest.mark.parametrize('no', [errno.ENOSPC, errno.EROFS, errno.EACCES])
 def test_failed_writes(background, no, monkeypatch):
     "One line for each, training goes on, and what was there is still there; or the fit stops"
-    want,real,fails = run(digits())[0],os.fsync,[]
+    want,real,fails = whole(),os.fsync,[]
     def fsync(fd):
         if fails: raise OSError(no, os.strerror(no))
         real(fd)
@@ -429,8 +432,8 @@ def test_failed_writes(background, no, monkeypatch):
     got,out,_ = run(digits(), Checkpoint('run', **args))
     assert got==want and 'went on in epoch 0' in out
     fails.clear()
-    with pytest.raises(OSError, match=os.strerror(no)): run(case, Checkpoint('other', on_error='stop',
-                                                                             **args))
+    with pytest.raises(OSError, match=os.strerror(no)):
+        run(case, Checkpoint('other', on_error='stop', **args))
     fails.clear()
     assert run(digits(), Checkpoint('other', **args))[0]==want
 
@@ -469,8 +472,8 @@ def test_slow_disk_does_not_hold_the_training_up(monkeypatch):
 def test_manifest():
     run(digits(), Checkpoint('run', steps=3), stop=50)
     about = json.loads(next(Path('run/fit_0').glob('*.json')).read_text())['about']
-    assert about['at']=={'epoch': 0, 'batch': 3, 'finished': False,
-                         'n_epoch': 2} and about['facts']['batch size']==32 and 'torch' in about['versions']
+    assert about['at']=={'epoch': 0, 'batch': 3, 'finished': False, 'n_epoch': 2}
+    assert about['facts']['batch size']==32 and 'torch' in about['versions']
 
 def test_says_other_versions(monkeypatch):
     run(digits(), Checkpoint('run', steps=3), stop=50)
@@ -492,7 +495,7 @@ class Signal(Callback):
 
 def test_preemption_kills_in_time():
     "SIGTERM, which nobody handles: the process ends by it, after the checkpoint; the next one goes on"
-    want = run(digits())[0]
+    want = whole()
     case = digits(lambda: [Signal(signal.SIGTERM), PreemptionGuard()])
     if not (pid := os.fork()):
         try:
@@ -505,7 +508,7 @@ def test_preemption_kills_in_time():
 
 @pytest.mark.parametrize('when,where', [('after_batch','epoch 1, batch 2'), ('after_validate','epoch 0')])
 def test_preemption(when, where):
-    got,want = [],run(digits())[0]
+    got,want = [],whole()
     handler = lambda number,frame: got.append(number)
     earlier = {s:signal.signal(s, handler) for s in (signal.SIGTERM, signal.SIGUSR1)}
     try:

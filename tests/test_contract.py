@@ -200,11 +200,38 @@ def test_in_its_setting(prop, cls, setting):
 @pytest.mark.parametrize('a,b', contract.sample_pairs(), ids=lambda o: o.__name__)
 def test_pairs(a, b): contract.pair(a, b)
 
-def test_in_a_notebook(tmp_path):
-    "With the bar and the table of a notebook: fits, and going on after an interrupt"
+GOES_ON = '''
+from fastai.callback.all import Callback, ShowGraphCallback
+from fastai_callbacks_ext.test_utils import digits_learner
+class StopIn(Callback):
+    order = 3000
+    def __init__(self, *at): self.at = at
+    def after_batch(self):
+        if self.training and (self.epoch,self.iter)==self.at: raise KeyboardInterrupt
+def go(*stop):
+    learn = digits_learner([ShowGraphCallback(), *([StopIn(*stop)] if stop else [])], n=160, bs=32)
+    try: learn.fine_tune(2, 1e-2, cbs=ext.Checkpoint('run', steps=2, background=False))
+    except KeyboardInterrupt: pass
+    return learn
+for stop in ((0,2), (1,1), (1,3)): go(*stop)
+print('RESULT', len(go().recorder.values))
+'''
+
+@pytest.fixture(scope='module')
+def notebook(tmp_path_factory):
+    "A notebook in which some callbacks train and go on after an interrupt, and a run goes on with a graph"
     others = [o.__name__ for o in callbacks if o not in contract.IS_RNN]
     names = ['Checkpoint','FastLoop', *random.Random(0).sample(others, 4)]
-    assert list(contract.notebook_problems(contract.in_notebook(names, tmp_path)))==[]
+    return contract.in_notebook(names, tmp_path_factory.mktemp('notebook'), GOES_ON)
+
+def test_in_a_notebook(notebook):
+    "With the bar and the table of a notebook: fits, and going on after an interrupt"
+    assert list(contract.notebook_problems(notebook))==[]
+
+def test_goes_on_in_a_notebook(notebook):
+    "Each cell that is run again goes on where the last one was interrupted, beside fastai's graph"
+    text = ''.join(o.get('text', '') for o in notebook.cells[-1].outputs)
+    assert 'RESULT 2' in text and text.count('went on in epoch')>=3, text
 
 def test_a_notebook_can_fail(monkeypatch):
     "The test above can fail: a cell with an error, a cell without a bar"

@@ -1,4 +1,4 @@
-"Several processes (gloo, CPU): what `any_rank` promises, and what the guards do together"
+"Several processes (gloo, CPU), started once: they stop together, guard together, go on to the same bits"
 import random
 
 import pytest, torch
@@ -18,7 +18,8 @@ together = {*random.Random(0).sample(names, 6), 'Checkpoint'}       # all of the
 def seen(tmp_path_factory):
     "What two processes saw, by part"
     out = tmp_path_factory.mktemp('ranks')
-    parts = dict(nan=['loss','grad','input'], gradients=None, safety=list(seeds), contract=sorted(together))
+    parts = dict(nan=['loss','grad','input'], gradients=None, stopping=None, checkpoint=None,
+                 safety=list(seeds), contract=sorted(together))
     return launch(2, out, 400, **parts)
 
 @pytest.mark.parametrize('where', ['loss','grad','input'])
@@ -30,6 +31,31 @@ def test_all_stop_in_the_same_batch(where, seen):
     assert a['said'].count('stopped the fit')==1 and not b['said']      # the first process speaks for all
     what = dict(loss='loss is nan', grad='gradient of 8.bias', input='input has 2,048')[where]
     assert a['records'][0][3].startswith(f'process 1: the {what}')
+
+def test_all_stop_together(seen):
+    "One process has a reason to stop: its clock, a file, a metric, its patience, its samples"
+    first,second = seen['stopping']
+    assert first.keys()=={'clock','schedule','file','metric','patience','samples'}
+    for what,a in first.items():
+        b = second[what]
+        assert [r[:4] for r in a['records']]==[r[:4] for r in b['records']] and a['records'], what
+        assert (a['batches'],a['rows'],a['best'])==(b['batches'],b['rows'],b['best']) and a['rows']<6, what
+        assert a['weights']==b['weights'], what
+        assert len(a['said'].splitlines())==len(a['records']) and not b['said']     # the first speaks for all
+    assert 'another process' in first['clock']['records'][0][4]
+    assert '1 minutes' in second['clock']['records'][0][4]
+    assert first['file']['batches']==6 and first['samples']['batches']==5
+    for o in (first['metric'], second['metric']):
+        assert 'diverged: valid_loss is inf' in o['records'][0][4] and o['rows']==3 and o['best']<2
+
+@pytest.mark.parametrize('how', ['fit','fine_tune'])
+def test_both_go_on(how, seen):
+    "From checkpoints, in later epochs too, whose order the loader inside the distributed one draws"
+    for rank,cases in enumerate(seen['checkpoint']):
+        found = cases[how]
+        assert found['got']==found['want']==found['again'] and not found['lock']
+        assert [o.count('went on') for o in found['said']]==([1]*2 if rank==0 else [0]*2), found['said']
+        assert found['finished'].count('found the fit finished')==(rank==0)*(1+(how=='fine_tune'))
 
 def test_faults_on_one_process(seen):
     "A part of the soak: no hang, the same weights and the same decisions everywhere"

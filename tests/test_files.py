@@ -1,19 +1,20 @@
 "A state on disk is complete or not there, however it is damaged and whenever its writer is killed"
-import errno, hashlib, importlib.util, io, itertools, json, os, pickle, random, resource, signal, stat, subprocess, sys, threading, time, traceback, zipfile
+import errno, hashlib, importlib.util, io, itertools, json, os, pickle, random, resource, signal, stat, subprocess, sys
+import threading, time, traceback, zipfile
 from collections import OrderedDict
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-import pytest, torch
+import numpy as np, pytest, torch
 from fastai.torch_core import TensorImage
 from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
-from fastai_callbacks_ext.base.files import (BackgroundWriter, DamagedFile, FolderLock, Snapshot, StateFiles, load_state,
-                                             map_state, replacing, save_state)
+from fastai_callbacks_ext.base.files import (BackgroundWriter, DamagedFile, FolderLock, Snapshot, StateFiles,
+                                             load_state, map_state, replacing, save_state)
 
-torch.set_num_threads(1)     # a child that is forked beside a pool of threads hangs in its first large operation
+torch.set_num_threads(1)     # a child forked beside a pool of threads hangs in its first large operation
 STATE = {'model': OrderedDict(w=torch.arange(600.).view(20,30), b=torch.ones(7).half()),
          'rng': (3, (1, 2**200), None), 'name': 'é', 'ids': [1j, True, float('inf')]}
 quick = settings(deadline=None, max_examples=60, derandomize=True,
@@ -23,7 +24,8 @@ def bits(o):
     "Something that is equal if `o` is, to the last bit"
     if isinstance(o, Tensor):
         o = o.detach().to_dense() if o.is_sparse else o.detach()
-        return str(o.dtype),tuple(o.shape),o.resolve_conj().resolve_neg().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        plain = o.resolve_conj().resolve_neg().contiguous().flatten()
+        return str(o.dtype),tuple(o.shape),plain.view(torch.uint8).numpy().tobytes()
     if isinstance(o, dict): return type(o).__name__,[(bits(k), bits(v)) for k,v in o.items()]
     if type(o) in (list,tuple): return type(o).__name__,[bits(v) for v in o]
     return type(o).__name__,repr(o)
@@ -77,16 +79,17 @@ states = st.recursive(st.one_of(scalars, tensors),
 @quick
 @given(states)
 def test_round_trip(tmp_path, state):
-    want = bits(map_state(state, lambda t: t))
-    assert bits(load_state(tmp_path/'a', **save_state(tmp_path/'a', state)))==want==bits(load_state(tmp_path/'a'))
+    want,facts = bits(map_state(state, lambda t: t)),save_state(tmp_path/'a', state)
+    assert bits(load_state(tmp_path/'a', **facts))==want==bits(load_state(tmp_path/'a'))
 
 class Custom: pass
 class MyDict(dict): pass
-@pytest.mark.parametrize('o', [Custom(), Custom, MyDict(), b'', bytearray(b'x'), {1}, range(3), print,
-                               object(), Path('x'), torch.Generator(), (c for c in 'x'),
-                               TwoTensor(torch.ones(2), torch.ones(2)),
-                               *[getattr(__import__('numpy'), n)(1) for n in ('float64','int64','bool_',
-                                                                              'zeros','str_')]], ids=lambda o: type(o).__name__)
+numpys = [getattr(np, o)(1) for o in ('float64','int64','bool_','zeros','str_')]
+
+@pytest.mark.parametrize('o', [
+    Custom(), Custom, MyDict(), b'', bytearray(b'x'), {1}, range(3), print, object(), Path('x'),
+    torch.Generator(), (c for c in 'x'), TwoTensor(torch.ones(2), torch.ones(2)), *numpys],
+    ids=lambda o: type(o).__name__)
 def test_refused_by_path(tmp_path, o):
     before = save_state(tmp_path/'a', STATE)
     name = f'{type(o).__module__}.{type(o).__qualname__}'
@@ -98,7 +101,8 @@ def test_refused_by_path(tmp_path, o):
     assert bits(load_state(tmp_path/'a', **before))==bits(STATE) and not temps(tmp_path)
 
 def test_refuses_keys():
-    with pytest.raises(TypeError, match=r"key of state\['x'\]: builtins.tuple"): map_state({'x': {(1,2): 3}}, lambda t: t)
+    with pytest.raises(TypeError, match=r"key of state\['x'\]: builtins.tuple"):
+        map_state({'x': {(1,2): 3}}, lambda t: t)
 
 def test_attributes_stay_behind(tmp_path):
     p = nn.Parameter(torch.ones(2))
@@ -139,7 +143,8 @@ def test_damage(tmp_path):
         said = problem(load_state, f, **facts)
         assert said and said.startswith(f'{f}: '), name
         kinds.add(said.split(': ')[1].split(' ')[0])
-        if not problem(load_state, f): assert bits(load_state(f))==want, name     # bytes that mean nothing: padding, a date
+        # bytes that mean nothing: padding, a date
+        if not problem(load_state, f): assert bits(load_state(f))==want, name
     assert kinds=={'empty','truncated','its',f'{2*len(good):,}',*kinds}
 
 def test_damage_of_content_needs_no_manifest(tmp_path):
@@ -172,7 +177,8 @@ def foreign(d):
             with zipfile.ZipFile(b, 'w') as z:
                 for k,v in files.items(): z.writestr(k.replace('__', '/'), v)
         return saved(f)
-    for protocol in range(pickle.HIGHEST_PROTOCOL+1): yield f'pickle {protocol}', pickle.dumps({'model': trap}, protocol)
+    for protocol in range(pickle.HIGHEST_PROTOCOL+1):
+        yield f'pickle {protocol}', pickle.dumps({'model': trap}, protocol)
     yield 'torch', saved(lambda b: torch.save({'model': trap}, b))
     yield 'old torch', saved(lambda b: torch.save({'model': trap}, b, _use_new_zipfile_serialization=False))
     yield 'custom class', saved(lambda b: torch.save(Custom(), b))
@@ -207,13 +213,15 @@ def test_foreign(tmp_path):
 
 def test_names_the_class(tmp_path):
     torch.save(Custom(), tmp_path/'a')
-    assert problem(load_state, tmp_path/'a')==f'{tmp_path}/a: it asks for {__name__}.Custom, and no code in a file is run'
+    said = f'it asks for {__name__}.Custom, and no code in a file is run'
+    assert problem(load_state, tmp_path/'a')==f'{tmp_path}/a: {said}'
 
 def test_unreadable(tmp_path, monkeypatch):
     assert problem(load_state, tmp_path/'a')==f'{tmp_path}/a: missing'
     assert problem(load_state, tmp_path)==f'{tmp_path}: cannot be read: Is a directory'
     save_state(tmp_path/'a', STATE)
-    with broken(monkeypatch, 'fstat', errno.EIO): assert problem(load_state, tmp_path/'a')==f'{tmp_path}/a: cannot be read: Input/output error'
+    with broken(monkeypatch, 'fstat', errno.EIO):
+        assert problem(load_state, tmp_path/'a')==f'{tmp_path}/a: cannot be read: Input/output error'
 
 # Writing
 def test_order_of_the_steps(tmp_path, monkeypatch):
@@ -225,7 +233,8 @@ def test_order_of_the_steps(tmp_path, monkeypatch):
         fsync(fd)
     monkeypatch.setattr(os, 'fsync', log_fsync)
     monkeypatch.setattr(os, 'replace', lambda *args: (steps.append('rename'), replace(*args)))
-    assert steps==[] and steps!=[(size := save_state(tmp_path/'a', STATE)['size'])] and steps==[size, 'rename', 'folder']
+    size = save_state(tmp_path/'a', STATE)['size']
+    assert steps==[size, 'rename', 'folder']
 
 def test_mode_of_the_file(tmp_path):
     save_state(tmp_path/'a', STATE)
@@ -265,7 +274,8 @@ def test_no_permission(tmp_path):
         for f in (tmp_path/'a', tmp_path/'new'/'a'):
             with pytest.raises(PermissionError) as e: save_state(f, {'x': 1})
             assert str(e.value)==f'[Errno {errno.EACCES}] cannot write {f}: Permission denied'
-    parents = [o for o in (tmp_path, *tmp_path.parents) if o.stat().st_uid==os.geteuid() and not o.stat().st_mode&1]
+    parents = [o for o in (tmp_path, *tmp_path.parents)
+               if o.stat().st_uid==os.geteuid() and not o.stat().st_mode&1]
     modes = {o:o.stat().st_mode for o in parents}
     for o in parents: o.chmod(0o755 if o!=tmp_path else 0o555)     # pytest's folders are closed to others
     try: assert forked(child)==0
@@ -308,16 +318,17 @@ def test_interrupted_inside_torch(tmp_path, monkeypatch):
 
 def test_threads_write_the_same_file(tmp_path):
     states = [{'n': i, 'w': torch.full((50_000,), float(i))} for i in range(4)]
-    threads = [threading.Thread(target=lambda s: [save_state(tmp_path/'a', s) for _ in range(8)],
-                                args=(s,)) for s in states]
+    def save(s):
+        for _ in range(8): save_state(tmp_path/'a', s)
+    threads = [threading.Thread(target=save, args=(s,)) for s in states]
     for t in threads: t.start()
     while any(t.is_alive() for t in threads):
         if (tmp_path/'a').exists(): got = load_state(tmp_path/'a'); assert bits(got)==bits(states[got['n']])
     assert not temps(tmp_path)
 
 # Folders of states, and kills
-def numbered(n, size=1000): return {'n': n, 'weights': torch.full((size,), float(n)),
-                                    'more': [torch.full((9,), n), str(n)]}
+def numbered(n, size=1000):
+    return {'n': n, 'weights': torch.full((size,), float(n)), 'more': [torch.full((9,), n), str(n)]}
 
 def check(folder, at_least, size=1000):
     "There is a complete state, at least this one, and no wrong word; its number"
@@ -327,7 +338,7 @@ def check(folder, at_least, size=1000):
     state,about = res
     n = about['n']
     assert n>=at_least and bits(state)==bits(numbered(n, size))
-    assert all('it has no manifest' in o for o in said), said        # a state whose manifest had no time to come
+    assert all('it has no manifest' in o for o in said), said        # a manifest that had no time to come
     for o in folder.glob('??????.json'): assert o.with_suffix('.pt').exists(), 'a manifest without its state'
     return n
 
@@ -347,7 +358,8 @@ def kill_at_step(k):
             if next(count)==k: os.kill(os.getpid(), signal.SIGKILL)
             return f(*args, **kwargs)
         return g
-    for o,name in ((os,'open'), (os,'fsync'), (os,'replace'), (Path,'unlink')): setattr(o, name, wrap(getattr(o, name)))
+    for o,name in ((os,'open'), (os,'fsync'), (os,'replace'), (Path,'unlink')):
+        setattr(o, name, wrap(getattr(o, name)))
 
 def test_killed_at_each_step(tmp_path):
     "Before each step of two saves and a part of a third, which remove older ones"
@@ -371,7 +383,8 @@ def test_killed_at_random(tmp_path):
             try: save_forever(tmp_path, into, size)
             finally: os._exit(1)
         os.close(into)
-        if i%3==0: last = int.from_bytes(os.read(out, 4), 'little')     # in slow moments, too, some saves return
+        # in slow moments, too, some saves return
+        if i%3==0: last = int.from_bytes(os.read(out, 4), 'little')
         time.sleep(r.uniform(0, .1))
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
@@ -424,7 +437,8 @@ def test_leaves_other_files_alone(tmp_path):
 def test_failed_save_loses_nothing(tmp_path, monkeypatch, name, skip):
     states = StateFiles(tmp_path, keep=1)
     states.save(numbered(1), {'n': 1})
-    with broken(monkeypatch, name, errno.ENOSPC, skip), pytest.raises(OSError, match=r'cannot write .*000002\.(pt|json): No space left'): states.save(numbered(2), {'n': 2})
+    fails = pytest.raises(OSError, match=r'cannot write .*000002\.(pt|json): No space left')
+    with broken(monkeypatch, name, errno.ENOSPC, skip), fails: states.save(numbered(2), {'n': 2})
     assert check(tmp_path, 1)==1 and not temps(tmp_path)
     states.save(numbered(3), {'n': 3})
     assert check(tmp_path, 3)==3
@@ -439,7 +453,8 @@ def test_snapshot_equals(tmp_path, several):
         assert bits(copy)==bits(map_state(state, lambda t: t))
         naive,size = [],save_state(tmp_path/'a', copy)['size']
         map_state(state, naive.append)
-        assert size <= sum(t.numel()*t.element_size() for t in naive if not t.is_sparse) + 2000*(len(naive)+2) + 8*len(repr(state))
+        numbers = sum(t.numel()*t.element_size() for t in naive if not t.is_sparse)
+        assert size <= numbers + 2000*(len(naive)+2) + 8*len(repr(state))
 
 @quick
 @given(states)
@@ -451,7 +466,8 @@ def test_snapshot_is_independent(state):
     saved = [t.clone() for t in originals]
     try:
         for t in originals:
-            if not t.is_sparse and t.numel() and 0 not in t.stride(): t.copy_(1-t.to(torch.complex64) if t.is_complex() else (1-t.double()).to(t.dtype))
+            if t.is_sparse or not t.numel() or 0 in t.stride(): continue
+            t.copy_(1-t.to(torch.complex64) if t.is_complex() else (1-t.double()).to(t.dtype))
         assert bits(copy)==before
     finally:
         for t,s in zip(originals, saved):
@@ -510,7 +526,8 @@ def test_snapshot_from_gpu():
     for _ in range(3):
         for t in state['m'].values(): t.add_(1)
         copy = snapshot.take(state)
-        assert all(t.is_pinned() for t in copy['m'].values()) and bits(copy)==bits(map_state(state, Tensor.cpu))
+        assert all(t.is_pinned() for t in copy['m'].values())
+        assert bits(copy)==bits(map_state(state, Tensor.cpu))
 
 # Beside the training
 def test_background_waits_and_tells():
@@ -561,9 +578,9 @@ def test_training_goes_on_while_writing(tmp_path):
 
 # Other people's files, other runs
 def test_only_own_files_are_removed(tmp_path):
-    "Files of others that are named as ours stay, and so do their temporary ones; what a save left when it was cut off goes"
-    theirs = {'000000.pt': b'weights of the paper', '000001.json': b'{"epoch": 1}', '999999.json': b'[]', '000003.tmp': b'x',
-              'mine.tmp': b'x', '000002.pt.tmp': b'x'}
+    "Others' files named as ours stay, and so do their temporary ones; what a save that was cut off left goes"
+    theirs = {'000000.pt': b'weights of the paper', '000001.json': b'{"epoch": 1}', '999999.json': b'[]',
+              '000003.tmp': b'x', 'mine.tmp': b'x', '000002.pt.tmp': b'x'}
     for name,content in theirs.items(): (tmp_path/name).write_bytes(content)
     s = StateFiles(tmp_path, keep=1)
     n = s.save([1], {})
@@ -575,7 +592,8 @@ def test_only_own_files_are_removed(tmp_path):
     assert all((tmp_path/k).read_bytes()==v for k,v in theirs.items()) and s.load(lambda line: None)[0]==[2]
     s = StateFiles(tmp_path, fresh=True)
     s.save([4], {})
-    assert {o.name for o in tmp_path.iterdir()} > set(theirs) and not own & {o.name for o in tmp_path.iterdir()}
+    there = {o.name for o in tmp_path.iterdir()}
+    assert there > set(theirs) and not own & there
 
 def test_a_lock_lets_one_in(tmp_path):
     "Of many processes that come at once, over and over, one has it at a time"

@@ -16,8 +16,8 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from common import fit, quiet
 from fastai_callbacks_ext.all import (SAM, Checkpoint, GradientAccumulation, GradientCentralization,
-                                      GradientClip, GradientNoise,
-                                      LookaheadWeights, TerminateOnNaN, unit_norm)
+                                      GradientClip, GradientNoise, LookaheadWeights, TerminateOnNaN,
+                                      unit_norm)
 from fastai_callbacks_ext.test_utils import PoisonBatch, digits_learner
 
 device = default_device()
@@ -123,8 +123,8 @@ def test_auto():
     norms = plain.norm(dim=1).tolist()
     limits = [np.percentile(norms[max(0, i-5):i+1], 30) for i in range(16)]
     assert cb.limits==pytest.approx(limits, rel=1e-4)
-    torch.testing.assert_close(got.norm(dim=1).cpu(),
-                               torch.tensor([min(a, b) for a,b in zip(norms, limits)]).float())
+    want = torch.tensor([min(a, b) for a,b in zip(norms, limits)]).float()
+    torch.testing.assert_close(got.norm(dim=1).cpu(), want)
 
 @pytest.mark.parametrize('kwargs', [{}, dict(norm_type=inf), dict(max_value=.1), dict(adaptive=.01),
                                     dict(auto=10)], ids=str)
@@ -202,8 +202,8 @@ def test_lookahead_weights(k, alpha, epochs):
                     LookaheadWeights(k, alpha), lr=.1, opt_func=partial(SGD, mom=0.9))
     with quiet(learn): learn.fit(epochs)
     want = model()
-    opt,slow,t = torch.optim.SGD(want.parameters(), .1,
-                                 momentum=0.9),[p.detach().clone() for p in want.parameters()],0
+    opt = torch.optim.SGD(want.parameters(), .1, momentum=0.9)
+    slow,t = [p.detach().clone() for p in want.parameters()],0
     for _ in range(epochs):
         for x,y in batched(*data(48), [6]*8):
             opt.zero_grad(); F.cross_entropy(want(x), y).backward(); opt.step(); t += 1
@@ -316,11 +316,11 @@ class Complex(nn.Module):
         w = torch.randn(5, 4, dtype=torch.complex64)
         self.w = nn.Parameter(torch.view_as_real(w) if pairs else w)
     def forward(self, x):
-        return (x.to(torch.complex64)@(self.w if self.w.is_complex()
-                                       else torch.view_as_complex(self.w))).abs()
+        w = self.w if self.w.is_complex() else torch.view_as_complex(self.w)
+        return (x.to(torch.complex64)@w).abs()
 
-@pytest.mark.parametrize('make', [makes[k]
-    for k in makes if k not in ('one','largest','centralization','asam')])
+@pytest.mark.parametrize('make', [
+    makes[k] for k in makes if k not in ('one','largest','centralization','asam')])
 def test_complex_parameters(make):
     "As pairs of real numbers"
     a,b = (trained(partial(Complex, pairs), make, partial(OptimWrapper, opt=torch.optim.SGD))
@@ -344,8 +344,8 @@ def test_large_numbers_in_half_precision(kwargs):
     assert cb.skipped==0 and got.isfinite().all() and (got!=0).all()
     norms = torch.linalg.vector_norm(got.float(), cb.norm_type, dim=1)
     if 'auto' not in kwargs:
-        torch.testing.assert_close(norms, torch.full_like(norms, .5 if 'max_norm' in kwargs else .1*8**.5),
-                                   rtol=.01, atol=0)
+        want = torch.full_like(norms, .5 if 'max_norm' in kwargs else .1*8**.5)
+        torch.testing.assert_close(norms, want, rtol=.01, atol=0)
 
 @every
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
@@ -382,8 +382,8 @@ def test_units_of_one_element_are_not_centred():
 
 def test_refuses_fastais_beside_it():
     "And changes nothing"
-    for cb,theirs in ((GradientClip(), training.GradientClip()), (GradientAccumulation(),
-    training.GradientAccumulation())):
+    for cb,theirs in ((GradientClip(), training.GradientClip()),
+                      (GradientAccumulation(), training.GradientAccumulation())):
         learn = learner(batched(*data(48), [6]*8), nn.Linear(5, 4), CrossEntropyLossFlat(), theirs, lr=.1)
         before,cbs = [p.detach().clone() for p in learn.model.parameters()],learn.cbs.map(type)
         said = rf"{cb.name}: fastai's {type(cb).__name__} is on the learner too.*upgrade\(learn\)"

@@ -24,11 +24,10 @@ x,classes,real = drawn(torch.randn, N, 5),drawn(torch.randint, 0, 4, (N,)),drawn
 signs = torch.where(real>0, 1., -1.)
 targets = dict(
     classes=classes, some=torch.where(x[:,0]>.3, -100, classes), real=real, positive=real.abs(),
-    yes=(real>0).float(),
-    chances=real.softmax(1), signs=signs, pixels=drawn(torch.randint, 0, 4, (N,2)), spread=(real,
-    real.abs()+.1),
-    labels=torch.stack([classes, torch.full_like(classes, -1), classes, classes], 1), cosine=(real,
-    signs[:,0]),
+    yes=(real>0).float(), chances=real.softmax(1), signs=signs,
+    pixels=drawn(torch.randint, 0, 4, (N,2)), spread=(real, real.abs()+.1),
+    labels=torch.stack([classes, torch.full_like(classes, -1), classes, classes], 1),
+    cosine=(real, signs[:,0]),
     ranks=(real, signs), triplet=(real, real.flip(0)), weighed=(drawn(torch.rand, N, 4).round(), real.abs()),
     speech=(drawn(torch.randint, 1, 4, (N,2)), torch.full_like(classes, 6), torch.where(x[:,0]>0, 1, 2)))
 targets['some pixels'] = torch.where(targets['pixels']==1, -100, targets['pixels'])
@@ -112,9 +111,8 @@ def test_unreduced(loss):
 
 def test_compiled_loss():
     learn = accumulated(torch.compile(nn.CrossEntropyLoss(**w), backend='eager'), (targets['some'],), dense)
-    torch.testing.assert_close(learn.grads.grads[0],
-                               whole(nn.CrossEntropyLoss(**w), learn,
-                                     (targets['some'],))[0], rtol=1e-4, atol=1e-6)
+    want = whole(nn.CrossEntropyLoss(**w), learn, (targets['some'],))[0]
+    torch.testing.assert_close(learn.grads.grads[0], want, rtol=1e-4, atol=1e-6)
 
 def own(pred, y): return ((pred-y)**2).mean()
 def mean_of_items(pred, y): return torch.stack([F.mse_loss(p, t) for p,t in zip(pred, y)]).mean()
@@ -127,8 +125,8 @@ class Added(nn.Module):
 
 @pytest.mark.parametrize('loss,y,said', [
     (own, (real,), 'treats own as a mean over the targets'), (mean_of_items, (real,), 'treats mean_of_items as'),
-    (lambda p,t: own(p, t), (real,), 'takes <lambda>'), (Twice(), (classes,),
-    'treats Twice as a mean over the items'),
+    (lambda p,t: own(p, t), (real,), 'treats <lambda> as'),
+    (Twice(), (classes,), 'treats Twice as a mean over the items'),
     (two_heads, (real, real[:,0]), 'treats two_heads as a mean over the items'),
     (Added(), (real,), 'treats Added as a sum')])
 def test_what_is_taken_for_granted(loss, y, said, capsys):

@@ -14,8 +14,9 @@ def wheel(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def metadata(wheel):
-    with zipfile.ZipFile(wheel) as z: return Parser().parsestr(z.read(next(n for n in z.namelist()
-                                                                           if n.endswith('/METADATA'))).decode())
+    with zipfile.ZipFile(wheel) as z:
+        name = next(o for o in z.namelist() if o.endswith('/METADATA'))
+        return Parser().parsestr(z.read(name).decode())
 
 def test_metadata(metadata):
     import fastai_callbacks_ext as lib
@@ -43,7 +44,13 @@ def test_content(wheel):
 
 def test_works_from_wheel(wheel, tmp_path):
     "The wheel alone, not the checkout, trains"
-    code = (f"import sys; sys.path.insert(0, {str(wheel)!r})\nimport fastai_callbacks_ext as lib; assert '.whl' in lib.__file__, lib.__file__\n"
-            "from fastai.basics import *\nfrom fastai_callbacks_ext.all import *\nfrom fastai_callbacks_ext.test_utils import *\n"
-            "learn = digits_learner(TerminateOnNaN(), n=200)\nlearn.fit(1)")
+    code = f'''
+import sys; sys.path.insert(0, {str(wheel)!r})
+import fastai_callbacks_ext as lib; assert '.whl' in lib.__file__, lib.__file__
+from fastai.basics import *
+from fastai_callbacks_ext.all import *
+from fastai_callbacks_ext.test_utils import *
+learn = digits_learner(TerminateOnNaN(), n=200)
+learn.fit(1)
+'''
     subprocess.run([sys.executable, '-c', code], cwd=tmp_path, check=True, capture_output=True)

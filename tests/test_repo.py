@@ -62,7 +62,6 @@ MANY = 'all','upgrades'         # may import purposes
 def test_imports_point_down():
     "`base` imports nothing above it, and is in order itself; no purpose imports another one"
     found = house.imports()
-    # it sees them
     assert found['loop']==['base.core'] and 'base.model' in found['base.step'] and 'tracing' in found['all']
     def may(mod, other):
         if mod in ORDER and other in ORDER: return ORDER.index(other)<ORDER.index(mod)
@@ -71,13 +70,15 @@ def test_imports_point_down():
     assert sum(map(len, house.floors(found)))==len(found)       # without circles
 
 def lines(f):
-    "The lines of the notebook `f`, each with where it is"
+    "The lines of a notebook or a module, each with where it is"
+    if f.suffix=='.py': return enumerate(f.read_text().splitlines(), 1)
     return [(c['id'], l) for c in json.loads(f.read_text())['cells']
             for l in ''.join(c['source']).splitlines()]
 
 def test_lines_fit_the_page():
     "110 characters; rows of a table and addresses cannot be broken"
     files = list(nbs.rglob('*.ipynb'))
+    files += [f for d in ('tests','benchmarks','docs') for f in (root/d).glob('*.py')]
     fits = lambda l: len(l)<=110 or l.lstrip().startswith('|') or '](http' in l
     long = [f'{f.relative_to(root)}, {where}: {l[:60]}...' for f in files
             for where,l in lines(f) if not fits(l)]

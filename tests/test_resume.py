@@ -1,5 +1,5 @@
-"Runs that go on, as people run them: bars, notebooks, loaders, losses, callbacks that own things, folders"
-import contextlib, io, itertools, json, os, re, signal, subprocess, sys, time
+"Runs that go on, as people run them: bars, loaders, losses, callbacks that own things, folders"
+import contextlib, io, itertools, json, os, re, signal, subprocess, sys, time, traceback
 from collections import defaultdict, deque
 from copy import deepcopy
 from functools import partial
@@ -7,23 +7,23 @@ from pathlib import Path
 
 import numpy as np, pytest, torch, torch.nn.functional as F
 from fastai.callback.all import (Callback, CSVLogger, EarlyStoppingCallback, GradientAccumulation,
-                                 GradientClip,
-                                 MixUp, ParamScheduler, ReduceLROnPlateau, SaveModelCallback, SchedCos,
-                                 ShowGraphCallback, TerminateOnNaNCallback)
+                                 GradientClip, MixUp, ParamScheduler, ReduceLROnPlateau, SaveModelCallback,
+                                 SchedCos, ShowGraphCallback, TerminateOnNaNCallback)
 from fastai.data.core import DataLoaders
+from fastai.learner import Learner
+from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import F1Score, accuracy, skm_to_fastai
 from fastai.optimizer import OptimWrapper, SGD
 from fastai.torch_core import default_device
 from fastcore.imports import noop
+from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 from fastai_callbacks_ext.all import Checkpoint, PreemptionGuard, SkipNonFinite
 from fastai_callbacks_ext.base import files
 from fastai_callbacks_ext.base.files import load_state
-from fastai_callbacks_ext.test_utils import digits_learner
+from fastai_callbacks_ext.test_utils import digits_dls, digits_learner, digits_model
 import crash
 from test_checkpoint import in_a_folder_of_its_own
-
-from torch import nn
-from torch.testing._internal.two_tensor import TwoTensor
 
 TorchDL = torch.utils.data.DataLoader
 
@@ -102,31 +102,6 @@ def test_after_the_last_epoch():
     assert 'checkpoint: went on after the last epoch, from run/fit_0\n' in out
     assert crash.digests(learn)==crash.digests(train(small, fit())[0])
 
-NOTEBOOK = '''
-import sys; sys.path[:0] = {path!r}
-from fastai.vision.all import *
-from fastai_callbacks_ext.all import *
-from fastai_callbacks_ext.test_utils import digits_learner
-class StopIn(Callback):
-    order = 3000
-    def __init__(self, *at): self.at = at
-    def after_batch(self):
-        if self.training and (self.epoch,self.iter)==self.at: raise KeyboardInterrupt
-def go(*stop):
-    learn = digits_learner([ShowGraphCallback(), *([StopIn(*stop)] if stop else [])], n=160, bs=32)
-    try: learn.fine_tune(2, 1e-2, cbs=Checkpoint('run', steps=2, background=False))
-    except KeyboardInterrupt: pass
-    return learn
-for stop in ((0,2), (1,1), (1,3)): go(*stop)
-print('RESULT', len(go().recorder.values))
-'''
-def test_in_a_notebook():
-    nbformat,nbclient = pytest.importorskip('nbformat'),pytest.importorskip('nbclient')
-    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(NOTEBOOK.format(path=sys.path))])
-    nbclient.NotebookClient(nb, timeout=200, kernel_name='python3').execute()
-    text = ''.join(o.get('text', '') for o in nb.cells[0].outputs)
-    assert 'RESULT 2' in text and text.count('went on in epoch')>=3, text
-
 # One folder
 def test_a_fit_that_this_process_has_finished_is_not_another_ones():
     "The next fold, the next stage"
@@ -170,8 +145,8 @@ def test_two_processes_in_one_folder():
         def after_batch(self):
             if self.training and self.train_iter==2:
                 before = sorted(Path('run').rglob('*'))
-                said.append(subprocess.run([sys.executable, '-c', SECOND], capture_output=True,
-                                           text=True).stdout)
+                cmd = [sys.executable, '-c', SECOND]
+                said.append(subprocess.run(cmd, capture_output=True, text=True).stdout)
                 assert sorted(Path('run').rglob('*'))==before
     learn,_ = train(lambda: small([Other()]), fit(), Checkpoint('run'))
     assert f'run is in use by process {os.getpid()} on ' in said[0] and 'Use another path' in said[0]
@@ -245,9 +220,10 @@ def test_a_loss_that_is_trained():
     def make():
         loss = Temperature()
         return small(loss_func=loss, splitter=lambda m: [list(m.parameters()), list(loss.parameters())])
-    goes_on(make, fit(), [(0,2), (2,1)],
-            numbers=lambda l: (crash.digests(l), l.loss_func.t.item(), l.loss_func.n,
-                               l.loss_func.mean.item()))
+    def numbers(learn):
+        loss = learn.loss_func
+        return crash.digests(learn),loss.t.item(),loss.n,loss.mean.item()
+    goes_on(make, fit(), [(0,2), (2,1)], numbers=numbers)
 
 class Head(Callback):
     "A layer of its own, trained with the model; gradients of two batches are gathered for a step"
@@ -301,7 +277,7 @@ class Teachers(Callback):
         self.stats[0].add_(.01)
 
 def test_a_copy_of_the_model_is_in_the_same_mode():
-    "After a fit, the model is in evaluation mode: so is what a second fit copies, also where the first was done"
+    "After a fit, the model is in evaluation mode; so is what a second fit copies, also if the first was done"
     class Copy(Callback):
         def before_fit(self): self.slow = deepcopy(self.learn.model)
         def after_pred(self):
@@ -403,16 +379,16 @@ def test_complex_parameters():
 def test_metrics_do_not_fill_the_checkpoint():
     "A metric that gathers all predictions; with `train_metrics` it is kept in mid-epoch, where it is needed"
     def make(train_metrics=False):
-        learn = small(metrics=[accuracy, F1Score(average='macro'),
-                               skm_to_fastai(lambda t,p: len(p), flatten=False)],
-                               model=nn.Sequential(nn.Flatten(), nn.Linear(64, 10)))
+        count = skm_to_fastai(lambda t,p: len(p), flatten=False)
+        learn = small(metrics=[accuracy, F1Score(average='macro'), count],
+                      model=nn.Sequential(nn.Flatten(), nn.Linear(64, 10)))
         learn.recorder.train_metrics = train_metrics
         return learn
     train(make, fit(), Checkpoint('run', steps=3))
     own = lambda f: torch.load(f)['state']['own'][0]['state']
     states = [own(f)['callbacks']['Recorder']['metrics'] for f in Path('run').rglob('*.pt')]
-    assert states and all('preds' in m or i!=3 for s in states for i,
-                          m in enumerate(s)) and all(len(str(s))<3000 for s in states)
+    assert states and all('preds' in m or i!=3 for s in states for i,m in enumerate(s))
+    assert all(len(str(s))<3000 for s in states)
     goes_on(partial(make, True), fit(), [(1,2)], path='other', steps=1)
 
 # Files of other callbacks
@@ -426,59 +402,38 @@ def test_save_model_beside_an_average():
     assert weights(train(make, lambda l,cbs: l.fine_tune(3, 1e-2, cbs=cbs), Checkpoint('run'))[0])==want
 
 # Signals to the whole group
-GROUP = '''
-import os, signal, subprocess, sys, time, warnings; warnings.filterwarnings('ignore'); os.setsid()
-from fastai.basics import *
-from fastai_callbacks_ext.all import Checkpoint, PreemptionGuard, SkipNonFinite
-from fastai_callbacks_ext.base import files
-from fastai_callbacks_ext.base.files import load_state
-from fastai_callbacks_ext.test_utils import digits_dls, digits_model
-when,number,times,path = sys.argv[1],getattr(signal, sys.argv[2]),int(sys.argv[3]),sys.argv[4]
 class Send(Callback):
+    "Sends a signal to all processes of the group in the event `when` of a training batch"
+    def __init__(self, when, number, times, at):
+        self.when,self.number,self.times,self.at = when,number,times,at
     def __call__(self, name):
-        if name==when and self.train_iter==8:
-            for _ in range(times):
-                subprocess.run(['kill', f'-{number}', '--', f'-{os.getpid()}'], start_new_session=True)
-                time.sleep(.3)
-dls = DataLoaders(*[dl.new(num_workers=2) for dl in digits_dls(bs=16, n=240).loaders])
-learn = Learner(dls, digits_model(), loss_func=CrossEntropyLossFlat())
-cbs = [Checkpoint(path, epochs=None, background=False), PreemptionGuard(), Send()]
-with learn.no_bar(): learn.fit(2, cbs=cbs)
-'''
-@pytest.mark.parametrize('when,number,times,batch',
-                         [('after_pred','SIGTERM',1,9), ('before_step','SIGUSR1',2,9),
-                          ('after_train','SIGTERM',2,None)])
-def test_a_signal_to_the_whole_group(when, number, times, batch):
+        if name!=self.when or self.train_iter!=self.at: return
+        for _ in range(self.times):
+            cmd = ['kill', f'-{self.number:d}', '--', f'-{os.getpid()}']
+            subprocess.run(cmd, start_new_session=True)
+            time.sleep(.3)
+
+def leads_a_group(send):
+    "Trains with data workers, in a group of its own"
+    os.setsid()
+    for s in signal.SIGTERM,signal.SIGUSR1: signal.signal(s, signal.SIG_DFL)
+    dls = DataLoaders(*[dl.new(num_workers=2) for dl in digits_dls(bs=16, n=240).loaders])
+    learn = Learner(dls, digits_model(), loss_func=CrossEntropyLossFlat())
+    cbs = [Checkpoint('run', epochs=None, background=False), PreemptionGuard(), send]
+    with learn.no_bar(): learn.fit(2, cbs=cbs)
+
+@pytest.mark.parametrize('when,number,times,at,batch', [
+    ('after_pred', signal.SIGTERM, 1, 8, 9), ('before_step', signal.SIGUSR1, 2, 8, 9),
+    ('after_train', signal.SIGTERM, 1, 12, None)])
+def test_a_signal_to_the_whole_group(when, number, times, at, batch):
     "Data workers live on; the batch, or the validation, ends; the process ends by the signal"
-    if when=='after_train': times = 1
-    code = GROUP.replace('self.train_iter==8', 'self.train_iter==12') if when=='after_train' else GROUP
-    res = subprocess.run([sys.executable, '-c', code, when, number, str(times), 'run'], capture_output=True,
-                         text=True, timeout=120)
-    assert res.returncode==-getattr(signal, number), res.stderr[-2000:]
+    if not (pid := os.fork()):
+        try: leads_a_group(Send(when, number, times, at))
+        except BaseException: traceback.print_exc()
+        finally: os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])==-number
     at = json.loads(next(Path('run').rglob('*.json')).read_text())['about']['at']
     assert at['batch']==batch and at['finished'] is False, at
-
-# Several processes
-@pytest.fixture(scope='module')
-def distributed(tmp_path_factory):
-    "What two processes saw under fastai's `distrib_ctx`"
-    pytest.importorskip('accelerate')
-    out = tmp_path_factory.mktemp('distributed')
-    cmd = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2',
-           Path(__file__).parent/'distributed_checkpoint.py', out]
-    env = os.environ | {'OMP_NUM_THREADS':'1', 'PYTHONWARNINGS':'ignore', 'CUDA_VISIBLE_DEVICES':''}
-    res = subprocess.run(cmd, env=env, capture_output=True, text=True, timeout=300)
-    assert res.returncode==0, res.stderr[-3000:]
-    return [json.loads((out/f'{r}.json').read_text()) for r in (0,1)]
-
-@pytest.mark.parametrize('how', ['fit','fine_tune'])
-def test_two_processes_go_on(how, distributed):
-    "In later epochs too, whose order the loader inside the distributed one draws"
-    for rank,cases in enumerate(distributed):
-        found = cases[how]
-        assert found['got']==found['want']==found['again'] and not found['lock']
-        assert [o.count('went on') for o in found['said']]==([1]*2 if rank==0 else [0]*2), found['said']
-        assert found['finished'].count('found the fit finished')==(rank==0)*(1+(how=='fine_tune'))
 
 # Saves that meet each other
 def states_on_disk():

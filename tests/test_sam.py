@@ -14,8 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from common import fit, quiet
 from fastai_callbacks_ext.all import (EMA, SAM, Checkpoint, FastLoop, GradientAccumulation, SkipNonFinite,
-                                      TerminateOnNaN,
-                                      rnn_cbs)
+                                      TerminateOnNaN, rnn_cbs)
 from fastai_callbacks_ext.test_utils import PoisonBatch, digits_learner, text_learner
 from test_gradients import batched, data, device, learner
 from test_safety import AnyMixedPrecision
@@ -85,8 +84,8 @@ def test_accumulation():
     "The mean of the gradients of the batches, each at its own way"
     learn = gradients(SAM(0.5), GradientAccumulation(12))
     single = gradients(SAM(0.5)).grads
-    torch.testing.assert_close(torch.stack(learn.grads.grads),
-                               torch.stack(single.grads).view(2, 2, -1).mean(1))
+    want = torch.stack(single.grads).view(2, 2, -1).mean(1)
+    torch.testing.assert_close(torch.stack(learn.grads.grads), want)
     assert learn.grads.losses==pytest.approx([sum(single.losses[:2])/2, sum(single.losses[2:])/2])
 
 @pytest.mark.parametrize('dtype,tol', [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
@@ -165,11 +164,11 @@ def test_beside_guards(where):
         fit(learn)
         return learn
     learn = run(SkipNonFinite(), PoisonBatch(2, where))
-    assert learn.skip_non_finite.skipped==1 and all(t.isfinite().all()
-                                                    for t in learn.model.state_dict().values())
+    assert learn.skip_non_finite.skipped==1
+    assert all(t.isfinite().all() for t in learn.model.state_dict().values())
     learn = run(TerminateOnNaN(), PoisonBatch(2, where))
-    assert len(learn.terminate_on_nan.records)==1 and all(t.isfinite().all()
-                                                          for t in learn.model.state_dict().values())
+    assert len(learn.terminate_on_nan.records)==1
+    assert all(t.isfinite().all() for t in learn.model.state_dict().values())
 
 def test_fast_loop():
     def run(*cbs):
@@ -179,8 +178,8 @@ def test_fast_loop():
 
 def test_frozen_layers():
     "Only weights that are trained are moved"
-    learn = digits_learner(SAM(0.5), n=160, splitter=lambda m: [list(m[:4].parameters()),
-                                                                list(m[4:].parameters())])
+    def splitter(m): return [list(m[:4].parameters()), list(m[4:].parameters())]
+    learn = digits_learner(SAM(0.5), n=160, splitter=splitter)
     before = learn.model[0].weight.detach().clone()
     learn.freeze()
     fit(learn)
@@ -214,8 +213,8 @@ class Checkpointed(nn.Module):
         super().__init__()
         self.body,self.head,self.how = nn.Linear(5, 8),nn.Linear(8, 4),how
     def forward(self, x):
-        h = self.body(x) if self.how is None else checkpoint(self.body, x.clone().requires_grad_(),
-                                                             use_reentrant=self.how=='reentrant')
+        if self.how is None: return self.head(self.body(x).tanh())
+        h = checkpoint(self.body, x.clone().requires_grad_(), use_reentrant=self.how=='reentrant')
         return self.head(h.tanh())
 
 @pytest.mark.parametrize('how', ['reentrant','not reentrant'])

@@ -51,8 +51,8 @@ class Everything(nn.Module):
         super().__init__()
         self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.BatchNorm1d(10), nn.Dropout(.5))
         for n in ('center','replaced'): self.register_buffer(n, torch.zeros(1))
-        self.hidden,self.pair,self.by_name = torch.zeros(2),[torch.zeros(1),
-                                                             (torch.zeros(1),)],{'a': torch.zeros(1)}
+        self.hidden,self.pair = torch.zeros(2),[torch.zeros(1), (torch.zeros(1),)]
+        self.by_name = {'a': torch.zeros(1)}
         self.seen,self.recent,self.names = 0,deque(maxlen=3),['a']*100
         self.conjugate = torch.zeros(2, dtype=torch.cfloat).conj()
         self.wide = torch.zeros(1).expand(5)

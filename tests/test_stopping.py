@@ -1,19 +1,19 @@
 "Stopping: when, in which state, on whose decision, and what is the same after a restart"
-import contextlib, io, json, os, pickle, subprocess, sys
+import contextlib, io, pickle
 from datetime import datetime, timedelta, timezone
 from math import inf, nan
 from pathlib import Path
 
 import numpy as np, pytest, torch
 from fastai.basics import (Callback, CancelBatchException, CancelEpochException, CancelFitException,
-    CancelStepException, CancelValidException, DataLoaders, Learner)
+                           CancelStepException, CancelValidException, DataLoaders, Learner)
 from fastai.callback.all import GradientAccumulation, ShortEpochCallback
 from fastai.callback.tracker import EarlyStoppingCallback
 from fastai.learner import ValueMetric
 from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import nn
 from fastai_callbacks_ext.all import (Checkpoint, EarlyStopping, FastLoop, SampleLimit, SaveTopK, StepLimit,
-    StopFile, StopReason, TimeLimit)
+                                      StopFile, StopReason, TimeLimit)
 from fastai_callbacks_ext.stopping import _n_items
 from fastai_callbacks_ext.test_utils import digits_learner, digits_model
 from common import quiet
@@ -750,33 +750,6 @@ def test_outside_a_fit(make):
         learn.lr_find(show_plot=False, num_it=4, suggest_funcs=None)
     assert len(learn.recorder.losses)>=4 and not cb.records
     pickle.loads(pickle.dumps(cb))
-
-# Several processes
-here = Path(__file__).parent
-
-def torchrun(*args, seconds=120):
-    env = os.environ | {'OMP_NUM_THREADS':'1', 'PYTHONWARNINGS':'ignore'}
-    cmd = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
-    cmd += [here/'distributed_stopping.py', *args]
-    return subprocess.run(cmd, env=env, capture_output=True, text=True, timeout=seconds)
-
-def test_all_stop_together(tmp_path):
-    res = torchrun(tmp_path)
-    assert res.returncode==0, res.stderr[-3000:]
-    first,second = [json.loads((tmp_path/f'{r}.json').read_text()) for r in (0,1)]
-    assert first.keys()=={'clock','schedule','file','metric','patience','samples'}
-    for what,a in first.items():
-        b = second[what]
-        assert [r[:4] for r in a['records']]==[r[:4] for r in b['records']] and a['records'], what
-        assert (a['batches'],a['rows'],a['best'])==(b['batches'],b['rows'],b['best']) and a['rows']<6, what
-        assert a['weights']==b['weights'], what
-    # the first process speaks for all
-    assert len(res.stdout.splitlines())==sum(len(o['records']) for o in first.values())
-    assert 'another process' in first['clock']['records'][0][4]
-    assert '1 minutes' in second['clock']['records'][0][4]
-    assert first['file']['batches']==6 and first['samples']['batches']==5
-    for o in (first['metric'], second['metric']):
-        assert 'diverged: valid_loss is inf' in o['records'][0][4] and o['rows']==3 and o['best']<2
 
 def test_schedule_by_a_real_clock():
     "With time enough it begins at the beginning, and learns as without"

@@ -16,13 +16,14 @@ def alone(tmp_path):
 
 @pytest.fixture
 def fastai_distributed(monkeypatch):
-    "What `fastai.distributed` does to the wrappers: a `reset` that does nothing for a model that has none itself"
+    "What `fastai.distributed` does to the wrappers: a `reset` that does nothing for a model that has none"
     def reset(self):
         if hasattr(self.module, 'reset'): self.module.reset()
-    for cls in (DataParallel, DistributedDataParallel): monkeypatch.setattr(cls, 'reset', reset, raising=False)
+    for cls in DataParallel,DistributedDataParallel: monkeypatch.setattr(cls, 'reset', reset, raising=False)
 
 def compiled(m): return torch.compile(m, backend='eager')
-wrappers = dict(dp=DataParallel, ddp=DistributedDataParallel, compiled=compiled, compiled_ddp=lambda m: compiled(DistributedDataParallel(m)),
+wrappers = dict(dp=DataParallel, ddp=DistributedDataParallel, compiled=compiled,
+                compiled_ddp=lambda m: compiled(DistributedDataParallel(m)),
                 ddp_compiled=lambda m: DistributedDataParallel(compiled(m)))
 each = pytest.mark.parametrize('wrap', wrappers.values(), ids=wrappers)
 
@@ -33,7 +34,9 @@ class Nested(nn.Module):
 
 class Plain(nn.Module):
     "A language model that returns no triple"
-    def __init__(self, n): super().__init__(); self.embed,self.rnn,self.head = nn.Embedding(n, 16),nn.GRU(16, 16, batch_first=True),nn.Linear(16, n)
+    def __init__(self, n):
+        super().__init__()
+        self.embed,self.rnn,self.head = nn.Embedding(n, 16),nn.GRU(16, 16, batch_first=True),nn.Linear(16, n)
     def forward(self, x): return self.head(self.rnn(self.embed(x))[0])
 
 @each
@@ -42,7 +45,8 @@ def test_reset(alone, fastai_distributed, wrap, nested):
     learn = text_learner(ext.rnn_cbs(2, 1), n=1000)
     model = learn.model
     learn.model = wrap(Nested(model) if nested else model)
-    assert resettable(learn.model)==[model] and isinstance(unwrap_model(learn.model), Nested if nested else type(model))
+    assert resettable(learn.model)==[model]
+    assert isinstance(unwrap_model(learn.model), Nested if nested else type(model))
     fit(learn)
     assert all(h.abs().max()==0 for pair in model[0].hidden for h in pair)
 
