@@ -1,11 +1,10 @@
 "How tests are spread over workers; what is read once; what coverage leaves out; the same bits on a GPU"
 import copy, gc, os
-from functools import cache, wraps
+from functools import cache
 os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
 
 import pytest, sklearn.datasets, torch
 from xdist.scheduler import LoadScopeScheduling
-from fastai_callbacks_ext import test_utils
 
 if torch.cuda.is_available():
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -13,15 +12,8 @@ if torch.cuda.is_available():
 else:       # PyTorch notes each seed for devices that are not there, with the stack it was set in
     for device in torch.cuda,torch.xpu,torch.mtia: device.manual_seed_all = lambda seed: None
 
-def read_once(module, name):
-    "What the function reads is read once; each caller gets a copy of his own"
-    read = getattr(module, name)
-    once = cache(read)
-    @wraps(read)
-    def f(*args, **kwargs): return copy.deepcopy(once(*args, **kwargs))
-    setattr(module, name, f)
-read_once(sklearn.datasets, 'load_digits')
-read_once(test_utils, 'words')
+load_digits = cache(sklearn.datasets.load_digits)      # unpacks and reads a text each time
+sklearn.datasets.load_digits = lambda *args, **kwargs: copy.deepcopy(load_digits(*args, **kwargs))
 
 @pytest.fixture(autouse=True)
 def autocast_is_left():

@@ -154,7 +154,7 @@ def test_said_once(capsys):
     "In `fine_tune`, and in a second fit"
     learn = accumulated(own, (real,), dense)
     with quiet(learn): learn.fit(1)
-    assert capsys.readouterr().out.count('takes own')==1
+    assert capsys.readouterr().out.count('treats own')==1
 
 @pytest.mark.parametrize('cls', [MixUp, CutMix])
 @pytest.mark.parametrize('loss', [ce(**w), LabelSmoothingCrossEntropyFlat(**w), ce(ignore_index=0)])
