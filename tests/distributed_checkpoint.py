@@ -51,7 +51,7 @@ def case(method, epochs, stops):
     got,last = train(method, epochs, path)
     again,finished = train(method, epochs, path)
     return dict(want=want, got=got, again=again, said=[*said[1:], last], finished=finished,
-                lock=(dist.barrier(), (path/'lock').exists())[1])     # once both have left
+                lock=(dist.barrier(), (path/'.checkpoint.lock').exists())[1])     # once both have left
 
 dist.init_process_group('gloo')
 cases = dict(fit=case('fit_one_cycle', 3, [(3,1,0), (3,2,3)]),
