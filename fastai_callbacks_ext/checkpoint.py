@@ -77,7 +77,8 @@ class Checkpoint(ExtCallback):
         "Look for a checkpoint of this fit; prepare to go on from it"
         if self._ended:
             raise ValueError(f'{self.name}: the run was ended by {self._ended}, and this fit would be the '
-                             f'next one of it. Run the script again: it goes on from {self.path}')
+                             'next one of it. Run the script again, or begin again with a new Checkpoint: '
+                             f'it goes on from {self.path}')
         self._root = self._root or Path.cwd()       # the script may go to another folder
         self._lock_folder()
         self._take_loss_back()
@@ -111,9 +112,9 @@ class Checkpoint(ExtCallback):
 
     def _forget(self):
         if self._resuming: self._resuming.leave()
-        note_changes(self.learn, self._facts)
         try: self._writer.close()
         except Exception as e: self._failed(e)
+        note_changes(self.learn, self._facts)
         self._snapshot = self._epoch_start = self._fit_start = self._resuming = None
 
     def _say(self, what):

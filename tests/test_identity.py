@@ -323,6 +323,11 @@ def test_a_graph_is_walked_once():
     pieces = list(identity._pieces(grid(6), 1000, seen))
     assert len(seen)==36 and len(pieces)<3000
     assert fingerprint(grid(6))==fingerprint(grid(6))!=fingerprint(grid(6, last=1.))
+    a,b = Node(torch.ones(1), 1),Node(torch.zeros(1), 2)
+    assert fingerprint([a, b, a])!=fingerprint([a, b, b])
+    chain = [Node(torch.ones(1)*i, None) for i in range(1500)]
+    for one,after in zip(chain, chain[1:]): one.near = after
+    fingerprint(chain)
 
 def keep(x): return x
 def turn(x): return x

@@ -175,10 +175,11 @@ def _pieces(o, k, seen, inside=frozenset()):
     elif isinstance(o, Tensor):
         yield from _array(o.detach().as_subclass(Tensor).resolve_conj().resolve_neg(), k)
     elif isinstance(o, np.ndarray) and o.dtype.kind!='O': yield from _array(o, k)
+    elif id(o) in seen: yield f'the one at {seen[id(o)][0]}'.encode()
     elif id(o) not in inside:
         yield (o.__qualname__ if isclass(o) else type(o).__name__).encode()
-        if id(o) in seen: return
-        if hasattr(o, '__dict__'): seen[id(o)] = o      # kept, so that its id is not another's later
+        if len(inside)>40: return
+        if hasattr(o, '__dict__'): seen[id(o)] = len(seen),o      # kept, so that no other has its id
         parts = yield from _parts(o, k)
         for part in parts: yield from _pieces(part, _fewer(k, len(parts)), seen, inside | {id(o)})
 
