@@ -267,7 +267,7 @@ def test_seeded_items():
     same,out = interrupted('a', True)
     assert same and 'seed_items' not in out
     same,out = interrupted('b', False)
-    assert not same and out.count('seed_items=True makes them so')==1
+    assert not same and out.count('seed_items=True makes them the same')==1
 
 def test_limits_are_said_once():
     cb = Checkpoint('run')
