@@ -18,7 +18,8 @@ import fastai
 import torch
 import torch.distributed as dist
 from fastai.callback.core import CancelFitException
-from fastai.learner import Recorder
+from fastai.callback.mixup import MixHandler
+from fastai.learner import Learner, Recorder
 from fastai.torch_core import rank_distrib
 from fastcore.basics import patch
 from fastcore.foundation import L
@@ -26,7 +27,8 @@ from fastprogress.fastprogress import MasterBar, ProgressBar
 from torch import Tensor
 from .base.core import ExtCallback, Record, check_number, check_type, from_first, n_ranks
 from .base.files import BackgroundWriter, FolderLock, Snapshot, StateFiles, map_state
-from .base.identity import facts_differences, facts_unknown, model_differences, run_facts
+from .base.identity import (facts_differences, facts_unknown, model_differences,
+                                                note_changes, run_facts)
 from .base.position import (SeededItems, batches_from, keep_workers, load_random_state,
                                                 random_state, skips_exactly)
 from .base.state import FitStart, learner_state, load_learner_state
@@ -49,6 +51,8 @@ class Checkpoint(ExtCallback):
         seed_items:bool=False # Workers: seed each item by epoch and index, to go on exactly in mid-epoch?
     ):
         self.path = Path(check_type('path', path, str, Path))
+        if file := next((o for o in (self.path, *self.path.parents) if o.is_file()), None):
+            raise ValueError(f'path={str(path)!r}: expected a folder, and {file} is a file')
         for k,v in dict(epochs=epochs, steps=steps).items():
             setattr(self, k, None if v is None else check_number(k, v, low=1, integer=True))
         self.minutes = None if minutes is None else check_number('minutes', minutes, low=0)
@@ -58,35 +62,69 @@ class Checkpoint(ExtCallback):
         if on_error not in ('continue','stop'):
             raise ValueError(f"on_error={on_error!r}: expected 'continue' or 'stop'")
         self.on_error = on_error
-        self._fit,self._told,self._resuming = 0,set(),None
-        self._id = self._run = uuid4().hex
+        vars(self).update(self._unused())
+
+    def _unused(self):
+        "What a callback has that has not seen a fit; so has a copy"
+        return dict(_fit=0, _told=set(), _resuming=None, _id=uuid4().hex, _run=None, _fits=[],
+                    _ended=None, _root=None)
+
+    def __getstate__(self):
+        gone = '_files','_writer','_snapshot','_facts','_fit_start','_epoch_start'
+        return {k: v for k,v in super().__getstate__().items() if k not in gone} | self._unused()
 
     def before_fit(self):
         "Look for a checkpoint of this fit; prepare to go on from it"
+        if self._ended:
+            raise ValueError(f'{self.name}: the run was ended by {self._ended}, and this fit would be the '
+                             'next one of it. Run the script again, or begin again with a new Checkpoint: '
+                             f'it goes on from {self.path}')
+        self._root = self._root or Path.cwd()       # the script may go to another folder
         self._lock_folder()
-        self._files = StateFiles(self.path/f'fit_{self._fit}', self.keep, fresh=not self.resume)
+        self._take_loss_back()
+        self._facts,self._fit_start = run_facts(self.learn),FitStart(self.learn, (self,))
+        self._choose_fit()
+        self._files = StateFiles(self._root/self.path/f'fit_{self._fit}', self.keep, fresh=not self.resume)
         self._writer,self._snapshot = BackgroundWriter(),Snapshot()
         self._resuming = self._epoch_start = None
         self._due = self._paused = False
         self._last = self._clock = self._epoch_clock = monotonic()
-        self._facts,self._fit_start = run_facts(self.learn),FitStart(self.learn, (self,))
+        self._seed = torch.initial_seed()
         self.at_end(self._forget)
         self._tell_limits()
         if unknown := facts_unknown(self._facts):
             self._say(f"cannot tell this run from others by its {', '.join(unknown)}")
         if found := self._find(): self._go_on(*found)
+        elif not self._fit: self._run = uuid4().hex
         Checkpoint._finished.pop(self._run, None)
+        self._fits[self._fit:] = [self._facts]
+
+    def _take_loss_back(self):
+        "fastai's MixUp leaves its loss function on the learner when it is interrupted"
+        while isinstance(mix := getattr(self.learn.loss_func, '__self__', None), MixHandler):
+            self.learn.loss_func = mix.old_lf
+
+    def _choose_fit(self):
+        "Which fit of the script is this? After one that was interrupted: that one, or an earlier one again"
+        if self._fit==len(self._fits): return       # none was
+        is_it = lambda i: not facts_differences(self._facts, self._fits[i])
+        self._fit = from_first(next(filter(is_it, (self._fit, *range(self._fit))), self._fit))
 
     def _forget(self):
         if self._resuming: self._resuming.leave()
         try: self._writer.close()
         except Exception as e: self._failed(e)
+        note_changes(self.learn, self._facts)
         self._snapshot = self._epoch_start = self._fit_start = self._resuming = None
 
     def _say(self, what):
         "Print `what` on the first process, once"
-        if rank_distrib()==0 and what not in self._told: print(f'{self.name}: {what}')
+        if rank_distrib()==0 and what not in self._told: print(f'{self.name}: {self._shown(what)}')
         self._told.add(what)
+
+    def _shown(self, text):
+        "`text` with paths as the user has given them"
+        return str(text).replace(f'{self._root}{os.sep}', '')
 
 # %% ../nbs/06_checkpoint.ipynb #2e3e50c1
 _own_path = "Give each fit a path of its own, such as Checkpoint('{}/2'), or one Checkpoint to all of them"
@@ -94,7 +132,7 @@ _own_path = "Give each fit a path of its own, such as Checkpoint('{}/2'), or one
 @patch
 def _lock_folder(self:Checkpoint):
     "Keep other runs out of the folder; where that cannot be done, say so"
-    lock = FolderLock(self.path)
+    lock = FolderLock(self._root/self.path)
     self.at_end(lock.release)
     try: holder = lock.take() if rank_distrib()==0 else None
     except OSError as e:
@@ -108,7 +146,9 @@ def _lock_folder(self:Checkpoint):
 def _find(self:Checkpoint):
     "The newest intact checkpoint of this fit, the same in all processes; None if there is none"
     found = from_first(self._files.load(self._say) if self.resume and rank_distrib()==0 else None)
-    if not found: return
+    if not found:
+        if self._files.damaged: self._say(f'nothing in {self._files.folder} can be used: the fit begins anew')
+        return
     if self._fit and found[1]['run']!=self._run:
         self._say(f'{self._files.folder} is from another run than fit_0, and is not used')
         self._files = StateFiles(self._files.folder, self.keep, fresh=True)
@@ -121,8 +161,10 @@ def _go_on(self:Checkpoint, state, about):
     process,callback = Checkpoint._finished.get(about['run'], (None,None))
     if process==os.getpid() and callback!=self._id and not longer:
         raise ValueError(f'{self.name}: another Checkpoint of this script has finished a fit in {self.path} '
-                         f'already. {_own_path.format(self.path)}; resume=False begins anew')
+                         f'already. {_own_path.format(self.path)}; resume=False begins anew. '
+                         'To have it found finished, restart Python')
     self._run = about['run']
+    self._seed = state['own'][rank_distrib()].get('seed', self._seed)
     if about['versions']!=_versions():
         self._say(f"the checkpoint is from {about['versions']}, and this is {_versions()}: "
                   'the results may differ in rounding')
@@ -136,14 +178,18 @@ def _check_run(self:Checkpoint, state, facts, longer):
     problems = model_differences(self.model, state['shared']['model']['weights'])
     problems += facts_differences(self._facts, facts, ('epochs',) if longer else ())
     if not (problems := from_first(problems)): return
-    hint = '; extend=True is for fits without a schedule' if self.extend else ''
-    raise ValueError(f'{self.name}: {self._files.folder} has the checkpoint of another run: '
+    hint = ''
+    if self.extend: hint = '; extend=True is for more epochs, in fits without a schedule'
+    raise ValueError(f'{self.name}: {self._shown(self._files.folder)} has the checkpoint of another run: '
                      f"{'; '.join(problems)}{hint}. "
                      f'Use another path, or resume=False. {_own_path.format(self.path)}')
 
 @patch
 def _tell_limits(self:Checkpoint):
     "Say once what will not be exact"
+    if type(self.learn).all_batches is not Learner.all_batches:
+        self._say(f'going on in mid-epoch does without `{type(self.learn).__name__}.all_batches`; '
+                  'at the end of an epoch it is exact')
     dl,rest = self.dls.train,'are not the same after going on in mid-epoch'
     workers = dl.fake_l.num_workers if hasattr(dl, 'fake_l') else getattr(dl, 'num_workers', 0)
     if not skips_exactly(dl):
@@ -169,8 +215,13 @@ class Resuming:
         self.no_epoch = self.finished or self.at['epoch']>=self.learn.n_epoch     # is none left?
         getattr(self.learn.dls, 'n_inp', None)      # to know it, some loaders read an item, once
         if self.no_epoch: self.load(last=not self.finished)
-        if self.finished: self._tell(f"found the fit finished, after {self.at['n_epoch']} epochs")
+        if self.finished: self._tell(f"found the fit finished, after {self._epochs()}")
         self.learn._with_events = self._events
+
+    def _epochs(self):
+        done,n = self.at['epoch'],self.at['n_epoch']
+        if done==n: return f'{n} epochs'
+        return f'{done} of {n} epochs, where it was ended (resume=False begins anew)'
 
     def _events(self, f, event_type, ex, *final):
         "Stands in for `learn._with_events` until the fit is at the place"
@@ -196,8 +247,8 @@ class Resuming:
         load_learner_state(self.learn, {'shared': state['shared'],
                                         'own': state['own'][rank_distrib()]['state']})
         if not self.no_epoch: self.learn.epoch = self.at['epoch']
-        longer = self.learn.n_epoch/self.at['n_epoch']
-        if longer!=1: self.learn.pct_train /= longer
+        n = self.at['n_epoch']
+        if n not in (0, self.learn.n_epoch): self.learn.pct_train /= self.learn.n_epoch/n
         if not last: return
         self.state = None
         self.leave()
@@ -205,7 +256,7 @@ class Resuming:
 
     def _tell(self, what):
         cb,at = self.cb,self.at
-        record = Record(cb.name, what, f'from {cb._files.folder}', at['epoch'], at['batch'] or 0,
+        record = Record(cb.name, what, f'from {cb._shown(cb._files.folder)}', at['epoch'], at['batch'] or 0,
                         self.learn.train_iter)
         cb.records.append(record)
         if rank_distrib()==0: print(f'{cb.name}: {what}, {record.why}' if self.no_epoch else record)
@@ -249,7 +300,7 @@ def before_train(self:Checkpoint):
     if self.seed_items and hasattr(dl, 'fake_l') and dl.fake_l.num_workers:
         if isinstance(vars(dl).get('do_item'), SeededItems): dl.do_item.epoch = self.epoch
         else:
-            dl.do_item = SeededItems(dl, torch.initial_seed(), self.epoch)
+            dl.do_item = SeededItems(dl, self._seed, self.epoch)
             self.at_end(dl.do_item.take_off)
 
 @patch
@@ -277,9 +328,11 @@ def after_fit(self:Checkpoint):
     Checkpoint._finished[self._run] = os.getpid(),self._id
 
 @patch
-def pause(self:Checkpoint):
+def pause(self:Checkpoint,
+    why:str='pause' # What ends the run, for the message when the script begins another fit
+):
     "At the end of a batch or an epoch: save, and note that this fit is not finished; the next run goes on"
-    self._paused = True
+    self._paused,self._ended = True,why
     self._save(self.epoch, self.iter+1) if self.training else self._save(self.epoch+1)
     self._wait()
 
@@ -298,19 +351,19 @@ def _save(self:Checkpoint, epoch, batch=None, finished=False):
     about = dict(at=at, run=self._run, facts=self._facts, versions=_versions(), seconds=seconds)
     self._wait()
     try:
-        state = self._state(batch)
+        state = self._whole_state(batch)
         if rank_distrib()>0: return
         if finished or not self.background: self._files.save(state, about)
         else: self._writer.submit(partial(self._files.save, self._snapshot.take(state), about))
     except Exception as e: self._failed(e)
 
 @patch
-def _state(self:Checkpoint, batch):
+def _whole_state(self:Checkpoint, batch):
     "The state of all processes, in the first one"
     try: state,problem = learner_state(self.learn, (self,), self._fit_start),None
     except Exception as e: state,problem = dict(shared=None, own=None),e
     if state['own']: self._tell_lost(state['own']['lost'])
-    own = dict(state=state['own'], start=None if batch is None else self._epoch_start)
+    own = dict(state=state['own'], start=None if batch is None else self._epoch_start, seed=self._seed)
     if n_ranks()>1: own,problem = self._gathered(own, problem)
     if problem: raise problem
     return dict(shared=state['shared'], own=own if n_ranks()>1 else [own])
@@ -336,7 +389,7 @@ def _tell_lost(self:Checkpoint, lost):
 @patch
 def _failed(self:Checkpoint, e):
     if self.on_error=='stop': raise type(e)(str(e)) from e      # one argument: fastai shows the first
-    if isinstance(e, OSError): self.tell('could not save', str(e))
+    if isinstance(e, OSError): self.tell('could not save', self._shown(e))
     else: self._say(f'could not save, and goes on without: {type(e).__name__}: {e}')
 
 # %% ../nbs/06_checkpoint.ipynb #f406d237
@@ -393,8 +446,8 @@ class PreemptionGuard(ExtCallback):
     def _end(self):
         self._ended = True
         saved = [cb for cb in self.learn.cbs if isinstance(cb, Checkpoint)]
-        for cb in saved: cb.pause()
         name = signal.Signals(self._got).name if self._got else 'a signal to another process'
+        for cb in saved: cb.pause(name)
         after = 'there is no Checkpoint to go on from'
         if saved: after = f'the next run goes on from {saved[0].path}'
         self.tell('ended the fit', f'{name}; {after}')

@@ -44,4 +44,4 @@ def run(name):
     again,finished = train(method, epochs, path)
     dist.barrier()      # once both have left
     return dict(want=want, got=got, again=again, said=[*said[1:], last], finished=finished,
-                lock=(path/'lock').exists())
+                lock=(path/'.checkpoint.lock').exists())

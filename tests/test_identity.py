@@ -1,18 +1,28 @@
 "Which run is this? What tells runs apart, and what must not"
 import json, os, subprocess, sys, tempfile
+from array import array
+from collections import deque
+from dataclasses import dataclass
+from datetime import date, datetime, timezone
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
+from uuid import UUID
 
 import numpy as np, pandas as pd, pytest, torch
 from fastai.callback.core import Callback
+from fastai.callback.schedule import ParamScheduler, SchedCos, SchedLin, combine_scheds
 from fastai.optimizer import Adam, Lamb, Larc, OptimWrapper, QHAdam, RAdam, RMSProp, SGD, ranger
 from fastai.vision.all import (CrossEntropyLossFlat, DataLoaders, Datasets, IndexSplitter, Learner, MixUp,
                                RandomResizedCrop, Rotate, noop, set_seed)
+from PIL import Image
+from fastai.vision.core import PILImage
 from torch import nn
 from torch.utils.data import (ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset,
                               WeightedRandomSampler)
 from fastai_callbacks_ext.base import identity
-from fastai_callbacks_ext.base.identity import facts_differences, facts_unknown, fingerprint, run_facts
+from fastai_callbacks_ext.base.identity import (facts_differences, facts_unknown, fingerprint,
+                                                model_differences, note_changes, run_facts)
 from fastai_callbacks_ext.test_utils import digits_learner
 from common import quiet
 from settings import SETTINGS
@@ -92,12 +102,13 @@ def test_where_folders_are_does_not_count(tmp_path, monkeypatch):
     temporary = Path(tempfile.gettempdir())
     a,b,c = (fingerprint(temporary/o) for o in ('tmpa1/x/1.png','tmpb2/x/1.png','tmpb2/y/1.png'))
     assert a==b!=c
-    (tmp_path/'one').mkdir(); (tmp_path/'two').mkdir()
-    seen = []
-    for o in ('one','two'):
-        monkeypatch.chdir(tmp_path/o)
-        seen.append(fingerprint([Path.cwd()/'images/1.png']))
-    assert seen[0]==seen[1]
+    seen = set()
+    for o in ('one','two'):     # a project in another place, started from another place
+        monkeypatch.setattr(sys.modules['__main__'], '__file__', f'/srv/{o}/scripts/train.py')
+        for start in ('/usr','/usr/lib','/'):
+            monkeypatch.chdir(start)
+            seen |= {fingerprint([Path(f'/srv/{o}/data/1.png'), f'/srv/{o}/scripts/2.png', '/usr/lib/3.png'])}
+    assert len(seen)==1
 
 # --- a whole run --------------------------------------------------------------------------------
 class Ask(Callback):
@@ -247,3 +258,174 @@ def test_items_of_many_parts(monkeypatch):
     assert fingerprint([boxes(i) for i in range(400)])==first
     for at in (0, 399): assert fingerprint([*items[:at], boxes(-1), *items[at+1:]])!=first
     assert fingerprint(items[::-1])!=first and fingerprint(items[200:]+items[:200])!=first
+
+# --- what has no attributes, or hidden ones -----------------------------------------------------
+@dataclass(slots=True)
+class Slots: x:object
+class Hidden:
+    def __init__(self, path): self._path = path
+class Rows(Dataset):
+    "A data set that keeps its rows to itself, and shows its classes"
+    def __init__(self, items): self._kept,self.classes = items,['a','b']
+    def __len__(self): return len(self._kept)
+
+def picture(i): return Image.fromarray(np.full((4,4,3), i, 'u1'))
+def times(i, **kwargs): return pd.date_range(f'{2000+i}-01-01', periods=3, **kwargs)
+
+VALUES = dict(
+    date=lambda i: [date(2020, 1, i)], datetime=lambda i: [datetime(2020, 1, i, tzinfo=timezone.utc)],
+    timestamp=lambda i: [pd.Timestamp(2020, 1, i)], decimal=lambda i: [Decimal(i)],
+    uuid=lambda i: [UUID(int=i)], picture=lambda i: [picture(i)], pil=lambda i: [PILImage(picture(i))],
+    deque=lambda i: deque([1, i]), array=lambda i: array('f', [i]), bytes=lambda i: [bytearray([i])],
+    slots=lambda i: [Slots(i)], tensor_in_slots=lambda i: [Slots(torch.arange(5000)//4999*i)],
+    hidden=lambda i: [Hidden(f'{i}.png')], rows=lambda i: Rows([i, 8]),
+    hidden_dates=lambda i: Rows([date(2020, 1, i)]),
+    zone=lambda i: pd.Series(times(i, tz='UTC')), period=lambda i: pd.Series(times(i).to_period('D')),
+    objects=lambda i: pd.Series([date(2020, 1, i)], dtype=object),
+    levels=lambda i: pd.DataFrame(dict(y=[1, 1])).set_index(pd.MultiIndex.from_tuples([('a', i), ('b', 9)])))
+
+@pytest.mark.parametrize('kind', VALUES)
+def test_values_without_attributes(kind):
+    make = VALUES[kind]
+    assert fingerprint(make(1))==fingerprint(make(1))!=fingerprint(make(2)) and identity._tells(make(1))
+
+class Closed:
+    "Has nothing that can be seen, and cannot be pickled"
+    __slots__ = ()
+    def __reduce_ex__(self, protocol): raise TypeError('closed')
+
+def loader_facts(data):
+    loader = DataLoader(data, 2)
+    learn = Learner(DataLoaders(loader, loader), nn.Linear(1, 3), loss_func=nn.CrossEntropyLoss(), lr=.1)
+    learn.create_opt(); learn.n_epoch = 1
+    return run_facts(learn)
+
+def test_items_that_tell_nothing_are_said():
+    "Also where there is something beside them, which is compared all the same"
+    both = ['training items','validation items']
+    assert facts_unknown(loader_facts([Closed()]*4))==both
+    some = [loader_facts(Rows([Closed()]*n)) for n in (4, 4, 6)]
+    assert facts_unknown(some[0])==both and facts_unknown(loader_facts(Rows([1, 2])))==[]
+    assert facts_differences(some[0], some[1])==[] and facts_differences(some[0], some[2])
+
+class Node:
+    def __init__(self, x, near): self.x,self.near = x,near
+
+def grid(n, last=0.):
+    g = {(i, j): Node(torch.tensor(i*n+j*1.), []) for i in range(n) for j in range(n)}
+    for (i, j),o in g.items():
+        o.near += [g[k] for k in ((i+1, j), (i, j+1), (i-1, j), (i, j-1)) if k in g]
+    g[n-1,n-1].x += last
+    return list(g.values())
+
+def test_a_graph_is_walked_once():
+    seen = {}
+    pieces = list(identity._pieces(grid(6), 1000, seen))
+    assert len(seen)==36 and len(pieces)<3000
+    assert fingerprint(grid(6))==fingerprint(grid(6))!=fingerprint(grid(6, last=1.))
+    a,b = Node(torch.ones(1), 1),Node(torch.zeros(1), 2)
+    assert fingerprint([a, b, a])!=fingerprint([a, b, b])
+    chain = [Node(torch.ones(1)*i, None) for i in range(1500)]
+    for one,after in zip(chain, chain[1:]): one.near = after
+    fingerprint(chain)
+
+def keep(x): return x
+def turn(x): return x
+
+def test_no_addresses():
+    "Functions as keys, sets of functions and of paths: the order is not that of the addresses"
+    code = "import test_identity as t; print(*t.without_addresses())"
+    def ask(seed):
+        said = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True,
+                              cwd=Path(__file__).parent, env=os.environ | {'PYTHONHASHSEED': seed})
+        return said.stdout.strip()
+    here = ' '.join(without_addresses())
+    assert ' at 0x' not in here and here==ask('1')==ask('2')
+
+def without_addresses():
+    "What others see of them, with functions at other addresses and another temporary folder"
+    folder = tempfile.mkdtemp()
+    sets = {keep, turn, len},{f'{folder}/{i}' for i in range(9)},{Path(folder)/f'{i}' for i in range(9)}
+    return [f(o) for o in (*sets, {turn: .5, keep: .5}) for f in (fingerprint, identity.describe)]
+
+def test_names_of_attributes_are_no_globals(monkeypatch):
+    def reads(o): return o.scale
+    before = fingerprint(reads)
+    monkeypatch.setattr(sys.modules[__name__], 'scale', 2)
+    assert fingerprint(reads)==before
+
+# --- seeds, schedules, caches -------------------------------------------------------------------
+def test_a_seed_that_nobody_chose():
+    def seed_of(choose):
+        learn = small()
+        choose()
+        return {'seed': facts(learn)['seed']}
+    drawn,again,chosen = map(seed_of, (torch.seed, torch.seed, lambda: torch.manual_seed(3)))
+    assert facts_differences(drawn, again)==[] and drawn['seed']=='not set'
+    assert facts_differences(chosen, drawn)==['seed: 3, and there not set']
+
+def test_what_a_schedule_sets_is_not_compared_twice():
+    "A fit that was interrupted leaves it anywhere"
+    first,second = small(opt_func=Adam),small(opt_func=Adam)
+    second.create_opt()
+    second.opt.set_hypers(mom=.123)
+    one = [facts(o, 'fit_one_cycle') for o in (first, second)]
+    assert facts_differences(*one)==[] and 'schedule' in one[0]
+    second.opt.set_hypers(mom=.123)
+    assert 'hyper-parameters' in str(facts_differences(facts(second), facts(small(opt_func=Adam))))
+
+class Falling:
+    "A schedule that counts how often it is asked"
+    def __init__(self): self.n = 0
+    def __call__(self, pct):
+        self.n += 1
+        return .1/self.n
+
+def test_a_schedule_of_yours_is_not_called():
+    falling = Falling()
+    def counts(pct): return falling(pct)
+    for f in (falling, counts, combine_scheds([.5, .5], [SchedLin(.1, .2), counts])):
+        learn = small(cbs=[ParamScheduler({'lr': f})])
+        learn.create_opt(); learn.n_epoch = 1
+        assert run_facts(learn)['schedule']['lr'] and falling.n==0
+    theirs = combine_scheds([.5, .5], [SchedLin(.1, .2), SchedCos(.2, .1)])
+    learn = small(cbs=[ParamScheduler({'lr': theirs})])
+    learn.create_opt(); learn.n_epoch = 1
+    assert run_facts(learn)['schedule']=={'lr': [.1, .16, pytest.approx(.190451), .1]}
+
+def test_a_cache_that_fills_is_no_other_data():
+    "What changes in a fit is not new; what changes between two fits is"
+    class Cached(Rows):
+        def __init__(self, items):
+            super().__init__(items)
+            self.cache = {}
+        def __getitem__(self, i): return self.cache.setdefault(i, (torch.zeros(1), self._kept[i]))
+    data = Cached([0, 1, 2, 1])
+    loader = DataLoader(data, 2)
+    learn = Learner(DataLoaders(loader, loader), nn.Linear(1, 3), loss_func=nn.CrossEntropyLoss(), lr=.1)
+    learn.create_opt(); learn.n_epoch = 1
+    before = run_facts(learn)
+    assert [data[i][1] for i in range(4)]==[0, 1, 2, 1]
+    assert facts_differences(run_facts(learn), before)
+    note_changes(learn, before)
+    assert run_facts(learn)==before
+    data._kept[0] = 2
+    assert facts_differences(run_facts(learn), before)
+
+# --- shapes -------------------------------------------------------------------------------------
+class Memory(nn.Module):
+    "Keeps what it has seen"
+    def __init__(self, n=0):
+        super().__init__()
+        self.register_buffer('bank', torch.zeros(n))
+        self.register_buffer('mean', torch.zeros(2) if n else None)
+
+def test_buffers_and_lazy_layers_may_grow():
+    made = nn.Sequential(nn.LazyLinear(2), Memory(3), nn.Linear(2, 2))
+    made[0](torch.zeros(1, 4))
+    mine = nn.Sequential(nn.LazyLinear(2), Memory(), nn.Linear(2, 2))
+    assert model_differences(mine, made.state_dict())==model_differences(made, mine.state_dict())==[]
+    found = model_differences(nn.Sequential(nn.Linear(4, 2), Memory(), nn.Linear(3, 2)), made.state_dict())
+    assert found==['model: 2.weight has the shape (2, 3), and there (2, 2)']
+    assert 'it is not' in str(model_differences(nn.Linear(4, 2), nn.Linear(4, 2, bias=False).state_dict()))
+    assert 'of nothing' in str(model_differences(nn.Linear(4, 2, bias=False), nn.Linear(4, 2).state_dict()))

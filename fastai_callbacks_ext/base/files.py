@@ -162,7 +162,7 @@ class StateFiles:
         keep:int=2, # States to keep; an older one goes when a new one is complete on the disk
         fresh:bool=False # Begin anew: states that are there are not loaded, and go when a new one is complete
     ):
-        self.folder,self._damaged = Path(folder),set()
+        self.folder,self.damaged = Path(folder),set()      # numbers of those that `load` has found so
         self.keep = check_number('keep', keep, low=1, integer=True)
         self._first = max(self._numbers(), default=0)+1 if fresh else 0
 
@@ -189,7 +189,7 @@ class StateFiles:
             if n<self._first: break
             try: return self._load(n)
             except DamagedFile as e: tell(str(e))
-            self._damaged.add(n)
+            self.damaged.add(n)
 
     def _load(self, n):
         if not self._file(n, 'json').exists():
@@ -203,7 +203,7 @@ class StateFiles:
     def _remove_old(self):
         "States that are too old, and only those that a `StateFiles` wrote"
         ours = self._manifests()
-        first = max(self._first, sorted(ours-self._damaged)[-self.keep:][0])
+        first = max(self._first, sorted(ours-self.damaged)[-self.keep:][0])
         own = {n for n in self._numbers() if n<first and (n in ours or _is_state(self._file(n)))}
         for kind in ('json','pt'):      # in this order: no manifest without its state
             for n in own: self._file(n, kind).unlink(missing_ok=True)
@@ -234,7 +234,7 @@ class FolderLock:
     _held = set()      # process and file
     def __init__(self,
         folder:str|Path # Made if need be
-    ): self.file,self._fd = Path(folder)/'lock',None
+    ): self.file,self._fd,self._made = Path(os.path.abspath(folder))/'.checkpoint.lock',None,False
 
     def take(self)->str: # Who has it; None if it is taken now
         "Take the lock, or say who has it. `OSError` where locks cannot be had, as on Windows"
@@ -242,6 +242,7 @@ class FolderLock:
         self._key = os.getpid(),os.path.realpath(self.file)
         if self._key in FolderLock._held: return 'another fit of this process'
         while self._fd is None:
+            self._made |= not self.file.parent.exists()
             self.file.parent.mkdir(parents=True, exist_ok=True)
             try: fd = os.open(self.file, os.O_RDWR|os.O_CREAT, 0o666)
             except FileNotFoundError:
@@ -255,19 +256,24 @@ class FolderLock:
                 raise
             if _is_at(fd, self.file): self._fd = fd
             else: os.close(fd)       # its holder has removed it
+        self._ours = os.read(fd, 8) in (b'', b'process ')
+        if not self._ours: return FolderLock._held.add(self._key)
         os.ftruncate(fd, 0)
+        os.lseek(fd, 0, os.SEEK_SET)
         now = f'{datetime.now():%Y-%m-%d %H:%M:%S}'
         os.write(fd, f'process {os.getpid()} on {gethostname()}, since {now}'.encode())
         FolderLock._held.add(self._key)
 
     def release(self):
-        "Release the folder; an empty one is removed"
+        "Release the folder; one that `take` has made is removed, if it is empty"
         if self._fd is None or self._key[0]!=os.getpid(): return
-        with suppress(OSError): self.file.unlink()
+        with suppress(OSError):
+            if self._ours: self.file.unlink()
         os.close(self._fd)
         self._fd = None
         FolderLock._held.discard(self._key)
-        with suppress(OSError): self.file.parent.rmdir()
+        with suppress(OSError):
+            if self._made: self.file.parent.rmdir()
 
 def _is_at(fd, file):
     try: return os.path.samestat(os.fstat(fd), os.stat(file))

@@ -118,7 +118,7 @@ def _beside_model(self:Guard):
     return {n:t for n,t in self._tensors().items() if t not in models}
 
 @patch
-def _state(self:Guard):
+def _whole_state(self:Guard):
     "All that is trained, and what was ordinary then"
     lost,beside = [],{n:t.detach() for n,t in self._beside_model().items()}
     state = dict(model=model_state(self.model, lost=lost), opt=opt_state(self.opt, lost), beside=beside,
@@ -132,7 +132,7 @@ def _copy_state(self:Guard):
     lazy = any(map(is_lazy, self._tensors().values()))
     self._due = self.train_iter + (1 if lazy else self.snapshot)
     if lazy: return
-    state,problem = attempt(self._state)
+    state,problem = attempt(self._whole_state)
     if self.any_rank(bool(problem)): return self._do_without(problem)
     if self.any_rank(not self._healthy()): return
     memory = self._copies[0].memory if len(self._copies)==self._n_copies else Snapshot()
