@@ -169,7 +169,9 @@ def load_loader_state(
     begin_workers(dl, state)
     state,owners = dict(state),dict(_parts(dl))
     for path,o,k,kind in list(_moving(dl)):
-        if path not in state: continue
+        if path not in state:
+            if not kind and hasattr(type(o), k): del vars(o)[k]     # the class had it then
+            continue
         s,v = state.pop(path),o if k is None else vars(o)[k]
         if not kind: vars(o)[k] = s
         elif kind is _in_place and not _same_kind(v, s): vars(o)[k] = from_plain(s)
