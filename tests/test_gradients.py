@@ -202,7 +202,8 @@ def test_lookahead_takes_in_what_is_finite():
             if self.iter==1: w[0,:2] = torch.tensor([float('inf'), float('nan')], device=w.device)
             if self.iter==3: w.copy_(w.nan_to_num(0, 0, 0))
     net = nn.Linear(5, 4).to(device)
-    learn = learner(batched(*data(48), [6]*8), net, CrossEntropyLossFlat(), LookaheadWeights(2), Damage(), lr=.1)
+    learn = learner(batched(*data(48), [6]*8), net, CrossEntropyLossFlat(), LookaheadWeights(2), Damage(),
+                    lr=.1)
     with quiet(learn): learn.fit(1)
     assert net.weight.isfinite().all() and net.bias.isfinite().all()
 

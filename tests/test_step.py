@@ -177,11 +177,16 @@ def test_what_cannot_be_copied_is_listed():
     fit(learn, 2)
     assert len(r := learn.skip_non_finite.records)==1 and 'sealed (TypeError: no copies)' in r[0].why
 
+class Log:
+    "Not plain values only"
+    def __init__(self): self.log = self
+
 @pytest.mark.parametrize('attrs,said', [
-    (dict(long=[0]*20_000), 'long (20,000 items)'), (dict(count=iter([1])), 'count (an object of class list_iterator)'),
+    (dict(long=[0]*20_000), 'long (20,000 items)'),
+    (dict(count=iter([1])), 'count (an object of class list_iterator)'),
     (dict(many=[{} for _ in range(300)]), 'many (what is in its 300 items)'),
     (dict(rng=random.SystemRandom()), 'rng (NotImplementedError'),
-    (dict(log=type('Log', (), dict(__init__=lambda o: setattr(o, 'of', o)))()), 'log (an object of class Log)')])
+    (dict(log=Log()), 'log (an object of class Log)')])
 def test_what_nobody_can_undo_is_said(attrs, said):
     "In one line; of what is copied, or does not change, nothing is said"
     model = nn.Sequential(nn.Flatten(), Everything())
@@ -236,7 +241,8 @@ class Rows:
 
 class Wide(Rows):
     "Items of many numbers, of which some are NaN"
-    def __getitem__(self, i): return torch.arange(5000.).add_(i).index_fill_(0, torch.tensor([i+7]), nan),torch.zeros(1)
+    def __getitem__(self, i):
+        return torch.arange(5000.).add_(i).index_fill_(0, torch.tensor([i+7]), nan),torch.zeros(1)
 
 class Square(Rows):
     "As many numbers as items in a batch"

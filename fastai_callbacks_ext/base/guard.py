@@ -148,8 +148,8 @@ def _do_without(self:Guard, problem):
     self.tell('goes on without a copy of model and optimizer', first_text(from_all(problem)), once=True)
 
 def _make_room(root, prefix, saved):
-    """Buffers that `saved` cannot be written to become copies of it. What puts them back as they were: of another
-    size, a buffer goes with attributes, such as the length of a cache, and stays unless it has got damaged"""
+    """Buffers that `saved` cannot be written to become copies of it. What puts them back as they were:
+    of another size, a buffer goes with attributes, as the length of a cache; it stays unless it is damaged"""
     copies,later = {},[]
     for name,m in root.named_modules(prefix=prefix, remove_duplicate=False):
         for k,b in m._buffers.items():
