@@ -7,6 +7,7 @@ __all__ = ['n_items', 'n_targets', 'loss_weight', 'GradientAccumulation']
 
 # %% ../nbs/14_accumulation.ipynb #f53959fb
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from inspect import isfunction, signature
 from math import log2
@@ -16,7 +17,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from fastai import losses
 from fastai.callback import training
-from fastai.callback.core import CancelBatchException, CancelStepException
+from fastai.callback.core import (CancelBatchException, CancelEpochException, CancelStepException,
+                                  CancelTrainException)
 from fastai.callback.mixup import MixHandler
 from fastai.learner import Learner
 from fastai.torch_core import find_bs
@@ -328,13 +330,14 @@ def after_train(self:GradientAccumulation):
     "Close the window that is still open, or drop it"
     self._clean()
     if not self._window: return
-    if self._window['items']: self._flush() if self.last=='flush' else self._say_dropped()
-    self._drop()
+    try:
+        if self._window['items']: self._flush() if self.last=='flush' else self._say_dropped()
+    finally: self._drop()
 
 @patch
 def after_cancel_epoch(self:GradientAccumulation):
     "As `after_train`, which is not sent then"
-    self.after_train()
+    with suppress(CancelEpochException): self.after_train()     # it is cancelled already
 
 @patch
 def _say_dropped(self:GradientAccumulation):
@@ -349,8 +352,9 @@ def _flush(self:GradientAccumulation):
         for p in opt_params(self.opt):
             if p.grad is not None: dist.all_reduce(p.grad.div_(dist.get_world_size()))
     self._batch,self._window['n_acc'],self.learn.loss = None,0,self._loss(self._window)
-    try: self.learn._with_events(self.learn._step, 'step', CancelStepException)
-    except CancelBatchException: self.after_step()
+    with suppress(CancelBatchException, CancelTrainException):      # both are over
+        self.learn._with_events(self.learn._step, 'step', CancelStepException)
+    self.after_step()
 
 @patch
 def _drop(self:GradientAccumulation):

@@ -328,5 +328,7 @@ class LookaheadWeights(ExtCallback):
         self._t += 1
         if self._t%self.k: return
         params = [p.detach() for p in opt_params(self.opt)]
-        torch._foreach_lerp_(self._slow, params, self.alpha)
+        new = torch._foreach_lerp(self._slow, params, self.alpha)
+        # what is not finite would come back every `k` steps
+        for slow,o in zip(self._slow, new): torch.where(o.isfinite(), o, slow, out=slow)
         torch._foreach_copy_(params, self._slow)

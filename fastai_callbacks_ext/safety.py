@@ -170,7 +170,7 @@ class SpikeGuard(Guard):
         watch:str|tuple='grad_norm', # 'loss', 'grad_norm', or both
         action:str='skip', # 'skip' the batch, 'clip' its gradient to the median norm, or 'rollback' to a copy
         warmup:int=20, # Batches before it acts; on what is not finite it acts at once
-        max_consecutive:int=10, # Spikes in a row to act on; the next is ordinary, or ends the fit if it is NaN
+        max_consecutive:int=10, # Spikes in a row to act on; the next is ordinary, or ends the fit if NaN
         snapshot:int=50, # Copy model and optimizer every n batches, to go back to
         max_rollbacks:int=20, # The next one stops the fit
         lr_factor:float=1., # For 'rollback': multiply the learning rate by this each time

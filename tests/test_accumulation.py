@@ -203,6 +203,26 @@ def test_a_left_over_window_that_is_refused():
     assert len(learn.grads.grads)==1 and len(learn.recorder.values)==1
     assert not any(p.grad.any() for p in learn.model.parameters())
 
+@pytest.mark.parametrize('ends', [CancelTrainException, CancelEpochException])
+@pytest.mark.parametrize('exc', [CancelBatchException, CancelTrainException, CancelEpochException,
+                                 CancelFitException])
+def test_any_cancellation_of_the_last_step(exc, ends):
+    "It ends as much as fastai ends after the last batch, and the fit is no error"
+    class Refuse(Callback):
+        order,validated = 20,0
+        def before_validate(self): self.validated += 1
+        def before_step(self):
+            if self.iter==6: raise exc
+        def after_batch(self):
+            if self.training and self.iter==6: raise ends
+    learn = learner(batched(*data(48), [6]*8), nn.Linear(5, 4), CrossEntropyLossFlat(),
+                    GradientAccumulation(18), refuse := Refuse(), lr=0.1)
+    with quiet(learn): learn.fit(2)
+    assert len(learn.grads.grads)==(2 if exc is CancelFitException else 4)
+    goes_on = ends is CancelTrainException and exc in (CancelBatchException, CancelTrainException)
+    assert refuse.validated==2*goes_on
+    assert not any(p.grad.any() for p in learn.model.parameters())
+
 @pytest.mark.parametrize('batch', [0,3,4,7])
 def test_a_skipped_batch_was_never_there(batch):
     "In the middle of a window, closing it, or the last one of the epoch"

@@ -193,6 +193,20 @@ def test_noise():
     set_seed(0); fit(digits_learner(n=160)); a = torch.rand(1)
     set_seed(0); fit(digits_learner(GradientNoise(), n=160)); assert torch.equal(a, torch.rand(1))
 
+def test_lookahead_takes_in_what_is_finite():
+    "A weight that is damaged and put right again does not come back"
+    class Damage(Callback):
+        order,run_valid = 43,False
+        def after_step(self):
+            w = self.model.weight.data
+            if self.iter==1: w[0,:2] = torch.tensor([float('inf'), float('nan')], device=w.device)
+            if self.iter==3: w.copy_(w.nan_to_num(0, 0, 0))
+    net = nn.Linear(5, 4).to(device)
+    learn = learner(batched(*data(48), [6]*8), net, CrossEntropyLossFlat(), LookaheadWeights(2), Damage(),
+                    lr=.1)
+    with quiet(learn): learn.fit(1)
+    assert net.weight.isfinite().all() and net.bias.isfinite().all()
+
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(st.integers(1, 6), st.floats(0, 1), st.integers(1, 3))
 def test_lookahead_weights(k, alpha, epochs):

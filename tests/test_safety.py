@@ -605,6 +605,48 @@ def test_a_mask_of_infinities_is_no_damage():
     assert 'those before batch 10 of the fit' in out
     assert all(p.isfinite().all() for p in learn.model.parameters())
 
+class Cache(nn.Linear):
+    "With a buffer that grows, is replaced or resized in place, or of which all elements are one"
+    def __init__(self, how):
+        super().__init__(64, 10)
+        self.how,self.length,first = how,1,torch.ones(1, device=device)
+        self.register_buffer('seen', first.expand(5) if how=='wide' else first, persistent=how!='not saved')
+    def forward(self, x):
+        if self.training and self.how!='wide':
+            self.length += 1
+            if self.how=='resized': self.seen.resize_(self.length)[-1] = 1.
+            else: self.seen = torch.cat([self.seen, self.seen.new_ones(1)])
+        return super().forward(x)*self.seen[0]
+
+@pytest.mark.parametrize('where', ['weight','seen'])
+@pytest.mark.parametrize('how', ['saved','not saved','resized','wide'])
+@pytest.mark.parametrize('guard', [TerminateOnNaN, SkipNonFinite, partial(SpikeGuard, action='rollback')],
+                         ids=['stop','skip','rollback'])
+def test_buffers_whose_size_changes(guard, how, where):
+    "The copy is put back; a buffer that is fine stays with the attributes that it goes with"
+    class Damage(Callback):
+        order,run_valid = -200,False
+        def after_batch(self):
+            if self.train_iter==12: getattr(self.model[1], where).data[:1] = nan
+    if (how,where)==('wide','seen'): return
+    learn,out = trained(digits, guard(snapshot=5), Damage(), model=net(Cache(how)))
+    m = learn.model[1]
+    assert 'all but' not in out and all_finite(learn.model.state_dict()), out
+    if where=='weight' and how!='wide': assert len(m.seen)==m.length
+    assert 'batch 10 of the fit' in out or guard().name=='spike_guard' and 'batch 5 of the fit' in out
+
+def test_what_cannot_be_put_back_is_said():
+    "The rest of the copy is"
+    class Forgets(nn.Linear):
+        def forward(self, x):
+            self._buffers.pop('first', None)
+            return super().forward(x)
+    model = net(Forgets(64, 10))
+    model[1].register_buffer('first', torch.zeros(1))
+    learn,out = trained(digits, SkipNonFinite(), PoisonBatch(3, 'weight'), model=model)
+    assert 'those before batch 0 of the fit, all but model (Error' in out and 'Unexpected key' in out, out
+    assert all_finite(learn.model.state_dict())
+
 def test_parameters_of_the_loss():
     "What the optimizer holds is looked at, named, and put back"
     class Temperature(nn.Module):

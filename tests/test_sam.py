@@ -80,6 +80,19 @@ def test_dropout_is_the_same_in_both_passes():
     a,b = gradients(model=model),gradients(SAM(1e-6), model=model)
     torch.testing.assert_close(a.grads.grads[0], b.grads.grads[0], rtol=1e-3, atol=1e-5)
 
+def test_generators_of_the_model_draw_the_same_in_both_passes():
+    masks = []
+    class Drop(nn.Linear):
+        def __init__(self):
+            super().__init__(5, 4)
+            self.generator = torch.Generator().manual_seed(0)
+        def forward(self, x):
+            masks.append(torch.rand(x.shape, generator=self.generator)>.5)
+            return super().forward(x*masks[-1].to(x.device))
+    gradients(SAM(0.5), model=lambda: Drop().to(device))
+    first,second = masks[:8:2],masks[1:8:2]
+    assert all(map(torch.equal, first, second)) and not torch.equal(*first[:2])
+
 def test_accumulation():
     "The mean of the gradients of the batches, each at its own way"
     learn = gradients(SAM(0.5), GradientAccumulation(12))

@@ -45,17 +45,28 @@ def test_numbers_are_of_these_gradients():
     assert len(seen)==10 and all(seen)
 
 # Undo
+class Config:
+    "Plain values"
+    def __init__(self): self.n,self.by_name = 0,{'a': [0]}
+
 class Everything(nn.Module):
     "Changes in each forward pass all that a module can change"
     def __init__(self):
         super().__init__()
         self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.BatchNorm1d(10), nn.Dropout(.5))
-        for n in ('center','replaced'): self.register_buffer(n, torch.zeros(1))
+        for n in ('center','replaced','resized'): self.register_buffer(n, torch.zeros(1))
         self.hidden,self.pair = torch.zeros(2),[torch.zeros(1), (torch.zeros(1),)]
         self.by_name = {'a': torch.zeros(1)}
         self.seen,self.recent,self.names = 0,deque(maxlen=3),['a']*100
         self.conjugate = torch.zeros(2, dtype=torch.cfloat).conj()
         self.wide = torch.zeros(1).expand(5)
+        self.long,self.queue,self.words = [0]*2000,deque([0.]*100, maxlen=100),set()
+        self.counts,self.grown,self.config = np.zeros(3),np.zeros(1),Config()
+        self.hidden_net = [nn.BatchNorm1d(64, device=default_device())]
+        self.torch_rng,self.rng = torch.Generator().manual_seed(0),random.Random(0)
+        self.np_rng,self.old_np_rng = np.random.default_rng(0),np.random.RandomState(0)
+        self.itself = [0]
+        self.itself.append(self.itself)
     def forward(self, x):
         m = x.detach().mean().cpu()
         if self.training:
@@ -70,6 +81,18 @@ class Everything(nn.Module):
             self.seen += 1
             self.recent.append(m)
             if not hasattr(self, 'late'): self.late = m
+            self.resized.resize_(len(self.resized)+1).fill_(self.seen)
+            self.long[-1] += 1
+            self.queue.append(m.item())
+            self.words.add(m.item())
+            self.counts += 1
+            self.grown.resize(len(self.grown)+1, refcheck=False)
+            self.config.n += 1
+            self.config.by_name['a'][0] += 1
+            self.hidden_net[0](x.flatten(1))
+            torch.rand(1, generator=self.torch_rng), self.rng.random(), self.np_rng.random()
+            self.old_np_rng.rand()
+            self.itself[0] += 1
         return self.net(x) + random.random() + np.random.rand() + torch.rand(1, device=x.device)
 
 class Centered(nn.Module):
@@ -85,8 +108,15 @@ def plain(o):
     "All numbers in `o`"
     if isinstance(o, Tensor): return (tuple(o.shape), o.detach().cpu().resolve_conj().tolist())
     if isinstance(o, dict): return {str(k): plain(v) for k,v in o.items()}
-    if isinstance(o, (list,tuple,deque)): return [plain(v) for v in o]
-    return o
+    if isinstance(o, np.ndarray): return o.tolist()
+    if isinstance(o, (list,tuple,deque)): return [plain(v) for v in o if v is not o]
+    if isinstance(o, set): return sorted(o)
+    if isinstance(o, nn.Module): return plain(dict(o.named_buffers()))
+    if isinstance(o, Config): return plain(vars(o))
+    if isinstance(o, np.random.Generator): return str(o.bit_generator.state)
+    if isinstance(o, torch.Generator): return o.get_state().tolist()
+    state = getattr(o, 'getstate', None) or getattr(o, 'get_state', None)
+    return plain(state()) if state else o
 
 def everything(learn):
     m = learn.model
@@ -147,6 +177,43 @@ def test_what_cannot_be_copied_is_listed():
     fit(learn, 2)
     assert len(r := learn.skip_non_finite.records)==1 and 'sealed (TypeError: no copies)' in r[0].why
 
+class Log:
+    "Not plain values only"
+    def __init__(self): self.log = self
+
+@pytest.mark.parametrize('attrs,said', [
+    (dict(long=[0]*20_000), 'long (20,000 items)'),
+    (dict(count=iter([1])), 'count (an object of class list_iterator)'),
+    (dict(many=[{} for _ in range(300)]), 'many (what is in its 300 items)'),
+    (dict(rng=random.SystemRandom()), 'rng (NotImplementedError'),
+    (dict(log=Log()), 'log (an object of class Log)')])
+def test_what_nobody_can_undo_is_said(attrs, said):
+    "In one line; of what is copied, or does not change, nothing is said"
+    model = nn.Sequential(nn.Flatten(), Everything())
+    for k,v in attrs.items(): setattr(model[1], k, v)
+    learn = digits_learner([SkipNonFinite(snapshot=None)], n=200, bs=32, model=model)
+    fit(learn, 2)
+    assert len(r := learn.skip_non_finite.records)==1 and r[0].why.startswith(f'1.{said}'), r
+
+def test_a_copy_that_cannot_be_put_back_ends_no_fit():
+    "It is said before the next batch"
+    class Locked(nn.Flatten):
+        def __init__(self): super().__init__(); self.counts = np.zeros(2)
+        def forward(self, x):
+            self.counts.flags.writeable = False
+            return super().forward(x)
+    class Bad(Callback):
+        order,run_valid = -20,False
+        def after_loss(self):
+            if self.iter==2: self.learn.loss_grad,self.learn.loss = self.loss_grad*nan,self.loss*nan
+    model = nn.Sequential(Locked(), nn.Linear(64, 10))
+    class Unlock(Callback):
+        order,run_valid = -10**7,False
+        def before_batch(self): model[0].counts.flags.writeable = True
+    learn = fit(digits_learner([SkipNonFinite(), Bad(), Unlock()], n=200, bs=32, model=model))
+    skipped,said = learn.skip_non_finite.records
+    assert skipped.what=='skipped a batch' and said.why.startswith('0.counts (ValueError'), said
+
 # Items
 class NoteItems(Callback):
     "Compares the items that are named with those that are in the batch"
@@ -171,6 +238,15 @@ class Rows:
     def __getitem__(self, i):
         if self.skip and i%7==self.skip: raise SkipItemException()
         return torch.tensor([float(i)]),torch.tensor([0.])
+
+class Wide(Rows):
+    "Items of many numbers, of which some are NaN"
+    def __getitem__(self, i):
+        return torch.arange(5000.).add_(i).index_fill_(0, torch.tensor([i+7]), nan),torch.zeros(1)
+
+class Square(Rows):
+    "As many numbers as items in a batch"
+    def __getitem__(self, i): return torch.arange(5.)+i,torch.zeros(1)
 
 class Reversed(Callback):
     "Turns the batch around"
@@ -215,6 +291,23 @@ def test_a_batch_that_a_callback_has_changed():
                         cbs=[note := NoteItems(), cb])
         fit(learn)
         assert not note.named
+    class Unseen(Callback):
+        "Through `data`: the version of the tensor does not count it"
+        run_valid = False
+        def before_batch(self):
+            for o in (*self.xb, *self.yb): o.data.copy_(o.flip(0))
+    class Turned(Callback):
+        "Other rows, of the same shape and at the same place"
+        run_valid = False
+        def before_batch(self): self.learn.xb = (self.xb[0].transpose(0, 1),)
+    for cb,make,bs in ((Unseen(), Rows, 8), (Unseen(), Wide, 8), (Turned(), Square, 5)):
+        dl = DataLoader(make(50), bs, shuffle=True)
+        for cbs,named in (([], True), ([cb], False)):
+            learn = Learner(DataLoaders(dl, dl), nn.LazyLinear(1), loss_func=lambda o,y: o.mean(), lr=0.,
+                            cbs=[note := NoteItems(), *cbs])
+            learn.model(dl.one_batch()[0].flatten(1)[:,:1] if make is Rows else dl.one_batch()[0])
+            fit(learn)
+            assert bool(note.named)==named, (cb, make)
     note = NoteItems()
     fit(text_learner([ModelResetter(), RNNCallback(), note], n=1000))
     assert not note.named

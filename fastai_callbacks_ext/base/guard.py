@@ -8,6 +8,7 @@ __all__ = ['Guard', 'StateCopy', 'attempt', 'first_text', 'scaler_skips', 'scale
 # %% ../../nbs/base/guard.ipynb #9a4d0004
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import inf
 
 import torch
@@ -21,9 +22,10 @@ from torch.nn.parameter import is_lazy
 from .core import ExtCallback, from_all
 from .diagnosis import diagnose
 from .files import Snapshot, map_state
+from .model import unwrap_model
 from .state import load_model_state, load_opt_state, model_state, opt_state
 from .step import (BatchUndo, ItemWatch, all_finite, generators, loss_modules,
-                                            set_hypers, step_params)
+                                            overlaps, set_hypers, step_params)
 
 # %% ../../nbs/base/guard.ipynb #9a4d0006
 class _Keeper(ExtCallback):
@@ -89,8 +91,7 @@ def attempt(
 )->tuple: # Its result and '', or None and what went wrong
     "Call `f`, which may fail"
     try: return f(*args),''
-    except Exception as e: return None,str(e).partition('\n')[0] or type(e).__name__
-
+    except Exception as e: return None,' '.join(str(e).split('\n')[:2]) or type(e).__name__
 
 @patch
 def _tensors(self:Guard):
@@ -146,17 +147,41 @@ def _do_without(self:Guard, problem):
     self._copies,self._due = (),inf
     self.tell('goes on without a copy of model and optimizer', first_text(from_all(problem)), once=True)
 
+def _make_room(root, prefix, saved):
+    """Buffers that `saved` cannot be written to become copies of it. What puts them back as they were:
+    of another size, a buffer goes with attributes, as the length of a cache; it stays unless it is damaged"""
+    copies,later = {},[]
+    for name,m in root.named_modules(prefix=prefix, remove_duplicate=False):
+        for k,b in m._buffers.items():
+            s = saved.get(f'{name}.{k}'.lstrip('.'))
+            if s is None or b is None: continue
+            if b.shape==s.shape and not overlaps(b): continue
+            damaged = not all_finite(b) and all_finite(s)
+            if overlaps(b) or not damaged: later.append(partial(m._buffers.update, {k: b}))
+            if id(b) not in copies: copies[id(b)] = s.to(b.device, copy=True)
+            m._buffers[k] = copies[id(b)]
+    return later
+
 @patch
 def _restore(self:Guard):
     "Model and optimizer as in the oldest copy; the hyper-parameters stay as they are now"
     hypers,self._copies = [dict(h) for h in self.opt.hypers],self._copies[:1]
     state = self._copies[0].state
-    load_model_state(self.model, state['model'])
-    load_opt_state(self.opt, map_state(state['opt'], Tensor.clone))
-    with torch.no_grad():
-        for n,t in self._beside_model().items(): t.copy_(state['beside'][n])
+    model,beside = state['model'],state['beside']
+    later = _make_room(unwrap_model(self.model), '', model['weights'] | model['buffers'])
+    for name,m in loss_modules(self.learn).items(): later += _make_room(m, name, beside)
+    loads = {'model': (load_model_state, self.model, model), 'loss function': (self._load_beside, beside),
+             'optimizer': (load_opt_state, self.opt, map_state(state['opt'], Tensor.clone))}
+    problems = {k: problem for k,o in loads.items() if (problem := attempt(*o)[1])}
+    for put_back in later: put_back()
     set_hypers(self.opt, hypers)
-    return f'batch {self._copies[0].at} of the fit'
+    return f'batch {self._copies[0].at} of the fit' + f', all but {_listed(problems)}'*bool(problems)
+
+@patch
+@torch.no_grad()
+def _load_beside(self:Guard, beside):
+    for n,t in self._beside_model().items():
+        if n in beside: t.copy_(beside[n])
 
 @patch
 def _repair(self:Guard):
