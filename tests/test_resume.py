@@ -151,15 +151,15 @@ def test_two_processes_in_one_folder():
                 assert sorted(Path('run').rglob('*'))==before
     learn,_ = train(lambda: small([Other()]), fit(), Checkpoint('run'))
     assert f'run is in use by process {os.getpid()} on ' in said[0] and 'Use another path' in said[0]
-    assert crash.digests(learn)==crash.digests(train(small, fit())[0]) and not Path('run/lock').exists()
+    assert crash.digests(learn)==crash.digests(train(small, fit())[0]) and not Path('run/.checkpoint.lock').exists()
     if not os.fork():
         class Die(Callback):
             def after_batch(self): os.kill(os.getpid(), signal.SIGKILL)
         train(lambda: small([Die()]), fit(), Checkpoint('killed'))
     os.wait()
-    assert Path('killed/lock').exists()
+    assert Path('killed/.checkpoint.lock').exists()
     train(small, fit(1), Checkpoint('killed'))
-    assert not Path('killed/lock').exists()
+    assert not Path('killed/.checkpoint.lock').exists()
 
 def test_a_folder_that_cannot_be_locked(monkeypatch):
     def lockf(*args): raise OSError(37, 'No locks available')

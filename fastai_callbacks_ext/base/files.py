@@ -243,11 +243,12 @@ class FolderLock:
         if self._key in FolderLock._held: return 'another fit of this process'
         while self._fd is None:
             self._made |= not self.file.parent.exists()
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            try: fd = os.open(self.file, os.O_RDWR|os.O_CREAT, 0o666)
-            except FileNotFoundError:
-                if os.path.islink(self.file): raise     # to a folder that is not there
-                continue                                # its last holder has just removed the folder
+            try:
+                os.makedirs(self.file.parent, exist_ok=True)
+                fd = os.open(self.file, os.O_RDWR|os.O_CREAT, 0o666)
+            except (FileNotFoundError, FileExistsError):
+                if os.path.islink(self.file) or os.path.lexists(self.file.parent): raise
+                continue        # its last holder has just removed the folder
             try: fcntl.lockf(fd, fcntl.LOCK_EX|fcntl.LOCK_NB)      # not kept by forked processes, as flock is
             except OSError as e:
                 who = os.read(fd, 200).decode(errors='replace')

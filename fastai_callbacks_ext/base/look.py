@@ -31,7 +31,6 @@ from torch.utils.hooks import RemovableHandle
 from .files import plain_types
 from .model import modules_own
 from .plain import NotPlain, PlainWriter, all_plain, from_plain
-from .position import kind_of
 
 # %% ../../nbs/base/look.ipynb #4a1c0007
 _installed = tuple({sysconfig.get_paths()[o] for o in ('stdlib','platstdlib','purelib','platlib')})

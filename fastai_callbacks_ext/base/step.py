@@ -27,7 +27,7 @@ from fastai.optimizer import Optimizer
 from fastai.text.data import LMDataLoader
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from .model import has_mean, modules_own, unwrap_model
+from .model import modules_own, unwrap_model
 
 # %% ../../nbs/base/step.ipynb #a219797b
 def tensors_in(
