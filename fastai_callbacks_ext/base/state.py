@@ -224,9 +224,9 @@ def _write_lines(cb, lines):
 # %% ../../nbs/base/state.ipynb #c7caca9f
 _attrs = 'epoch','iter','train_iter','pct_train','n_iter','smooth_loss','final_record'
 # of a learner: what is kept elsewhere, of a batch, or of a machine
-_no_state = {*_attrs,'model','opt','cbs','_metrics','scaler','training','n_epoch','dl','it','xb','yb','pred','loss',
-             'loss_grad','logger','lock','create_mbar','path','model_dir','opt_func','splitter','_with_events',
-             'skipped','lr_finder'}
+_no_state = {*_attrs,'model','opt','cbs','_metrics','scaler','training','n_epoch','dl','it','xb','yb','pred',
+             'loss','loss_grad','logger','lock','create_mbar','path','model_dir','opt_func','splitter',
+             '_with_events','skipped','lr_finder'}
 _recorders = {'losses','lrs','start_epoch','loss','smooth_loss'}      # long ones, a time of day, metrics
 
 def _that_count(o, attributes):
