@@ -130,7 +130,8 @@ def _moving(dl):
         if type(o).__name__=='DistributedDL' or not hasattr(o, '__dict__'): continue
         but = _of_machine | _of_epoch | (_torchs_own if isinstance(o, TorchLoader) else set())
         # what draws the items may keep their order in a list, too
-        draws = isinstance(o, (Sampler,IterableDataset)) or path.endswith(('sampler.','dl.','loader.')) or not path
+        draws = isinstance(o, (Sampler,IterableDataset)) or not path
+        draws |= path.endswith(('sampler.','dl.','loader.'))
         for k,v in list(vars(o).items()):
             if k in but: continue
             if type(v) in (int,float,bool): yield f'{path}{k}',o,k,None

@@ -22,9 +22,10 @@ from torch.utils.data import DataLoader as TorchLoader
 from .files import map_state
 from .look import Look
 from .model import modules_own, stateful_modules, unwrap_model
-from .plain import NotPlain, attributes, from_plain, is_trained, set_attributes, to_plain
-from .position import (generator_kinds, kind_of, load_loader_state, load_random_state,
-                                             loader_state, random_state)
+from .plain import (NotPlain, attributes, from_plain, is_trained,
+                                             set_attributes, to_plain)
+from .position import (generator_kinds, kind_of, load_loader_state,
+                                                load_random_state, loader_state, random_state)
 from .step import opt_params, tensors_in
 
 # %% ../../nbs/base/state.ipynb #e02815b4
