@@ -4,6 +4,7 @@ import argparse, contextlib, hashlib, itertools, json, os, random, shutil, signa
 import traceback, warnings
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 warnings.filterwarnings('ignore')
 
 import numpy as np, torch, torch.distributed as dist
@@ -145,13 +146,14 @@ def digests(learn):
 # How it is killed
 def kill_self(): os.kill(os.getpid(), signal.SIGKILL)
 
+events = SimpleNamespace(sent=0)      # not in the callback: what is there is put back
+
 class KillAtEvent(Callback):
     "Kills the process at the `n`th event, before or after the other callbacks"
-    sent = 0
     def __init__(self, n, order): self.n,self.order = n,order
     def __call__(self, event_name):
-        KillAtEvent.sent += 1
-        if KillAtEvent.sent==self.n: kill_self()
+        events.sent += 1
+        if events.sent==self.n: kill_self()
 
 def kill_at_disk_step(n):
     "Kill the process at its `n`th step on the disk: open, write, flush, rename, remove"
@@ -183,7 +185,7 @@ def train(case, folder, kill, checkpoints, bar=False):
     if kind=='disk': kill_at_disk_step(at)
     cb = Checkpoint(folder/'run', steps=3, seed_items=case=='workers') if checkpoints else []
     with contextlib.nullcontext() if bar or case=='teacher' else learn.no_bar(): fits(cb)
-    return digests(learn),KillAtEvent.sent
+    return digests(learn),events.sent
 
 def child(case, folder, kill, checkpoints, bar, rank, store):
     "The process id of one that trains, with its output in a file"

@@ -25,14 +25,15 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
 
 class Stopped(Exception): pass
 
+events = SimpleNamespace(sent=0)      # not in the callback: what is there is put back
+
 class StopAt(Callback):
     "Raises at the `n`th event, after the others"
     order = 3000
-    sent = 0
     def __init__(self, n): self.n = n
     def __call__(self, event_name):
-        StopAt.sent += 1
-        if StopAt.sent==self.n: raise Stopped('stopped')
+        events.sent += 1
+        if events.sent==self.n: raise Stopped('stopped')
 
 def leave_autocast():
     "fastai's mixed precision leaves it entered where an error ends a batch"
@@ -42,15 +43,15 @@ def leave_autocast():
 
 def run(case, cb=None, stop=None):
     "Checksums of a run of `case`, None where it was stopped; what it printed, and how many events there were"
-    StopAt.sent = 0
+    events.sent = 0
     Checkpoint._finished.clear()     # as in a process of its own
     learn,fits = crash.CASES[case](Path('.')) if isinstance(case, str) else case()
     learn.add_cb(StopAt(stop))
     with contextlib.redirect_stdout(io.StringIO()) as out, learn.no_bar():
         try: fits(cb or [])
-        except Stopped: return None,out.getvalue(),StopAt.sent
+        except Stopped: return None,out.getvalue(),events.sent
         finally: leave_autocast()
-    return crash.digests(learn),out.getvalue(),StopAt.sent
+    return crash.digests(learn),out.getvalue(),events.sent
 
 def digits(cbs=None, n=250, epochs=2, dls=None, how='fit_one_cycle', **kwargs):
     "A case: a learner that reads digits, and its fits"

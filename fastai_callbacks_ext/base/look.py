@@ -34,7 +34,7 @@ from .plain import NotPlain, PlainWriter, all_plain, from_plain
 
 # %% ../../nbs/base/look.ipynb #4a1c0007
 _installed = tuple({sysconfig.get_paths()[o] for o in ('stdlib','platstdlib','purelib','platlib')})
-_open = 'fastai','fastcore','fasttransform',__name__.split('.')[0]     # packages whose objects are looked into
+_open = 'fastai','fastcore','fasttransform',__name__.split('.')[0]     # packages that are looked into
 _functions = FunctionType,BuiltinFunctionType,MethodType,partial
 _never_told = ModuleType,type,np.ufunc,RemovableHandle,torch.autocast
 _immutable = Path,frozenset,np.generic,torch.Size
@@ -172,7 +172,8 @@ class Look:
             return
         package = _package(o) if package and not isinstance(o, (*_of_class, *_functions)) else package
         own = isinstance(inside, dict) and not isinstance(o, dict)
-        for k,v in self._items(inside): self._child(f'{path}.{k}' if own else f'{path}[{k!r}]', v, package, quiet)
+        for k,v in self._items(inside):
+            self._child(f'{path}.{k}' if own else f'{path}[{k!r}]', v, package, quiet)
         if isinstance(o, dict) and not all_plain(o):
             for i,k in enumerate(o): self._child(f'{path}[key {i}]', k, package, quiet)
         if own and not isinstance(o, (type, *_functions)):
@@ -187,8 +188,9 @@ class Look:
     def _items(self, inside):
         "Those that may be more than a value, by key or place"
         if len(inside)>self.most or isinstance(inside, set): return ()
-        if not isinstance(inside, dict): return () if all_plain(inside) else enumerate(inside)
-        return () if all_plain(inside.values()) else ((_name_of(k, i), v) for i,(k,v) in enumerate(inside.items()))
+        if all_plain(inside.values() if isinstance(inside, dict) else inside): return ()
+        if not isinstance(inside, dict): return enumerate(inside)
+        return ((_name_of(k, i), v) for i,(k,v) in enumerate(inside.items()))
 
     def _cover(self, path, module):
         "Its tensors, and those of the modules in it, are in its state"
@@ -232,7 +234,8 @@ class Look:
                 if path not in self.quiet: lost.append(f'{path} ({e})')
                 return {'lost': True}
         whole = isinstance(o, dict)
-        changed = now if whole or every else {k: v for k,v in now.items() if k not in was or not _same(v, was[k])}
+        differs = lambda k,v: k not in was or not _same(v, was[k])
+        changed = now if whole or every else {k: v for k,v in now.items() if differs(k, v)}
         pairs = [self._pair(path, whole, k, v, writer, lost) for k,v in changed.items()]
         return {'pairs': [p for p in pairs if p], 'gone': [] if whole else [k for k in was if k not in now]}
 

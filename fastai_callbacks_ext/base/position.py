@@ -78,16 +78,19 @@ _of_machine = {'num_workers','pin_memory','timeout','prefetch_factor','persisten
                'world_size','split_idx'}       # may be others when a run goes on
 _of_epoch = {'_DataLoader__idxs'}      # the order is drawn again
 _torchs_own = set(vars(TorchLoader([0])))      # constant, but for a counter of fastai's
+_package = __name__.partition('.')[0]
 _data = 'dataset','data_source','items','source'
-_walls = (Tensor, np.ndarray, nn.Module, type, ModuleType, Learner, DataLoaders, Callback, Path, Thread, IOBase)
+_walls = (Tensor, np.ndarray, nn.Module, type, ModuleType, Learner, DataLoaders, Callback, Path, Thread,
+          IOBase)
 
 def _parts(dl, most=2000):
-    "All objects inside a loader by path: loaders, samplers, data sets, transforms, and functions with what they read"
+    "All objects inside a loader by path: loaders, samplers, data sets, transforms, functions"
     seen,todo = set(),deque([('', dl)])
     while todo and len(seen)<most:
         path,o = todo.popleft()
-        if type(o) in plain_types or id(o) in seen or isinstance(o, _walls) or hasattr(type(o), '__next__'): continue
-        if type(o).__module__.partition('.')[0]==__name__.partition('.')[0]: continue     # takes care of itself
+        if type(o) in plain_types or id(o) in seen: continue
+        if isinstance(o, _walls) or hasattr(type(o), '__next__'): continue
+        if type(o).__module__.partition('.')[0]==_package: continue     # it takes care of itself
         seen.add(id(o))
         yield path,o
         if kind_of(o, generator_kinds | _texts): continue
@@ -96,11 +99,12 @@ def _parts(dl, most=2000):
 def _inside(o, few=100):
     if isinstance(o, (list,tuple,dict)):
         if len(o)>few: return {}
-        return dict(enumerate(o)) if not isinstance(o, dict) else {k: v for k,v in o.items() if type(k) is str}
+        if not isinstance(o, dict): return dict(enumerate(o))
+        return {k: v for k,v in o.items() if type(k) is str}
     if isinstance(o, FunctionType): return _read_by(o)
     if isinstance(o, partial): return dict(func=o.func, args=o.args, keywords=o.keywords)
     if isinstance(o, MethodType): return dict(of=o.__self__)
-    if isinstance(o, Function): return dict(enumerate(m.implementation for m in o.methods))     # of a transform
+    if isinstance(o, Function): return {i: m.implementation for i,m in enumerate(o.methods)}     # a transform
     return {k: v for k,v in getattr(o, '__dict__', {}).items() if k not in ('fake_l','it','_iterator')}
 
 def _read_by(f):
@@ -118,7 +122,8 @@ def _moving(dl):
         if type(o).__name__=='DistributedDL' or not hasattr(o, '__dict__'): continue
         but = _of_machine | _of_epoch | (_torchs_own if isinstance(o, TorchLoader) else set())
         # what draws the items may keep their order in a list, too
-        draws = isinstance(o, (Sampler,IterableDataset)) or o is dl or path.endswith(('sampler.','dl.','loader.'))
+        draws = isinstance(o, (Sampler,IterableDataset)) or not path
+        draws |= path.endswith(('sampler.','dl.','loader.'))
         for k,v in list(vars(o).items()):
             if k in but: continue
             if type(v) in (int,float,bool): yield f'{path}{k}',o,k,None
@@ -130,7 +135,9 @@ def _is_short(o):
     if type(o) is not list or len(o)>1e6: return False
     return all_plain(o) or sum(map(_numbers, o))<=1e5
 
-def _numbers(o): return o.numel() if isinstance(o, Tensor) else sum(map(_numbers, o)) if type(o) in (list,tuple) else 1
+def _numbers(o):
+    if isinstance(o, Tensor): return o.numel()
+    return sum(map(_numbers, o)) if type(o) in (list,tuple) else 1
 
 def _list(o):
     whole = type(o) is list and o and {*map(type, o)}=={int}

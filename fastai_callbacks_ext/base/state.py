@@ -22,9 +22,10 @@ from torch.utils.data import DataLoader as TorchLoader
 from .files import map_state
 from .look import Look
 from .model import modules_own, stateful_modules, unwrap_model
-from .plain import NotPlain, attributes, from_plain, is_trained, set_attributes, to_plain
-from .position import (generator_kinds, kind_of, load_loader_state, load_random_state,
-                                             loader_state, random_state)
+from .plain import (NotPlain, attributes, from_plain, is_trained,
+                                             set_attributes, to_plain)
+from .position import (generator_kinds, kind_of, load_loader_state,
+                                                load_random_state, loader_state, random_state)
 from .step import opt_params, tensors_in
 
 # %% ../../nbs/base/state.ipynb #e02815b4
@@ -224,9 +225,9 @@ def _write_lines(cb, lines):
 # %% ../../nbs/base/state.ipynb #c7caca9f
 _attrs = 'epoch','iter','train_iter','pct_train','n_iter','smooth_loss','final_record'
 # of a learner: what is kept elsewhere, of a batch, or of a machine
-_no_state = {*_attrs,'model','opt','cbs','_metrics','scaler','training','n_epoch','dl','it','xb','yb','pred','loss',
-             'loss_grad','logger','lock','create_mbar','path','model_dir','opt_func','splitter','_with_events',
-             'skipped','lr_finder'}
+_no_state = {*_attrs,'model','opt','cbs','_metrics','scaler','training','n_epoch','dl','it','xb','yb','pred',
+             'loss','loss_grad','logger','lock','create_mbar','path','model_dir','opt_func','splitter',
+             '_with_events','skipped','lr_finder'}
 _recorders = {'losses','lrs','start_epoch','loss','smooth_loss'}      # long ones, a time of day, metrics
 
 def _that_count(o, attributes):
