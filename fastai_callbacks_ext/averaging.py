@@ -19,14 +19,15 @@ from fastai.learner import Learner
 from fastai.torch_core import rank_distrib
 from fastcore.basics import patch
 from fastcore.foundation import L
-from torch import Tensor
+from torch import Tensor, nn
 from .base.core import ExtCallback, check_number, check_type
 from .base.files import load_state
 from .base.model import (buffer_marks, load_weights, mean_state, norm_places,
                                              statistic_places, tensor_places, unwrap_model, weight_places)
 from .base.monitor import less_is_better
-from .base.passes import refresh_batchnorm, validate_aside
+from .base.passes import refresh_batchnorm, shares_memory, validate_aside
 from .base.state import load_random_state, random_state
+from .base.step import all_finite
 
 # %% ../nbs/09_averaging.ipynb #f3434176
 def _lerp(average, tensors, part):
@@ -46,7 +47,7 @@ class _Averager(ExtCallback):
     # statistics that were refreshed
     fit_state = dict(_t=0, _n=0, _kept=[], raw=None, _stats=None)
     _learner,_peers,_shown,_done,_left,_added = None,(),None,False,None,0
-    _places,_norm,_loose,_half,_shapeless,_marks = None,(),(),False,frozenset(),{}
+    _places,_shapes,_norm,_loose,_half,_shapeless,_marks = None,{},(),(),False,frozenset(),{}
 
     def _choose(self, validate, buffers, final):
         names = self.average_name,'raw','both'
@@ -68,8 +69,9 @@ class _Averager(ExtCallback):
         self._add_columns()
         self.at_end(self._leave)
         self._tell_plan()
-        self.learn.add_cb(helper := _AfterAll(self))
-        helper('before_fit')
+        for helper in (_BeforeAll(self), _AfterAll(self)):
+            self.learn.add_cb(helper)
+            helper('before_fit')
 
     def before_epoch(self):
         "Validation is with the average, unless something else was asked for"
@@ -77,6 +79,7 @@ class _Averager(ExtCallback):
 
     def before_train(self):
         "What is averaged may change with the epoch"
+        if self._n: self._heal(self._now())
         self._places = None
 
     def step_taken(self):
@@ -120,21 +123,28 @@ def _gather(self:_Averager):
     "Look up what is averaged. A tensor that is new, or has another shape, begins as it is"
     model,known = self._learner.model,{n for kept in self._kept for n in kept}
     stats,norm = statistic_places(model, self._marks, known),norm_places(model)
-    others = {n: o for n,o in stats.items() if n not in norm and n not in self._shapeless}
+    others = {n: (d,k) for n,(d,k) in stats.items()
+              if n not in norm and n not in self._shapeless and not shares_memory(d[k])}
     self._loose = [(n, d, k, d[k].shape) for n,(d,k) in others.items()]
     self._norm = list(norm) if self.buffers=='average' else []
     if self.buffers=='copy': others = {}
-    self._places = weight_places(model, known) | others | {n: norm[n] for n in self._norm}
+    weights = weight_places(model, known)
+    self._shapes = {n: d[k].shape for n,(d,k) in weights.items()}
+    self._places = weights | others | {n: norm[n] for n in self._norm}
     now = {n: d[k] for n,(d,k) in self._places.items()}
     self._half = any(t.dtype!=_dtype(t) for t in now.values())
     same = lambda kept,n: n in kept and kept[n].shape==now[n].shape
     self._kept = [{n: kept[n] if same(kept, n) else _clone(t) for n,t in now.items()} for kept in self._kept]
 
+def _takes(t, shape):
+    "Can numbers of this `shape` be written into `t`?"
+    return isinstance(t, Tensor) and t.shape==shape and not shares_memory(t)
+
 @patch
 def _tensors(self:_Averager):
     "What is averaged, as it is now"
     # a buffer that changes its shape has no mean
-    if changed := [n for n,d,k,shape in self._loose if d[k].shape!=shape]:
+    if changed := [n for n,d,k,shape in self._loose if not _takes(d.get(k), shape)]:
         self._places,self._shapeless = None,self._shapeless.union(changed)
     if self._places is None: self._gather()
     return [d[k] for d,k in self._places.values()]
@@ -165,12 +175,27 @@ def _lend(self:_Averager, i=0):
     if not self._n: return
     for cb in (self, *self._peers): cb._give_back()      # one at a time
     now = self._now()
+    self._heal(now)
     average = self._average(i)
+    if not all_finite(average):     # an infinite constant has no mean
+        average = {n: torch.where(a.isfinite(), a, now[n].to(a)) for n,a in average.items()}
     self.raw = {n: t.detach().clone() for n,t in now.items()}
-    # an infinite constant has no mean
-    new = [torch.where(a.isfinite(), a, now[n]) for n,a in average.items()]
-    torch._foreach_copy_([now[n].detach() for n in average], new)
+    torch._foreach_copy_([now[n].detach() for n in average], list(average.values()))
     if self.buffers=='refresh': self._refresh(i)
+
+@patch
+@torch.no_grad()
+def _heal(self:_Averager, now):
+    "Where the weights were not finite for a while, the average begins again with those of `now`"
+    healed = {}
+    for kept in self._kept:
+        if all_finite(kept): continue
+        for n,a in kept.items():
+            lost,new = ~a.isfinite(),now[n].to(a)
+            if (lost & new.isfinite()).any(): healed[n] = True
+            a.copy_(torch.where(lost, new, a))
+    what = 'replaced numbers in its average that were not finite by those of the trained weights'
+    if healed: self.tell(what, ', '.join(healed))
 
 @patch
 def _refresh(self:_Averager, i):
@@ -191,9 +216,10 @@ def _give_back(self:_Averager):
 
 @patch
 def _put(self:_Averager, values):
-    "Give the model tensors by name"
+    "Give the model tensors by name. A buffer that it has made anew in another size stays"
     now = {n: d[k].detach() for n,(d,k) in tensor_places(self._learner.model).items()}
-    torch._foreach_copy_([now[n] for n in values], list(values.values()))
+    names = [n for n,v in values.items() if _takes(now.get(n), v.shape)]
+    if names: torch._foreach_copy_([now[n] for n in names], [values[n] for n in names])
 
 @patch
 def _versions(self:_Averager):
@@ -237,8 +263,11 @@ def _check_use(self:_Averager, which, i):
         raise RuntimeError(f'{this}: there is no average; it is made in a fit, and is not in an export')
     last = self._several-1
     if i not in range(last+1): raise ValueError(f'i={i!r}: expected a whole number from 0 to {last}')
-    if missing := set(self.raw or self._kept[0])-tensor_places(self._learner.model).keys():
-        raise RuntimeError(f'{this}: the model is not that of the fit any more: it has no {min(missing)!r}')
+    now = {n: d[k].shape for n,(d,k) in tensor_places(self._learner.model).items()}
+    if missing := [n for n,shape in self._shapes.items() if now.get(n)!=shape]:
+        what = f"{missing[0]!r} of {'x'.join(map(str, self._shapes[missing[0]]))}"
+        raise RuntimeError(f'{this}: the model is not that of the fit any more: it has no {what}')
+    self._places = None
 
 # %% ../nbs/09_averaging.ipynb #37b86024
 @patch
@@ -249,26 +278,46 @@ def _others(self:_Averager):
 
 @patch
 def _add_columns(self:_Averager):
+    "After fastai's own, so that those are where they always are in a row"
     rec,self._added = getattr(self.learn, 'recorder', None),0
     if rec is None or not rec.valid_metrics or not hasattr(rec, 'metric_names'): return
-    end = len(rec.metric_names)-rec.add_time
-    usual = rec.metric_names[end-1-len(self.learn.metrics):end]
-    more = [p+o for p in self._others() for o in usual]
-    rec.metric_names = rec.metric_names[:end-len(usual)] + more + rec.metric_names[end-len(usual):]
-    self._added = len(more)
+    names,self._end = rec.metric_names,len(rec.metric_names)-rec.add_time
+    more = [p+o for p in self._others() for o in names[self._end-1-len(self.learn.metrics):self._end]]
+    rec.metric_names,self._added = names[:self._end] + more + names[self._end:],len(more)
 
 @patch
 def _validate_others(self:_Averager):
-    learn,usual,state = self.learn,self._shown,random_state(self.dls)
+    "What is in the columns of the other weights"
+    learn,usual,state,values = self.learn,self._shown,random_state(self.dls),[]
     for self._shown in self._others().values():
+        before = len(learn.recorder.log) if self._added else 0
         learn._do_epoch_validate()
-        self._give_back()
+        if self._added:
+            log = learn.recorder.log
+            values,learn.recorder.log = values+log[before:],log[:before]
         load_random_state(learn.dls, state)
     self._shown = usual
+    return values
+
+class _BeforeAll(ExtCallback):
+    "What `averager` does before all others"
+    order,run_valid = -2*10**6,False
+    def __init__(self, averager): self.averager = averager
+
+    def before_fit(self):
+        "Be there until the fit ends"
+        self.at_end(self.learn.remove_cb, self)
+
+    def before_batch(self):
+        "Training goes on with the trained weights, also after a validation whose error was caught"
+        self.averager._give_back()
+    after_train = before_batch
+
+def _padded(row, n): return L(row) + [None]*(n-len(row))
 
 class _AfterAll(ExtCallback):
     "What `averager` does after all others"
-    order = 100
+    order,_trained,_values = 100,False,None
     def __init__(self, averager): self.averager = averager
 
     def before_fit(self):
@@ -277,12 +326,23 @@ class _AfterAll(ExtCallback):
 
     def after_train(self):
         "Validate with other weights too"
-        if self.averager.learn is not None: self.averager._validate_others()
-        elif self.averager._added: self.recorder.log += [None]*self.averager._added
+        self._values = self.averager._validate_others() if self.averager.learn is not None else ()
+        self._trained = True
+
+    def after_validate(self):
+        "Complete the row; but after a validation at another time, the trained weights come back at once"
+        if not self._trained: return self._give_back()
+        cb,values,self._values = self.averager,self._values,None
+        if cb._added and values is not None:
+            self.recorder.log = _padded(self.recorder.log, cb._end) + _padded(values, cb._added)
 
     def after_epoch(self):
         "Training goes on with the trained weights"
-        self.averager._give_back()
+        self._trained = False
+        self._give_back()
+
+    def _give_back(self):
+        if not self.averager._done: self.averager._give_back()
 
     def after_fit(self):
         "Say whose weights are in the model"

@@ -13,14 +13,16 @@ from itertools import islice
 from math import isfinite
 from pathlib import Path
 from uuid import uuid4
+from weakref import ref
 
+from fastai.callback.tracker import SaveModelCallback
 from fastai.learner import Learner
 from fastai.torch_core import get_model, rank_distrib
 from fastcore.basics import patch
 from torch import Tensor
 from .base.core import check_number, check_type, from_first
 from .base.files import DamagedFile, load_state, map_state, replacing, save_state
-from .base.model import load_weights, mean_state
+from .base.model import load_weights, mean_state, unwrap_model
 from .base.monitor import Monitor
 from .base.passes import refresh_batchnorm
 from .base.state import load_opt_state, opt_state
@@ -29,8 +31,9 @@ from .base.state import load_opt_state, opt_state
 class SaveTopK(Monitor):
     "Keeps the models of the best `k` epochs, and loads the best one however the fit ends"
     order = 61                                  # as fastai's `SaveModelCallback`
-    fit_state = dict(best=[], _missing='no epoch was finished')
+    fit_state = dict(best=[], _missing={})      # why nothing was saved, and in how many epochs
     state_attrs = '_n','_run'
+    _of = None
     def __init__(self,
         monitor:str='valid_loss', # Name in the epoch table of the loss or metric to watch
         k:int=3, # Models to keep; None for all
@@ -51,8 +54,10 @@ class SaveTopK(Monitor):
         self._n,self._run = 0,None
 
     def before_fit(self):
-        "Refuse a metric that is not there"
+        "Refuse a metric that is not there, and files that another callback writes"
         super().before_fit()
+        self._refuse_same_files()
+        self._forget_other_model()
         self._models = Path(self.learn.path)/self.learn.model_dir
         if self._run is None: self._run = from_first(uuid4().hex[:6])
         if self.load_best: self.at_end(self._load_best)
@@ -61,8 +66,7 @@ class SaveTopK(Monitor):
         "Save the model, if it is one of the best"
         value = self.epoch_value()
         if value is None or not isfinite(value):
-            was = 'not computed' if value is None else value
-            self._missing = f'{self.monitor} was {was} in epoch {self.epoch}'
+            self._miss(f"{self.monitor} was {'not computed' if value is None else value}")
         elif self._enters(value): self._add(value)
 
     def _enters(self, value):
@@ -73,14 +77,33 @@ class SaveTopK(Monitor):
         self._n += 1
         entry = dict(file=f'{self.fname}/{self._n:04}-{self._run}.pth', epoch=self.epoch, value=value)
         facts = from_first(self._tries(self._write, entry) if rank_distrib()==0 else None)
-        if not facts:
-            self._missing = f'that of epoch {self.epoch} could not be saved'
-            return
+        if not facts: return self._miss('the model could not be saved')
         self.best = sorted([*self.best, entry | facts], key=lambda o: self.sign*o['value'])[:self.k]
         if rank_distrib()==0:
             for f in (self._copy_best, self._list_best, self._remove_others): self._tries(f, entry)
 
+    def _miss(self, why): self._missing[why] = self._missing.get(why, 0)+1
+
+    def __getstate__(self): return super().__getstate__() | dict(_of=None)
+
 # %% ../nbs/12_best.ipynb #6f18b2e2
+@patch
+def _refuse_same_files(self:SaveTopK):
+    for cb in self.learn.cbs:
+        if cb is self or not isinstance(cb, (SaveTopK,SaveModelCallback)) or cb.fname!=self.fname: continue
+        if not getattr(cb, 'every_epoch', False):       # those have the epoch in their names
+            raise ValueError(f'{self.name}: fname={self.fname!r}: {type(cb).__name__} on the learner, for '
+                             f'{cb.monitor}, writes the same files; give each an fname of its own')
+
+@patch
+def _forget_other_model(self:SaveTopK):
+    "The best models of another model than that of the last fit cannot be loaded into this one"
+    model = unwrap_model(self.model)
+    if self.best and self._of is not None and self._of() is not model:
+        self.best,self._run = [],None
+        self.tell('forgot the best models of the fit before', 'they are of another model')
+    self._of = ref(model)
+
 @patch
 def _tries(self:SaveTopK, f, entry):
     "What `f` returns; that it could not do it is said once, and the training goes on"
@@ -135,7 +158,9 @@ def _load_best(self:SaveTopK):
     for state,_ in self._states():
         self._load(state)
         return
-    why = f'none of the {len(self.best)} that were saved can be read' if self.best else self._missing
+    missing = ', '.join(f"{k} in {n} epoch{'s'*(n>1)}" for k,n in self._missing.items())
+    why = missing or 'no epoch was finished'
+    if self.best: why = f'none of the {len(self.best)} that were saved can be read'
     if rank_distrib()==0: print(f'{self.name}: no model to load: {why}')
 
 @patch

@@ -36,6 +36,11 @@ _ours = {
     fastai_training.GradientAccumulation:   lambda cb: GradientAccumulation(n_acc=cb.n_acc),
     fastai_training.GradientClip:           lambda cb: GradientClip(cb.max_norm, cb.norm_type)}
 
+def _same_job(a, b):
+    "Does `a` do what `b` does, for the same metric and with the same files?"
+    same = lambda o: getattr(a, o, None)==getattr(b, o, None)
+    return isinstance(a, type(b)) and same('monitor') and same('fname')
+
 # %% ../nbs/13_upgrade.ipynb #a19ff6bf
 def upgrade(
     learn:Learner # Its callbacks are looked at; callbacks that are passed to `fit` are not on it
@@ -43,19 +48,24 @@ def upgrade(
     """Swap fastai's callbacks on `learn` for ours of the same job, with their arguments.
 
     Prints what it has swapped, and what it has left because ours does not do that. Subclasses of fastai's are
-    left alone. Where `learn` has ours already, fastai's is taken off. Called again, it finds nothing to do.
+    left alone. Where `learn` has ours already, for the same metric and file, fastai's is taken off. Called
+    again, it finds nothing to do.
 
     Example: `learn = upgrade(language_model_learner(dls, AWD_LSTM))`."""
-    swapped,left = [],[]
-    for cb in list(learn.cbs):
+    swapped,gone,left,before = [],[],[],list(learn.cbs)
+    for cb in before:
         if type(cb) not in _ours: continue
         try: new = _ours[type(cb)](cb)
         except (TypeError, ValueError) as e:
             left.append(f'{type(cb).__name__} ({e})')
             continue
         learn.remove_cb(cb)
-        if not any(isinstance(o, type(new)) for o in learn.cbs): learn.add_cb(new)
-        swapped.append(f'{type(cb).__name__} -> {type(new).__name__}')
-    rest = f"; left: {', '.join(left)}" if left else ''
+        others = learn.cbs if hasattr(new, 'monitor') else before      # two that clip, clip twice
+        if any(_same_job(o, new) for o in others): gone.append(type(cb).__name__)
+        else:
+            learn.add_cb(new)
+            swapped.append(f'{type(cb).__name__} -> {type(new).__name__}')
+    rest = f"; taken off, the learner has ours: {', '.join(gone)}" if gone else ''
+    if left: rest += f"; left: {', '.join(left)}"
     print(f"upgrade: {', '.join(swapped) or 'nothing to swap'}{rest}")
     return learn

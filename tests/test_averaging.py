@@ -1,4 +1,5 @@
 "Each average is its definition, and a swap of weights leaves no trace however it ends"
+from copy import deepcopy
 from types import SimpleNamespace
 
 import numpy as np, pytest, torch
@@ -473,6 +474,137 @@ def test_random_numbers_are_the_same(make):
         return torch.rand(1).item(),np.random.rand()
     assert drawn()==drawn(make(buffers='refresh'))
 
+class Elsewhere(Callback):
+    "Validates at another time than fastai does; `caught`: with an error, after which the training goes on"
+    def __init__(self, event, caught=False, order=0):
+        self.caught,self.order,self.seen,self.inside = caught,order,[],False
+        self.mid_epoch = event in ('after_batch','after_step')
+        setattr(self, event, self.validate)
+    def after_pred(self):
+        if self.caught and self.inside: raise MemoryError('caught')
+    def validate(self):
+        learn = self.learn
+        if self.inside or self.mid_epoch and (not learn.training or learn.train_iter%3): return
+        self.seen.append(learn.train_iter)
+        kept,log = {k: getattr(learn, k, None) for k in ('iter','dl','n_iter','xb','yb')},learn.recorder.log
+        self.inside,training = True,learn.training
+        try: learn._do_epoch_validate()
+        except MemoryError: pass
+        self.inside = False
+        for k,v in kept.items(): setattr(learn, k, v)
+        learn.recorder.log = log
+        learn.model.train(training)
+        learn.training = training
+
+times = [('after_batch',False), ('after_batch',True), ('after_step',False), ('before_train',False),
+         ('after_epoch',False)]
+late = [lambda **kw: SWA(0., **kw), lambda **kw: SWA(0., 1, **kw), lambda **kw: LAWA(3, 1, **kw)]
+@pytest.mark.parametrize('make,event,caught',
+                         [(averagers['EMA'], *o) for o in times] + [(o, *times[1]) for o in late])
+def test_a_validation_in_mid_epoch_leaves_the_training_alone(make, event, caught):
+    "Bit by bit, and the average is of trained weights"
+    def go(*cbs): return run(*cbs, Elsewhere(event, caught, 200 if event=='after_epoch' else 0))
+    a,b,c = go(),go(cb := make(final='raw')),go(never := make(final='raw', validate='raw'))
+    assert len(b.elsewhere.seen)>=2
+    for s,t in zip(a.steps.steps, b.steps.steps, strict=True): assert_equal(s, t)
+    assert_equal(state(b), state(a))
+    for kept,want in zip(cb._kept, never._kept, strict=True): assert_equal(kept, want)
+
+class PredictsToo(Callback):
+    def __init__(self, event, order):
+        self.order = order
+        setattr(self, event, lambda: self.learn.get_preds(inner=True))
+
+def test_predictions_of_ones_own_leave_the_average_for_the_others():
+    "After an epoch, and after the fit"
+    class See(Callback):
+        order = 62
+        def after_epoch(self): self.seen = state(self.learn)
+    for event,order in (('after_epoch',55), ('after_fit',60)):
+        learn = run(ema := EMA(0.8), See(), PredictsToo(event, order))
+        with ema.using('ema'):
+            assert_equal(learn.see.seen, state(learn))
+            want = state(learn)
+        assert_equal(state(learn), want)
+
+class Cache(nn.Module):
+    """Keeps what is as long as its longest input; training and validation have others. `how` it is changed:
+    made anew, taken away, or expanded, which makes it read-only"""
+    def __init__(self, how):
+        super().__init__()
+        self.how,self.out,self.bn = how,nn.Linear(1,1),nn.BatchNorm1d(1)
+        for persistent in (False,True): self.register_buffer(f'cos{persistent:d}', torch.zeros(1), persistent)
+    def forward(self, x):
+        x = x[:,:3] if self.training else x
+        n = x.shape[1]
+        for k in ('cos0','cos1'):
+            cos = getattr(self, k)
+            if cos is None or n>len(cos) or self.how=='expand': cos = torch.arange(n, device=x.device).cos()
+            if self.how=='expand': cos = cos[:1].expand(n)
+            x = x*cos[:n]
+            setattr(self, k, None if self.how=='drop' and not self.training else cos)
+        return self.out(self.bn(x.mean(1, keepdim=True)))
+
+@pytest.mark.parametrize('how', ['grow','drop','expand'])
+@pytest.mark.parametrize('make', [*everywhere.values(), SWA, lambda **kw: EMA(buffers='refresh', **kw)],
+                         ids=[*everywhere, 'SWA refreshed', 'EMA refreshed'])
+def test_a_buffer_that_changes_in_validation(make, how):
+    "It stays as the model has made it, and no fit ends because of it"
+    model,cb = Cache(how),make(final='raw')
+    a,b = [fit(numbers(deepcopy(model), cbs), 3) for cbs in ([], [cb])]
+    for s,t in zip(a.steps.steps, b.steps.steps, strict=True): assert_equal(s, t)
+    assert_equal(state(b), state(a))
+    assert len(b.recorder.values)==3 and cb.raw is None
+    cb.use(cb.average_name); cb.use('raw')
+    assert_equal(state(b), state(a))
+
+@pytest.mark.parametrize('change', ['expanded','resized'])
+def test_a_refresh_beside_a_buffer_that_cannot_be_copied_back(change):
+    class Ones(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn,self.out = nn.BatchNorm1d(5),nn.Linear(5,1)
+            self.register_buffer('ones', torch.ones(1).expand(5) if change=='expanded' else torch.ones(5))
+        def forward(self, x):
+            if change=='resized': self.ones.resize_(7).fill_(1.)
+            return self.out(self.bn(x)*self.ones[:5])
+    learn = numbers(Ones())
+    ones,before = learn.model.ones,learn.model.bn.running_mean.clone()
+    refresh_batchnorm(learn)
+    assert learn.model.ones is ones and ones.tolist()==[1.]*5
+    assert not torch.equal(learn.model.bn.running_mean, before)
+
+def deep(): return nn.Sequential(nn.Linear(5,8), nn.Tanh(), nn.Linear(8,1))
+
+class LosesWeights(Callback):
+    "A step makes some weights infinite"
+    order = 40
+    def __init__(self, at): self.at = at
+    def after_step(self):
+        if self.train_iter==self.at: self.model[0].weight.data[:2] = torch.inf
+
+@pytest.mark.parametrize('validate', ['avg','raw'])
+@pytest.mark.parametrize('make', everywhere.values(), ids=everywhere)
+def test_weights_that_were_lost_are_in_no_average_for_good(make, validate, capsys):
+    "Once a guard has put them back, it is an average again; what is not one is told"
+    name = make().average_name
+    cb = make(validate=name if validate=='avg' else validate)
+    learn = fit(numbers(deep(), [SkipNonFinite(snapshot=2), LosesWeights(4), cb]), 4)
+    assert 'weights and optimizer are those before' in capsys.readouterr().out
+    last,got = learn.steps.steps[-1],state(learn)
+    assert torch.isfinite(got['0.weight']).all()
+    assert not torch.isclose(got['0.weight'], last['0.weight'], rtol=1e-6).any()
+
+@pytest.mark.parametrize('make', everywhere.values(), ids=everywhere)
+def test_an_average_that_is_the_trained_weights_says_so(make, capsys):
+    learn = fit(numbers(deep(), [cb := make(), SkipNonFinite(snapshot=2), LosesWeights(5)]), 1)
+    out,got = capsys.readouterr().out,state(learn)
+    if cb.average_name!='lawa':
+        assert torch.equal(got['0.weight'][:2], learn.steps.steps[-1]['0.weight'][:2])
+        assert out.count(f'{cb.name}: replaced numbers in its average that were not finite')==1
+        assert 'in epoch 0: 0.weight\n' in out
+    assert not torch.equal(got['0.weight'][2:], learn.steps.steps[-1]['0.weight'][2:])
+
 def test_a_skipped_step_is_no_update():
     class Skip(Callback):
         order = 20
@@ -498,7 +630,7 @@ def values(learn, epoch=-1): return dict(zip(learn.recorder.metric_names[1:], le
 def test_columns(make):
     "The usual columns are of the average, those with 'raw_' of the trained weights"
     learn = run(cb := make(validate='both'), epochs=3)
-    assert list(values(learn))==['train_loss','raw_valid_loss','raw_accuracy','valid_loss','accuracy']
+    assert list(values(learn))==['train_loss','valid_loss','accuracy','raw_valid_loss','raw_accuracy']
     got = values(learn)
     with quiet(learn):
         assert learn.validate()==[got['valid_loss'], got['accuracy']]
@@ -508,8 +640,8 @@ def test_columns(make):
 def test_columns_of_several():
     learn = run(cb := EMA([0.5, 0.9], validate='both'))
     got = values(learn)
-    assert list(got)==['train_loss','raw_valid_loss','raw_accuracy','ema2_valid_loss','ema2_accuracy',
-                       'valid_loss','accuracy']
+    assert list(got)==['train_loss','valid_loss','accuracy','raw_valid_loss','raw_accuracy',
+                       'ema2_valid_loss','ema2_accuracy']
     with quiet(learn), cb.using('ema', 1):
         assert learn.validate()==[got['ema2_valid_loss'], got['ema2_accuracy']]
     assert values(run(EMA(0.9)))['valid_loss']==got['ema2_valid_loss']
@@ -519,9 +651,19 @@ def test_columns_with_the_bar_training_metrics_and_time(capsys):
     learn = digits_learner(EMA(0.8, validate='both'), n=300)
     learn.recorder.add_time = learn.recorder.train_metrics = True
     learn.fit(2)
-    assert list(learn.recorder.metric_names)==['epoch','train_loss','train_accuracy','raw_valid_loss',
-                                               'raw_valid_accuracy','valid_loss','valid_accuracy','time']
+    assert list(learn.recorder.metric_names)==['epoch','train_loss','train_accuracy','valid_loss',
+                                               'valid_accuracy','raw_valid_loss','raw_valid_accuracy','time']
     assert all(len(o)==6 for o in learn.recorder.values)
+
+class CancelValidation(Callback):
+    def after_pred(self):
+        if not self.training and self.epoch==1: raise CancelValidException
+
+def test_columns_of_a_validation_that_was_cancelled():
+    "No number is ever in the column of another one"
+    learn = run(EMA(0.8, validate='both'), CancelValidation())
+    assert [len(o) for o in learn.recorder.values]==[5,5]
+    assert list(values(learn).values())[1:]==[None]*4
 
 def test_early_stopping_and_saving_see_the_average():
     for saver in (SaveModelCallback(), SaveTopK(), EarlyStopping(patience=9, restore_best=True)):
@@ -690,7 +832,7 @@ def test_short_fits(capsys):
 
 @pytest.mark.parametrize('make,said', [
     (lambda: SWA(),
-     'one set of weights only in epoch 0, batch 0: start=0.75, every=None, and this fit has 14'),
+     'one set of weights only in epoch 0: start=0.75, every=None, and this fit has 14'),
     (lambda: SWA(0.5, 6), 'one set of weights only'), (lambda: SWA(0.99, 5), 'will average no weights'),
     (lambda: LAWA(2, 15), 'every=15'),
     (lambda: EMA(0.999), 'decay=0.999 remembers 1000 steps, and this fit has 14 batches'),
@@ -743,8 +885,17 @@ def test_another_model_is_not_given_weights():
     learn.model = nn.Sequential(*list(learn.model)[:-1])
     before = state(learn)
     with pytest.raises(RuntimeError, match="not that of the fit any more: it has no '8"): cb.use('raw')
+    learn.model.append(nn.Linear(128, 9))
+    with pytest.raises(RuntimeError, match="it has no '8.weight' of 10x128"): cb.use('raw')
+    learn.model = learn.model[:-1]
     assert_equal(state(learn), before)
     with pytest.raises(ValueError, match='i=1: expected a whole number from 0 to 0'): cb.use('ema', 1)
+
+def test_a_copy_of_the_model_is_given_weights():
+    learn = run(cb := EMA(0.8))
+    average,learn.model = state(learn),deepcopy(learn.model)
+    cb.use('raw'); assert_equal(state(learn), learn.steps.steps[-1])
+    cb.use('ema'); assert_equal(state(learn), average)
 
 # The learning rate of SWA
 

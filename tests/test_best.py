@@ -1,10 +1,11 @@
 "The best models: which are kept, whose files are deleted, what is loaded where, what is said if it cannot be"
-import contextlib, errno, io, json, os
+import contextlib, errno, io, json, os, pickle
 from functools import partial
 from pathlib import Path
 
 import numpy as np, pytest, torch
 from fastai.basics import Adam, Callback, CancelFitException, OptimWrapper, rmse
+from fastai.callback.all import SaveModelCallback
 from fastai.learner import ValueMetric
 from torch import nn
 from fastai_callbacks_ext.all import Checkpoint, SaveTopK
@@ -64,7 +65,7 @@ def test_nan_is_never_best(capsys):
         learn = digits(SaveTopK(k=4), Spoil())
         with learn.no_bar(), learn.no_logging(): learn.fit(4, 1e-2)
         assert {o['epoch'] for o in learn.save_top_k.best}==left
-    assert capsys.readouterr().out.count('no model to load: valid_loss was nan in epoch 3')==1
+    assert capsys.readouterr().out.count('no model to load: valid_loss was nan in 4 epochs')==1
 
 def test_validate_and_lr_find_leave_the_best_alone():
     learn = digits(SaveTopK(k=1))
@@ -167,12 +168,12 @@ def test_an_assumption_is_said_once():
         assert out.count("save_top_k: treats larger as better in 'mine'; if not: comp=np.less")==said
 
 def test_epochs_without_a_value():
-    "Neither saved nor counted against anything; the last one's reason is told where nothing was saved"
+    "Neither saved nor counted against anything; the reasons are told where nothing was saved"
     values = {1: .5, 2: float('nan'), 4: .7}
     learn = digits(SaveTopK('score', k=None), metrics=ValueMetric(lambda: values.get(learn.epoch), 'score'))
     assert not fit(learn, 6) and [o['epoch'] for o in learn.save_top_k.best]==[4,1]
-    values.clear()
-    assert 'no model to load: score was not computed in epoch 1' in fit(learn, 2)
+    values = {1: float('nan')}
+    assert 'no model to load: score was not computed in 2 epochs, score was nan in 1 epoch\n' in fit(learn, 3)
 
 def test_why_there_is_no_model():
     class Interrupt(Callback):
@@ -225,6 +226,39 @@ def test_saving_under_the_same_name_harms_no_model():
     learn.save_top_k._load_best()
     assert torch.equal(weights(learn), best)
 
+@pytest.mark.parametrize('other', [SaveTopK, SaveModelCallback])
+@pytest.mark.parametrize('swap', [False,True])
+def test_two_that_write_the_same_files(other, swap):
+    cbs = [SaveTopK('accuracy'), other()]
+    learn = digits(*(cbs[::-1] if swap else cbs))
+    with pytest.raises(ValueError, match="fname='model': .* on the learner.*give each an fname of its own"):
+        fit(learn)
+    assert files()==[]
+    learn.remove_cb(cbs[1])
+    fit(learn, 2, cbs=[other(fname='other'), SaveModelCallback(every_epoch=True)])
+    assert {'model.pth','other.pth','model_1.pth'}<=set(files())
+
+class Wide(nn.Sequential):
+    def __init__(self): super().__init__(nn.Flatten(), nn.Linear(64, 32), nn.Linear(32, 10))
+
+def test_another_model_has_other_best_ones():
+    "The best of the model before are forgotten, and their files left alone"
+    cb = SaveTopK(reset_on_fit=False)
+    first = digits(model=torch.compile(digits_model(), backend='eager'))
+    fit(first, 1, cbs=cb)
+    first.model = first.model._orig_mod          # the same model
+    assert 'forgot' not in fit(first, 1, cbs=cb) and len(cb.best)==2
+    old = set(files())-{'model.pth','model/best.json'}
+    second = digits(cb, model=Wide())
+    out = fit(second, 1)
+    assert out.count('save_top_k: forgot the best models of the fit before')==out.count('of another model')==1
+    assert len(cb.best)==1 and old<set(files())
+    with quiet(second): assert second.validate()[0]==pytest.approx(cb.best[0]['value'])
+    second.remove_cb(cb)
+    again = pickle.loads(pickle.dumps(cb))
+    fit(second, 1, cbs=again)
+    assert len(again.best)==2
+
 # Whatever the model is wrapped in, and has in it
 def test_compiled():
     for with_opt in (False, True):
@@ -265,5 +299,5 @@ def test_what_cannot_be_written_ends_no_fit(block):
     learn = digits(SaveTopK(k=1))
     out = fit(learn)
     assert len(learn.recorder.values)==3 and out.count('could not save')==1
-    if block=='models': assert 'no model to load: that of epoch 2 could not be saved' in out
+    if block=='models': assert 'no model to load: the model could not be saved in 3 epochs' in out
     else: assert len(list(Path('models/model').glob('*-*.pth')))==1 and 'no model' not in out

@@ -52,6 +52,34 @@ def test_ours_is_there_already():
     ext.upgrade(learn)
     assert kinds(learn).count(ext.GradientClip)==1 and training.GradientClip not in kinds(learn)
 
+def test_several_of_a_kind(tmp_path, capsys):
+    "Each keeps its metric and its file"
+    theirs = [tracker.SaveModelCallback(fname='by_loss'), tracker.EarlyStoppingCallback(patience=3),
+              tracker.SaveModelCallback('accuracy', fname='by_accuracy'),
+              tracker.EarlyStoppingCallback('accuracy', patience=2), training.GradientClip(.5),
+              training.GradientClip(.1)]
+    learn = ext.upgrade(digits_learner(theirs, n=160, path=tmp_path))
+    new = [cb for cb in learn.cbs if type(cb).__module__.startswith('fastai_callbacks_ext')]
+    assert [(type(cb).__name__, getattr(cb, 'monitor', None)) for cb in new]==[
+        ('SaveTopK','valid_loss'), ('EarlyStopping','valid_loss'), ('SaveTopK','accuracy'),
+        ('EarlyStopping','accuracy'), ('GradientClip',None), ('GradientClip',None)]
+    assert capsys.readouterr().out.count('->')==6
+    fit(learn)
+    assert {o.name for o in (tmp_path/'models').glob('*.pth')}=={'by_loss.pth','by_accuracy.pth'}
+
+def test_what_is_taken_off(capsys):
+    "Only what ours on the learner does already, or what is there twice; and it says so"
+    cbs = [ext.SaveTopK('accuracy'), ext.EarlyStopping('accuracy'), tracker.SaveModelCallback('accuracy'),
+           tracker.EarlyStoppingCallback(), tracker.SaveModelCallback(fname='best'),
+           tracker.EarlyStoppingCallback()]
+    learn = ext.upgrade(digits_learner(cbs, n=160))
+    assert capsys.readouterr().out==(
+        'upgrade: EarlyStoppingCallback -> EarlyStopping, SaveModelCallback -> SaveTopK; '
+        'taken off, the learner has ours: SaveModelCallback, EarlyStoppingCallback\n')
+    assert [(cb.fname, cb.monitor) for cb in learn.cbs if isinstance(cb, ext.SaveTopK)]==[
+        ('model','accuracy'), ('best','valid_loss')]
+    assert [cb.monitor for cb in learn.cbs if isinstance(cb, ext.EarlyStopping)]==['accuracy','valid_loss']
+
 def follow(message):
     "Do what a message says, to the letter"
     code = re.search(r'from fastai_callbacks_ext.*', message).group()
