@@ -19,7 +19,7 @@ from fastai.learner import Learner
 from fastai.torch_core import rank_distrib
 from fastcore.basics import patch
 from fastcore.foundation import L
-from torch import Tensor, nn
+from torch import Tensor
 from .base.core import ExtCallback, check_number, check_type
 from .base.files import load_state
 from .base.model import (buffer_marks, load_weights, mean_state, norm_places,
