@@ -35,13 +35,14 @@ class Monitor(ExtCallback):
         "Refuse a metric that is not there; find out which way is better"
         self.metric(self.monitor)
         if not self._certain: self._look_up()
-        self._forget_other_model()
-
-    def _forget_other_model(self):
-        "What is best belongs to one model, whatever `reset_on_fit` says"
         last,model = _last.get(self, noop)(),unwrap_model(self.model)
-        if last is not None and last is not model: vars(self).update(deepcopy(self.fit_state))
+        if not (self.reset_on_fit or last in (None, model)): self._forget()
         _last[self] = ref(model)
+
+    def _forget(self):
+        "What is best belongs to one model"
+        vars(self).update(deepcopy(self.fit_state))
+        self.tell('forgot the best of the fit before', 'it is of another model')
 
     def before_epoch(self):
         "Forget the epoch before: what is not computed in this one has no value"
