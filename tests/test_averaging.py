@@ -1042,7 +1042,8 @@ def test_load_weights_of_a_wrapped_model(prefix):
     for p,q in zip(here.parameters(), there.parameters()): assert torch.equal(p, q)
 
 def test_decay_or_half_life():
-    with pytest.raises(ValueError, match='decay=0.9, half_life=10: expected one of the two'): EMA(.9, half_life=10)
+    with pytest.raises(ValueError, match='decay=0.9, half_life=10: expected one of the two'):
+        EMA(.9, half_life=10)
 
 def test_taken_off_without_a_recorder():
     class TakeOff(Callback):

@@ -534,7 +534,7 @@ def test_preemption_signals():
 def on_one_learner(fits, stop, cbs=(), new=False):
     "What two calls of `fits` on one learner say and give; the first is interrupted at an event"
     learn,first = digits_learner(list(cbs), n=250, bs=32),Checkpoint('run', steps=1, background=False)
-    StopAt.sent = 0
+    events.sent = 0
     Checkpoint._finished.clear()
     with learn.no_bar(), contextlib.redirect_stdout(io.StringIO()) as out:
         with pytest.raises(Stopped): fits(learn, [first, StopAt(stop)])

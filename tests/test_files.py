@@ -1,6 +1,6 @@
 "A state on disk is complete or not there, however it is damaged and whenever its writer is killed"
-import errno, hashlib, importlib.util, io, itertools, json, os, pickle, random, resource, signal, stat, subprocess, sys
-import threading, time, traceback, zipfile
+import errno, hashlib, importlib.util, io, itertools, json, os, pickle, random, resource, signal, stat
+import subprocess, sys, threading, time, traceback, zipfile
 from collections import OrderedDict
 from contextlib import contextmanager
 from functools import partial

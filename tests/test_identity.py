@@ -104,7 +104,8 @@ def test_where_folders_are_does_not_count(tmp_path, monkeypatch):
     assert a==b!=c
     seen = set()
     for o in ('one','two'):     # a project in another place, started from another place
-        monkeypatch.setattr(sys.modules['__main__'], '__file__', f'/srv/{o}/scripts/train.py')
+        main = sys.modules['__main__']
+        monkeypatch.setattr(main, '__file__', f'/srv/{o}/scripts/train.py', raising=False)
         for start in ('/usr','/usr/lib','/'):
             monkeypatch.chdir(start)
             seen |= {fingerprint([Path(f'/srv/{o}/data/1.png'), f'/srv/{o}/scripts/2.png', '/usr/lib/3.png'])}
@@ -242,7 +243,9 @@ def test_a_fact_that_fails_is_unknown():
     learn.__class__ = Odd
     assert facts_unknown(run_facts(learn))==['learner']
 
-def boxes(i): return dict(image=f'{i}.png', boxes=[dict(bbox=[1.,2.,3.,4.], outline=[[*map(float, range(60))]])]*10)
+def boxes(i):
+    box = dict(bbox=[1.,2.,3.,4.], outline=[[*map(float, range(60))]])
+    return dict(image=f'{i}.png', boxes=[box]*10)
 
 def test_items_of_many_parts(monkeypatch):
     "Not all of their parts are looked at, but items at every place are"

@@ -124,7 +124,8 @@ class Added(nn.Module):
     def forward(self, pred, y): return own(pred, y)*pred.numel()
 
 @pytest.mark.parametrize('loss,y,said', [
-    (own, (real,), 'treats own as a mean over the targets'), (mean_of_items, (real,), 'treats mean_of_items as'),
+    (own, (real,), 'treats own as a mean over the targets'),
+    (mean_of_items, (real,), 'treats mean_of_items as'),
     (lambda p,t: own(p, t), (real,), 'treats <lambda> as'),
     (Twice(), (classes,), 'treats Twice as a mean over the items'),
     (two_heads, (real, real[:,0]), 'treats two_heads as a mean over the items'),

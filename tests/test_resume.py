@@ -151,7 +151,8 @@ def test_two_processes_in_one_folder():
                 assert sorted(Path('run').rglob('*'))==before
     learn,_ = train(lambda: small([Other()]), fit(), Checkpoint('run'))
     assert f'run is in use by process {os.getpid()} on ' in said[0] and 'Use another path' in said[0]
-    assert crash.digests(learn)==crash.digests(train(small, fit())[0]) and not Path('run/.checkpoint.lock').exists()
+    assert crash.digests(learn)==crash.digests(train(small, fit())[0])
+    assert not Path('run/.checkpoint.lock').exists()
     if not os.fork():
         class Die(Callback):
             def after_batch(self): os.kill(os.getpid(), signal.SIGKILL)
@@ -448,7 +449,8 @@ class Signal(Callback):
     def __init__(self, batch): self.batch,self.seen = batch,{}
     def after_batch(self):
         if not self.training: return
-        self.seen[self.epoch,self.iter+1] = {k: v.cpu().clone() for k,v in self.learn.model.state_dict().items()}
+        state = self.learn.model.state_dict()
+        self.seen[self.epoch,self.iter+1] = {k: v.cpu().clone() for k,v in state.items()}
         if self.train_iter==self.batch: signal.raise_signal(signal.SIGUSR1)
 
 @pytest.fixture
@@ -465,7 +467,8 @@ def test_a_save_waits_for_the_one_before(monkeypatch, usr1):
     train(small, fit(), cb, Checkpoint('run', steps=2), PreemptionGuard(signal.SIGUSR1))
     found = {(at['epoch'], at['batch']): weights for at,weights in states_on_disk()}
     assert {(0,2), (0,4)}==found.keys()
-    for at,weights in found.items(): assert all(torch.equal(v.cpu(), weights[k]) for k,v in cb.seen[at].items()), at
+    for at,state in found.items():
+        assert all(torch.equal(v.cpu(), state[k]) for k,v in cb.seen[at].items()), at
 
 def test_a_failed_save_does_not_cost_the_next(monkeypatch):
     "None can be written on the way; the final state is"
@@ -519,7 +522,8 @@ ITEMS = list(zip(X, (X.sum(1)>0).long()))
 def tiny(cbs=(), model=None, dls=None, loss=None, opt=SGD):
     "Six batches an epoch"
     torch.manual_seed(0), np.random.seed(0), random.seed(0)
-    if dls is None: dls = DataLoaders(DataLoader(ITEMS[:36], bs=6, shuffle=True), DataLoader(ITEMS[36:], bs=6))
+    if dls is None:
+        dls = DataLoaders(DataLoader(ITEMS[:36], bs=6, shuffle=True), DataLoader(ITEMS[36:], bs=6))
     model = model or nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 2))
     learn = Learner(dls, model, loss or F.cross_entropy, opt_func=opt, lr=.1, cbs=cbs)
     learn.recorder.add_time,learn.logger = False,noop

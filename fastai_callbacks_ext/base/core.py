@@ -159,7 +159,12 @@ class Record:
 
 # %% ../../nbs/base/core.ipynb #6557d8c5
 _inner = frozenset(_inner_loop)
-def runs_in(cb, event_name): return event_name in vars(cb) or hasattr(type(cb), event_name)
+def runs_in(
+    cb:Callback, # A callback
+    event_name:str # 'after_batch', ...
+)->bool:
+    "Has `cb` a method for the event?"
+    return event_name in vars(cb) or hasattr(type(cb), event_name)
 
 class ExtCallback(Callback):
     "A fastai `Callback` that acts in real fits only, has a state, and cleans up however the fit ends"
@@ -298,7 +303,8 @@ _smaller = """loss error error_rate mse rmse mae msle rmsle mape smape wape wmap
 _larger = """score accuracy acc f1 f2 fbeta precision recall sensitivity specificity tpr tnr ppv npv
     true_positive_rate true_negative_rate auc auroc rocauc auprc aucpr ap map map50 map75 mrr
     reciprocal_rank dcg ndcg hit_rate hits mcc matthews_corrcoef corrcoef kappa qwk dice dice_coef iou miou
-    jaccard r2 d2_brier_score d2_absolute_error d2_pinball d2_tweedie d2_log_loss explained_variance pearson pearsonr spearman spearmanr kendall kendalltau
+    jaccard r2 d2_brier_score d2_absolute_error d2_pinball d2_tweedie d2_log_loss explained_variance
+    pearson pearsonr spearman spearmanr kendall kendalltau
     correlation ccc similarity psnr ssim likelihood bleu corpus_bleu sacrebleu rouge chrf meteor exact_match
     wip pesq stoi sdr snr"""
 _directions = dict.fromkeys(_smaller.split(), True) | dict.fromkeys(_larger.split(), False)

@@ -131,7 +131,8 @@ def _moving(dl):
 
 def _is_short(o):
     "Is it a list or an array that may be kept at each save?"
-    if isinstance(o, (Tensor,np.ndarray)): return o.size<=1e6 if isinstance(o, np.ndarray) else o.numel()<=1e6
+    if isinstance(o, np.ndarray): return o.flags.writeable and o.size<=1e6
+    if isinstance(o, Tensor): return o.numel()<=1e6
     if type(o) is not list or len(o)>1e6: return False
     return all_plain(o) or sum(map(_numbers, o))<=1e5
 
