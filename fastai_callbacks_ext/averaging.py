@@ -16,9 +16,9 @@ from torch import Tensor
 from .base.core import ExtCallback, check_number, check_type
 from .base.model import (buffer_marks, norm_places, statistic_places, tensor_places,
                                              weight_places)
-from .base.passes import refresh_batchnorm, shares_memory
+from .base.passes import refresh_batchnorm
 from .base.state import load_random_state, random_state
-from .base.step import all_finite
+from .base.step import all_finite, overlaps
 
 # %% ../nbs/09_averaging.ipynb #f3434176
 def _lerp(average, tensors, part):
@@ -115,7 +115,7 @@ def _gather(self:_Averager):
     model,known = self._learner.model,{n for kept in self._kept for n in kept}
     stats,norm = statistic_places(model, self._marks, known),norm_places(model)
     others = {n: (d,k) for n,(d,k) in stats.items()
-              if n not in norm and n not in self._shapeless and not shares_memory(d[k])}
+              if n not in norm and n not in self._shapeless and not overlaps(d[k])}
     self._loose = [(n, d, k, d[k].shape) for n,(d,k) in others.items()]
     self._norm = list(norm) if self.buffers=='average' else []
     if self.buffers=='copy': others = {}
@@ -129,7 +129,7 @@ def _gather(self:_Averager):
 
 def _takes(t, shape):
     "Can numbers of this `shape` be written into `t`?"
-    return isinstance(t, Tensor) and t.shape==shape and not shares_memory(t)
+    return isinstance(t, Tensor) and t.shape==shape and not overlaps(t)
 
 @patch
 def _tensors(self:_Averager):
@@ -290,14 +290,17 @@ def _validate_others(self:_Averager):
     self._shown = usual
     return values
 
-class _BeforeAll(ExtCallback):
-    "What `averager` does before all others"
-    order,run_valid = -2*10**6,False
+class _Helper(ExtCallback):
+    "Does a part of the work of `averager`, in another place among the callbacks"
     def __init__(self, averager): self.averager = averager
 
     def before_fit(self):
-        "Be there until the fit ends"
+        "Be there until the fit ends, also if the average is taken off"
         self.at_end(self.learn.remove_cb, self)
+
+class _BeforeAll(_Helper):
+    "What `averager` does before all others"
+    order,run_valid = -2*10**6,False
 
     def before_batch(self):
         "Training goes on with the trained weights, also after a validation whose error was caught"
@@ -306,14 +309,9 @@ class _BeforeAll(ExtCallback):
 
 def _padded(row, n): return L(row) + [None]*(n-len(row))
 
-class _AfterAll(ExtCallback):
+class _AfterAll(_Helper):
     "What `averager` does after all others"
     order,_trained,_values = 100,False,None
-    def __init__(self, averager): self.averager = averager
-
-    def before_fit(self):
-        "Be there until the fit ends, also if the average is taken off"
-        self.at_end(self.learn.remove_cb, self)
 
     def after_train(self):
         "Validate with other weights too"

@@ -156,6 +156,9 @@ def _find(self:Checkpoint):
 
 @patch
 def _go_on(self:Checkpoint, state, about):
+    if 'objects' not in state['own'][0]['state']:
+        raise ValueError(f'{self.name}: {self._shown(self._files.folder)} has a checkpoint of an older '
+                         'version of this package. Use another path, or resume=False')
     longer = self.extend and not self._facts['schedule'] and about['at']['n_epoch']<self.n_epoch
     self._check_run(state, about['facts'], longer)
     process,callback = Checkpoint._finished.get(about['run'], (None,None))
@@ -244,8 +247,8 @@ class Resuming:
     ):
         "Put the state back"
         state = self.state if last else map_state(self.state, Tensor.clone)
-        load_learner_state(self.learn, {'shared': state['shared'],
-                                        'own': state['own'][rank_distrib()]['state']})
+        both = dict(shared=state['shared'], own=state['own'][rank_distrib()]['state'])
+        load_learner_state(self.learn, both, self.cb._fit_start)
         if not self.no_epoch: self.learn.epoch = self.at['epoch']
         n = self.at['n_epoch']
         if n not in (0, self.learn.n_epoch): self.learn.pct_train /= self.learn.n_epoch/n

@@ -668,3 +668,16 @@ def test_items_of_a_run_without_a_seed():
     want = run(case, Checkpoint('whole', **args))[0]
     run(case, Checkpoint('run', **args), stop=50)
     assert run(case, Checkpoint('run', **args))[0]==want
+
+def test_of_an_older_version():
+    "A checkpoint in another form is refused, and stays as it is"
+    run(digits(), Checkpoint('run', steps=2), stop=60)
+    files = module.StateFiles(Path('run/fit_0'))
+    state,about = files.load(print)
+    own = state['own'][0]['state']
+    own['callbacks'] = own.pop('objects')
+    files.save(state, about)
+    before = {f: f.read_bytes() for f in Path('run').rglob('*.*')}
+    with pytest.raises(ValueError, match="run.fit_0 has a checkpoint of an older version .* resume=False"):
+        run(digits(), Checkpoint('run', steps=2))
+    assert {f: f.read_bytes() for f in Path('run').rglob('*.*')}==before

@@ -8,7 +8,6 @@ __all__ = ['model_state', 'load_model_state', 'opt_state', 'load_opt_state', 'Fi
 # %% ../../nbs/base/state.ipynb #e73d8e47
 from collections import Counter
 from pathlib import Path
-from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -26,7 +25,7 @@ from .plain import (NotPlain, attributes, from_plain, is_trained,
                                              set_attributes, to_plain)
 from .position import (generator_kinds, kind_of, load_loader_state,
                                                 load_random_state, loader_state, random_state)
-from .step import opt_params, tensors_in
+from .step import opt_params, overlaps, tensors_in
 
 # %% ../../nbs/base/state.ipynb #e02815b4
 def model_state(
@@ -147,10 +146,9 @@ def _has_states(o): return hasattr(type(o), 'state_dict') and hasattr(type(o), '
 
 @torch.no_grad()
 def _load_tensor(t, s):
-    if t.shape==s.shape and t.dtype==s.dtype and not _overlaps(t): t.copy_(s)
+    if t.shape==s.shape and t.dtype==s.dtype and not overlaps(t): t.copy_(s)
     else: t.data = s
 
-def _overlaps(t): return t.layout is torch.strided and any(n>1 and st==0 for n,st in zip(t.shape, t.stride()))
 
 @torch.no_grad()
 def _load_trained(o, value, grad): o.copy_(value).grad = grad
@@ -266,8 +264,6 @@ def _kept(learn, but):
     if scaler := vars(learn).get('scaler'): res['scaler'] = scaler
     return res
 
-_starts = WeakValueDictionary()      # of the fits of this process, by the id of the learner
-
 class FitStart:
     "What a learner was like when its fit began: what has changed since is state"
     def __init__(self,
@@ -279,7 +275,6 @@ class FitStart:
         inner = {id(roots['model']), id(learn.opt), id(getattr(learn.opt, 'opt', None))}
         way_of = lambda o,covered: None if id(o) in inner else _way_of(o, covered)
         self.look = Look(roots, _kept(learn, but), way_of, _that_count)
-        _starts[id(learn)] = self
 
 def learner_state(
     learn:Learner, # In a fit, between two batches or epochs
@@ -303,7 +298,8 @@ def learner_state(
 
 def load_learner_state(
     learn:Learner, # In a fit of the same run
-    state:dict # From `learner_state`; some of its tensors become the learner's
+    state:dict, # From `learner_state`; some of its tensors become the learner's
+    start:FitStart=None # Of this fit; None if all attributes were kept
 ):
     "Put back what `learner_state` gave; what cannot be put back is added to what is `lost`"
     shared,own = state['shared'],{k:v for k,v in state['own'].items() if k!='lost'}
@@ -312,8 +308,7 @@ def load_learner_state(
     load_model_state(learn.model, shared['model'] | own['model'])
     if shared['scaler'] and vars(learn).get('scaler'): learn.scaler.load_state_dict(shared['scaler'])
     set_attributes(learn, own['learner'])
-    start = _starts.get(id(learn)) or FitStart(learn)
-    start.look.load(own['objects'], state['own']['lost'])
+    (start or FitStart(learn)).look.load(own['objects'], state['own']['lost'])
     _load_others_state(learn, own['others'])
     load_opt_state(learn.opt, shared['opt'])     # on the devices of the parameters
     load_random_state(learn.dls, own['random'])
