@@ -1,8 +1,8 @@
 "What the tests share: the public callbacks, a learner for each, and what a fit may leave behind"
-import os, signal, tempfile, threading, warnings
+import os, signal, subprocess, sys, tempfile, threading, traceback, warnings
 from contextlib import contextmanager
 
-import torch
+import cloudpickle, torch
 import fastai.callback.all   # for what it adds to `Learner`: `fit_one_cycle`, `lr_find`, `no_bar`, ...
 import fastai_callbacks_ext.all as ext
 from fastai_callbacks_ext.base.core import ExtCallback
@@ -45,6 +45,22 @@ def learner(*classes, cbs=None, **kwargs):
 def quiet(learn):
     "No progress bar, no epoch lines"
     with learn.no_bar(), learn.no_logging(): yield learn
+
+def forked(f):
+    "Exit status of a child process that runs `f`; -9 if it was killed"
+    if not (pid := os.fork()):
+        code = 1
+        try: f(); code = 0
+        except BaseException: traceback.print_exc()
+        finally: os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+def exit_code(f, new=False):
+    "The same, in a new process if asked, or where there is CUDA, which a forked one cannot use"
+    if not new and not torch.cuda.is_available(): return forked(f)
+    code = 'import conftest, pickle, sys; pickle.load(sys.stdin.buffer)()'
+    env = os.environ|dict(PYTHONPATH=os.pathsep.join([os.path.dirname(__file__), *sys.path]))
+    return subprocess.run([sys.executable, '-c', code], input=cloudpickle.dumps(f), env=env).returncode
 
 def finite(learn): return all(p.isfinite().all() for p in learn.model.parameters())
 

@@ -1,6 +1,7 @@
 "How tests are spread over workers; what is read once; what coverage leaves out; the same bits on a GPU"
-import copy, gc, os
+import copy, gc, os, random
 from functools import cache
+from itertools import groupby
 os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
 
 import pytest, sklearn.datasets, torch
@@ -33,21 +34,38 @@ class ByFile(LoadScopeScheduling):
         return nodeid if file.endswith(self.alone) else file
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config, log): return ByFile(config, log)
+def pytest_xdist_make_scheduler(config, log):
+    if config.option.dist == 'load': return ByFile(config, log)     # with many workers: `--dist worksteal`
 
-ONLY_HERE = '[01_rnn.ipynb]','[11_tracing.ipynb]'      # notebooks whose modules no other test reaches as well
-NOT_TRACED = """
-test_contract test_crash test_demo test_distributed test_docs test_learners test_notebooks test_packaging
-test_goes_on_from_anywhere test_damaged_files test_when_to_save test_loaders
-test_each_exception_in_each_event test_any_callbacks test_beside_ours
-test_skipped_is_as_if_it_had_never_been_there test_resumes_to_the_same_bits
-test_goes_on test_time_goes_on test_deadline""".split()
+def pytest_addoption(parser):
+    parser.addoption('--all-cases', action='store_true', help='of arguments in combination, too')
 
-def pytest_collection_modifyitems(items):
-    "Coverage slows a test down by 40 %: long files and tests go without, whose lines shorter ones reach too"
-    for o in items:
-        long = o.path.stem in NOT_TRACED or o.originalname in NOT_TRACED
-        if long and not o.name.endswith(ONLY_HERE): o.add_marker('no_cover')
+def values(item):
+    "What each of its `parametrize` gives to a test"
+    names = [mark.args[0] for mark in item.iter_markers('parametrize')]
+    names = [[n.strip() for n in o.split(',')] if isinstance(o, str) else o for o in names]
+    return {tuple((n, id(item.callspec.params[n])) for n in ns) for ns in names}
+
+def few(cases):
+    "Of all combinations of arguments, where there are several, so many that each value of each is met"
+    cases,met = random.Random(cases[0].originalname).sample(cases, len(cases)),set()
+    while cases:
+        best = max(cases, key=lambda o: len(values(o)-met))
+        if values(best)<=met: break
+        met |= values(best)
+        cases.remove(best)
+        yield best
+
+def pytest_collection_modifyitems(config, items):
+    "Coverage slows a test down by 40 %: of the cases of a test, which reach the same lines, one is traced"
+    kept = []
+    for _,tests in groupby(items, lambda o: o.nodeid.split('[')[0]):
+        tests = list(tests)
+        if len(tests)>1 and not config.option.all_cases: tests = sorted(few(tests), key=items.index)
+        for o in tests[1:]: o.add_marker('no_cover')
+        kept += tests
+    if left := [o for o in items if o not in kept]: config.hook.pytest_deselected(items=left)
+    items[:] = kept
 
 def pytest_collection_finish():
     "What is imported by now stays: collections of garbage need not look at it, and tests ask for many"

@@ -16,7 +16,7 @@ from fastai.torch_core import set_seed
 from fastcore.xtras import working_directory
 import fastai_callbacks_ext.all as ext
 from fastai_callbacks_ext.base.core import from_all
-from common import RNN, finite, learner, make, public_callbacks, traces
+from common import RNN, exit_code, finite, learner, make, public_callbacks, traces
 from crash import digests, flat
 from settings import SETTINGS
 
@@ -143,10 +143,8 @@ def goes_on(cls, setting, how='interrupt'):
     want = _run(cls, setting, tempfile.mkdtemp(dir='.'))
     folder,stop = tempfile.mkdtemp(dir='.'),random.Random(f'{cls.__name__} {setting}').randint(3, 7)
     if how=='kill':
-        if not (pid := os.fork()):
-            try: _run(cls, setting, folder, stop, how)
-            finally: os._exit(1)
-        assert os.waitpid(pid, 0)[1]==signal.SIGKILL, 'ended before it was killed'
+        code = exit_code(lambda: _run(cls, setting, folder, stop, how))
+        assert code==-signal.SIGKILL, 'ended before it was killed'
     else:
         with contextlib.suppress(KeyboardInterrupt): _run(cls, setting, folder, stop)
     differ = _differ(_run(cls, setting, folder), want)

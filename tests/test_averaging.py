@@ -42,7 +42,7 @@ def learner(*cbs, n=300, **kwargs): return digits_learner([*cbs, Steps()], bs=32
 def run(*cbs, epochs=2, n=300, **kwargs): return fit(learner(*cbs, n=n, **kwargs), epochs)
 def state(learn): return {k: v.clone() for k,v in learn.model.state_dict().items()}
 def assert_equal(a, b):
-    for k in b: assert torch.equal(a[k], b[k]), k
+    for k in b: assert torch.equal(a[k].to(b[k].device), b[k]), k
 def assert_close(a, b, **tol):
     tol = tol or dict(rtol=1e-4, atol=1e-6)
     for k in b: torch.testing.assert_close(a[k].double(), b[k].double(), **tol)

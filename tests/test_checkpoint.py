@@ -1,5 +1,5 @@
 "Fits that stop and go on: everywhere, with every loader; what is refused; damaged files; disks that fail"
-import contextlib, copy, errno, io, json, os, pickle, random, shutil, signal, subprocess, sys, threading
+import contextlib, copy, errno, io, json, os, pickle, random, shutil, signal, threading
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +17,7 @@ from fastai_callbacks_ext.base.core import ExtCallback
 from fastai_callbacks_ext.base.position import batches_from, load_random_state, random_state, skips_exactly
 from fastai_callbacks_ext.test_utils import digits_learner
 import crash
+from common import exit_code
 
 @pytest.fixture(autouse=True)
 def in_a_folder_of_its_own(tmp_path, monkeypatch):
@@ -37,7 +38,7 @@ class StopAt(Callback):
 
 def leave_autocast():
     "fastai's mixed precision leaves it entered where an error ends a batch"
-    torch.set_autocast_enabled('cpu', False)
+    for o in 'cpu','cuda': torch.set_autocast_enabled(o, False)
     for _ in range(torch.autocast_increment_nesting()): torch.autocast_decrement_nesting()
     torch.clear_autocast_cache()
 
@@ -285,11 +286,12 @@ def test_fresh_processes():
     "Nothing of a process, such as an address or the seed of its hashes, is in the way"
     want,folder = run('cnn')[0],Path('killed')
     folder.mkdir()
-    assert crash.attempt('cnn', folder, ('event', 150, 3000))[0]==[-signal.SIGKILL]
-    code = (f"import sys; sys.path.insert(0, {str(Path(crash.__file__).parent)!r}); from crash import *; "
-            f"torch.set_num_threads(1); print('RESULT', train('cnn', Path({str(folder)!r}), None, True)[0])")
-    cmd = [sys.executable, '-W', 'ignore', '-c', code]
-    got = subprocess.run(cmd, capture_output=True, text=True, timeout=120).stdout
+    assert exit_code(lambda: crash.train('cnn', folder, ('event', 150, 3000), True))==-signal.SIGKILL
+    def go_on():
+        with open('out.txt', 'w') as f, contextlib.redirect_stdout(f):
+            print('RESULT', crash.train('cnn', folder, None, True)[0])
+    assert exit_code(go_on, new=True)==0
+    got = Path('out.txt').read_text()
     assert 'went on in epoch' in got and got.split('RESULT')[1].strip()==str(want)
 
 # Another run
@@ -500,12 +502,7 @@ def test_preemption_kills_in_time():
     "SIGTERM, which nobody handles: the process ends by it, after the checkpoint; the next one goes on"
     want = whole()
     case = digits(lambda: [Signal(signal.SIGTERM), PreemptionGuard()])
-    if not (pid := os.fork()):
-        try:
-            os.dup2(os.open('out.txt', os.O_WRONLY|os.O_CREAT), 1)
-            case()[1](Checkpoint('run', epochs=None))
-        finally: os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])==-signal.SIGTERM
+    assert exit_code(lambda: case()[1](Checkpoint('run', epochs=None)))==-signal.SIGTERM
     got,out,_ = run(digits(lambda: [PreemptionGuard()]), Checkpoint('run', epochs=None))
     assert got==want and 'went on in epoch 1, batch 3' in out
 

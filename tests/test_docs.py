@@ -28,6 +28,9 @@ def built(tmp_path_factory):
 def pages(built):
     return {f:BeautifulSoup(f.read_text(), 'html.parser') for f in (built[0]/'site'/'html').rglob('*.html')}
 
+@pytest.fixture(scope='session')
+def ids(pages): return {f: {o['id'] for o in page.find_all(id=True)} for f,page in pages.items()}
+
 def test_builds(built, pages):
     assert built[1].returncode==0, built[1].stdout+built[1].stderr
     assert pages
@@ -39,24 +42,24 @@ def test_readme_in_sync(built):
 
 def _outside(url): return bool(urlsplit(url).scheme or urlsplit(url).netloc)
 
-def _dead(file, url, pages):
+def _dead(file, url, ids):
     "Does the internal `url` in `file` lead nowhere?"
     u = urlsplit(url)
     f = (file.parent/unquote(u.path)).resolve() if u.path else file
-    return not f.is_file() or (u.fragment and f in pages and not pages[f].find(id=unquote(u.fragment)))
+    return not f.is_file() or (u.fragment and f in ids and unquote(u.fragment) not in ids[f])
 
-def test_no_dead_links(pages):
+def test_no_dead_links(pages, ids):
     urls = [(f, o[a]) for f,page in pages.items() for a in ('href','src')
             for o in page.find_all(attrs={a:True})]
-    assert not [(f.name, u) for f,u in urls if not u or u!='#' and not _outside(u) and _dead(f, u, pages)]
+    assert not [(f.name, u) for f,u in urls if not u or u!='#' and not _outside(u) and _dead(f, u, ids)]
 
-def test_no_dead_links_in_markdown(built, pages):
+def test_no_dead_links_in_markdown(built, ids):
     html = built[0]/'site'/'html'
     for base,fs in ((html, [*html.rglob('*.md'), html/'llms-full.txt']), (root, [built[0]/'README.md'])):
         for f in fs:
             urls = re.findall(r'\]\(([^)\s]+)\)', re.sub(r'^```.*?^```', '', f.read_text(), flags=re.M|re.S))
             f = base/f.name if base==root else f
-            assert not [u for u in urls if u[0]!='#' and not _outside(u) and _dead(f, u, pages)], f
+            assert not [u for u in urls if u[0]!='#' and not _outside(u) and _dead(f, u, ids)], f
 
 def test_no_network(built, pages):
     loads = [o.get('src') or o['href'] for p in pages.values()

@@ -1,6 +1,6 @@
 "A state on disk is complete or not there, however it is damaged and whenever its writer is killed"
 import errno, hashlib, importlib.util, io, itertools, json, os, pickle, random, resource, signal, stat
-import subprocess, sys, threading, time, traceback, zipfile
+import subprocess, sys, threading, time, zipfile
 from collections import OrderedDict
 from contextlib import contextmanager
 from functools import partial
@@ -11,6 +11,7 @@ from fastai.torch_core import TensorImage
 from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
+from common import forked
 from fastai_callbacks_ext.base.files import (BackgroundWriter, DamagedFile, FolderLock, Snapshot, StateFiles,
                                              load_state, map_state, replacing, save_state)
 
@@ -47,15 +48,6 @@ def broken(monkeypatch, name, no, skip=0):
     with monkeypatch.context() as m:
         m.setattr(os, name, f)
         yield
-
-def forked(f):
-    "Exit status of a child process that runs `f`; -9 if it was killed"
-    if not (pid := os.fork()):
-        code = 1
-        try: f(); code = 0
-        except BaseException: traceback.print_exc()
-        finally: os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 def temps(folder): return [o.name for o in folder.rglob('*.tmp')]
 

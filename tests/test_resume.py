@@ -1,5 +1,5 @@
 "Runs that go on, as people run them: bars, loaders, losses, callbacks that own things, folders"
-import contextlib, io, itertools, json, os, random, re, signal, subprocess, sys, time, traceback
+import contextlib, io, itertools, json, os, random, re, signal, subprocess, sys, time
 from collections import defaultdict, deque
 from copy import deepcopy
 from functools import partial
@@ -24,6 +24,7 @@ from fastai_callbacks_ext.base import files
 from fastai_callbacks_ext.base.files import load_state
 from fastai_callbacks_ext.test_utils import digits_dls, digits_learner, digits_model
 import crash
+from common import exit_code
 from test_checkpoint import in_a_folder_of_its_own
 
 TorchDL = torch.utils.data.DataLoader
@@ -153,11 +154,9 @@ def test_two_processes_in_one_folder():
     assert f'run is in use by process {os.getpid()} on ' in said[0] and 'Use another path' in said[0]
     assert crash.digests(learn)==crash.digests(train(small, fit())[0])
     assert not Path('run/.checkpoint.lock').exists()
-    if not os.fork():
-        class Die(Callback):
-            def after_batch(self): os.kill(os.getpid(), signal.SIGKILL)
-        train(lambda: small([Die()]), fit(), Checkpoint('killed'))
-    os.wait()
+    class Die(Callback):
+        def after_batch(self): os.kill(os.getpid(), signal.SIGKILL)
+    assert exit_code(lambda: train(lambda: small([Die()]), fit(), Checkpoint('killed')))==-signal.SIGKILL
     assert Path('killed/.checkpoint.lock').exists()
     train(small, fit(1), Checkpoint('killed'))
     assert not Path('killed/.checkpoint.lock').exists()
@@ -427,11 +426,7 @@ def leads_a_group(send):
     ('after_train', signal.SIGTERM, 1, 12, None)])
 def test_a_signal_to_the_whole_group(when, number, times, at, batch):
     "Data workers live on; the batch, or the validation, ends; the process ends by the signal"
-    if not (pid := os.fork()):
-        try: leads_a_group(Send(when, number, times, at))
-        except BaseException: traceback.print_exc()
-        finally: os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])==-number
+    assert exit_code(lambda: leads_a_group(Send(when, number, times, at)))==-number
     at = json.loads(next(Path('run').rglob('*.json')).read_text())['about']['at']
     assert at['batch']==batch and at['finished'] is False, at
 

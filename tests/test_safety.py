@@ -614,7 +614,9 @@ class Cache(nn.Linear):
     def forward(self, x):
         if self.training and self.how!='wide':
             self.length += 1
-            if self.how=='resized': self.seen.resize_(self.length)[-1] = 1.
+            if self.how=='resized':
+                old = len(self.seen)
+                self.seen.resize_(self.length)[old:] = 1.
             else: self.seen = torch.cat([self.seen, self.seen.new_ones(1)])
         return super().forward(x)*self.seen[0]
 
