@@ -4,7 +4,7 @@ BIN = .venv/bin
 # notebooks' stored outputs and test runs are free of other packages' warnings; one thread per process is fastest for small models
 RUN = PYTHONWARNINGS=ignore $(BIN)
 
-.PHONY: help demo test docs bench techniques soak-contract soak-loop soak-crash soak-ranks notebooks clean
+.PHONY: help demo test docs bench techniques soak-contract soak-tests soak-loop soak-crash soak-ranks notebooks clean
 
 help:          ## Show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +44,9 @@ techniques: .venv/ready ## Train digits and a language model with and without ea
 
 soak-contract: .venv/ready ## Every callback in every setting, every pair, in a notebook and in 2 processes (an hour)
 	$(RUN)/python tests/contract.py --all
+
+soak-tests: .venv/ready ## Run all tests with every case of each, of which `make test` takes some (half an hour)
+	EVERY_CASE=1 OMP_NUM_THREADS=1 $(RUN)/pytest -n 2
 
 soak-loop: .venv/bench-ready ## Train for a million batches with FastLoop; memory must not grow (10 minutes)
 	$(RUN)/python benchmarks/loop.py --batches 1000000

@@ -5,6 +5,7 @@ from itertools import groupby
 os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
 
 import pytest, sklearn.datasets, torch
+from cases import every_case
 from xdist.scheduler import LoadScopeScheduling
 
 if torch.cuda.is_available():
@@ -37,9 +38,6 @@ class ByFile(LoadScopeScheduling):
 def pytest_xdist_make_scheduler(config, log):
     if config.option.dist == 'load': return ByFile(config, log)     # with many workers: `--dist worksteal`
 
-def pytest_addoption(parser):
-    parser.addoption('--all-cases', action='store_true', help='of arguments in combination, too')
-
 def values(item):
     "What each of its `parametrize` gives to a test"
     names = [mark.args[0] for mark in item.iter_markers('parametrize')]
@@ -47,7 +45,7 @@ def values(item):
     return {tuple((n, id(item.callspec.params[n])) for n in ns) for ns in names}
 
 def few(cases):
-    "Of all combinations of arguments, where there are several, so many that each value of each is met"
+    "Of all combinations of several arguments, so many that each value of each is met"
     cases,met = random.Random(cases[0].originalname).sample(cases, len(cases)),set()
     while cases:
         best = max(cases, key=lambda o: len(values(o)-met))
@@ -56,13 +54,17 @@ def few(cases):
         cases.remove(best)
         yield best
 
+# their lines are reached by shorter ones
+LONG = """test_goes_on_from_anywhere test_damaged_files test_when_to_save test_loaders test_goes_on test_time_goes_on
+test_each_exception_in_each_event test_any_callbacks test_schedule_goes_on test_in_another_process""".split()
+
 def pytest_collection_modifyitems(config, items):
     "Coverage slows a test down by 40 %: of the cases of a test, which reach the same lines, one is traced"
     kept = []
     for _,tests in groupby(items, lambda o: o.nodeid.split('[')[0]):
         tests = list(tests)
-        if len(tests)>1 and not config.option.all_cases: tests = sorted(few(tests), key=items.index)
-        for o in tests[1:]: o.add_marker('no_cover')
+        if len(tests)>1 and not every_case: tests = sorted(few(tests), key=items.index)
+        for o in tests[tests[0].originalname not in LONG:]: o.add_marker('no_cover')
         kept += tests
     if left := [o for o in items if o not in kept]: config.hook.pytest_deselected(items=left)
     items[:] = kept

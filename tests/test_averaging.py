@@ -13,6 +13,7 @@ from fastai.torch_core import set_seed
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from cases import some
 from common import fit, quiet
 from fastai_callbacks_ext.all import (EMA, LAWA, SWA, Checkpoint, EarlyStopping, ExtCallback, FastLoop,
                                       GradientAccumulation, SaveTopK, SkipNonFinite, refresh_batchnorm, soup)
@@ -768,7 +769,7 @@ def test_export(make, tmp_path):
     with quiet(learn): learn.fit(1, cbs=InTheFit())
     assert_equal(state(load_learner(tmp_path/'inside.pkl')), torch.load(tmp_path/'in_use.pth'))
 
-@pytest.mark.parametrize('make,stop', zip([*averagers.values(), EMA, LAWA], [3,13,10,13,10]))
+@pytest.mark.parametrize('make,stop', some(zip([*averagers.values(), EMA, LAWA], [3,13,10,13,10]), 3))
 def test_resume(make, stop, tmp_path):
     "To the same bits: model, average, and the row of the epoch"
     class Kill(Callback):

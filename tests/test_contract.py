@@ -48,7 +48,7 @@ def test_documented(cls):
 
 @each
 def test_fits(cls):
-    for method in ('fit','fit_one_cycle','fit_flat_cos','fine_tune'):
+    for method in some(cls, ('fit','fit_one_cycle','fit_flat_cos','fine_tune'), 2):
         learn = fit(learner(cls), method=method)
         assert finite(learn) and len(learn.recorder.values)==1, method
 
@@ -173,7 +173,7 @@ beside = dict(accumulate=lambda: GradientAccumulation(48), save=lambda: SaveMode
 
 @each
 def test_beside_fastai(cls, tmp_path):
-    for name in some(cls, beside, 3):
+    for name in some(cls, beside, 2):
         learn = learner(cls, cbs=[make(cls), beside[name]()]); learn.path = tmp_path
         if refused.get(name) is not cls: assert finite(fit(learn, 2)), name
 
@@ -221,7 +221,7 @@ print('RESULT', len(go().recorder.values))
 def notebook(tmp_path_factory):
     "A notebook in which some callbacks train and go on after an interrupt, and a run goes on with a graph"
     others = [o.__name__ for o in callbacks if o not in contract.IS_RNN]
-    names = ['Checkpoint','FastLoop', *random.Random(0).sample(others, 4)]
+    names = ['Checkpoint','FastLoop', *random.Random(0).sample(others, 2)]
     return contract.in_notebook(names, tmp_path_factory.mktemp('notebook'), GOES_ON)
 
 def test_in_a_notebook(notebook):

@@ -20,6 +20,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from fastai.callback import rnn
 import fastai_callbacks_ext.all as ext
+from cases import every_case, some
 from common import NEEDS, fit, learner, make, public_callbacks, quiet
 from fastai_callbacks_ext.test_utils import digits_learner, text_learner
 
@@ -237,7 +238,8 @@ def same_with(plans, use, **kwargs):
     assert [cb.log for cb in logs[0]]==[cb.log for cb in logs[1]]
     return [cb.log for cb in logs[0]]
 
-@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100 if every_case else 40, deadline=None, derandomize=True,
+          suppress_health_check=list(HealthCheck))
 @given(st.lists(plans, min_size=1, max_size=4), st.sampled_from(['fit','fit','fit','validate','get_preds']))
 def test_any_callbacks(plans, method):
     same_with(plans, lambda learn: learn.fit(2) if method=='fit' else getattr(learn, method)())
@@ -278,7 +280,7 @@ def test_own_call_and_flag():
 @pytest.mark.parametrize('exc', errors, ids=lambda o: o.__name__)
 def test_each_exception_in_each_event(exc):
     "In the second of three training batches, in the second epoch's validation, or in the fit's own events"
-    for e in events:
+    for e in some(events, 5):
         same_with([plan(e, acts=[(0, 1 if 'fit' not in e else 0, ('raise', exc))])], fit_twice, n_valid=4)
 
 # --- stepping back, leaving no trace ------------------------------------------------------------

@@ -1,4 +1,6 @@
 "Models inside DataParallel, DistributedDataParallel and torch.compile"
+import gc
+
 import pytest, torch, torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -13,6 +15,7 @@ def alone(tmp_path):
     dist.init_process_group('gloo', init_method=f'file://{tmp_path}/group', rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+    gc.collect()        # a group that a data worker inherits, and collects, ends it
 
 @pytest.fixture
 def fastai_distributed(monkeypatch):
