@@ -55,8 +55,10 @@ def few(cases):
         yield best
 
 # their lines are reached by shorter ones
-LONG = """test_goes_on_from_anywhere test_damaged_files test_when_to_save test_loaders test_goes_on test_time_goes_on
-test_each_exception_in_each_event test_any_callbacks test_schedule_goes_on test_in_another_process""".split()
+LONG = """
+test_goes_on_from_anywhere test_damaged_files test_when_to_save test_loaders test_goes_on test_time_goes_on
+test_each_exception_in_each_event test_any_callbacks test_schedule_goes_on test_in_another_process
+""".split()
 
 def pytest_collection_modifyitems(config, items):
     "Coverage slows a test down by 40 %: of the cases of a test, which reach the same lines, one is traced"
