@@ -435,6 +435,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                  'fastai_callbacks_ext/base/files.py'),
                                                  'fastai_callbacks_ext.base.files.FolderLock.__init__': ( 'base/files.html#folderlock.__init__',
                                                                                                           'fastai_callbacks_ext/base/files.py'),
+                                                 'fastai_callbacks_ext.base.files.FolderLock._open': ( 'base/files.html#folderlock._open',
+                                                                                                       'fastai_callbacks_ext/base/files.py'),
                                                  'fastai_callbacks_ext.base.files.FolderLock.release': ( 'base/files.html#folderlock.release',
                                                                                                          'fastai_callbacks_ext/base/files.py'),
                                                  'fastai_callbacks_ext.base.files.FolderLock.take': ( 'base/files.html#folderlock.take',

@@ -167,6 +167,14 @@ def test_a_folder_that_cannot_be_locked(monkeypatch):
     _,out = train(small, lambda l,cbs: l.fine_tune(1, cbs=cbs), Checkpoint('run'))
     assert out.count('cannot lock run, so nobody notices a second run there: No locks available')==1
 
+@pytest.mark.parametrize('place', ['link/run', '/proc/nothere/run'])
+def test_a_folder_that_cannot_be_made(place):
+    "A disk that is not mounted: it is said, and the training goes on"
+    Path('link').symlink_to('nothere/there')
+    learn,out = train(small, fit(1), Checkpoint(place))
+    assert out.count(f'cannot lock {place}, so nobody notices a second run there: ')==1
+    assert 'could not save' in out and len(learn.recorder.values)==1
+
 # Random states
 class Epochs(torch.utils.data.Sampler):
     "Draws from the number of its epoch"
@@ -611,6 +619,19 @@ class Noisy(nn.Module):
             for p in self.inside[0].parameters(): p.data *= .9
         return x+self.inside[0](x).detach()
 
+class Outermost(nn.Module):
+    "The model itself counts, remembers and cools down"
+    def __init__(self):
+        super().__init__()
+        self.layer,self.tau,self.seen,self.mean = nn.Linear(5, 2),2.,[],None
+    def forward(self, x):
+        o = self.layer(x)
+        if self.training:
+            self.tau *= .9
+            self.seen.append(o.detach().mean().item())
+            self.mean = o.detach().mean(0) if self.mean is None else .9*self.mean+.1*o.detach().mean(0)
+        return o/self.tau+len(self.seen)/50 if self.mean is None else o/self.tau-self.mean+self.seen[-1]
+
 class Grows(nn.Module):
     "A buffer that is not saved with the weights, made in `forward`, and longer later"
     def forward(self, x):
@@ -667,6 +688,8 @@ CHANGES = dict(
     optimizer=lambda: tiny(opt=partial(OptimWrapper, opt=Counts)),
     stepper=lambda: tiny(opt=lambda p,lr,**kw: Optimizer(p, [Stepper()], lr=lr)), dropout=dropout,
     noisy=lambda: tiny(model=nn.Sequential(Noisy(), nn.Linear(5, 2))),
+    outermost=lambda: tiny(model=Outermost()),
+    wrapped=lambda: tiny(model=nn.DataParallel(Outermost())),
     buffer=lambda: tiny(model=nn.Sequential(Grows(), nn.Linear(5, 2))),
     loss_in_partial=lambda: tiny(loss=partial(Temperature())), global_generator=transform_with_a_global,
     nested_data=nested_data, batch_sampler=lambda: tiny(dls=loader_with(batch_sampler=BatchesOfSix())),
