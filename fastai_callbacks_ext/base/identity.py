@@ -12,7 +12,7 @@ from copy import deepcopy
 from enum import Enum
 from functools import partial
 from hashlib import blake2b
-from inspect import isclass, ismethod, ismodule, unwrap
+from inspect import isclass, ismethod, ismodule, signature, unwrap
 from itertools import islice
 from math import prod
 from operator import getitem
@@ -24,7 +24,7 @@ import pandas as pd
 import torch
 from fastai.callback.schedule import ParamScheduler
 from fastai.data.core import DataLoaders, Datasets, TfmdLists
-from fastai.learner import Learner
+from fastai.learner import Learner, SkipToEpoch
 from fastai.optimizer import Optimizer, OptimWrapper
 from fastcore.foundation import CollBase, L
 from fasttransform import Pipeline, Transform
@@ -377,9 +377,14 @@ _told_elsewhere = 'dataset','items','bs','batch_size','batch_sampler','n','lens'
 
 # %% ../../nbs/base/identity.ipynb #3bd74d0f
 def _optimizer(learn):
-    opt = learn.opt
-    steps = [describe(o) for o in opt.cbs] if isinstance(opt, Optimizer) else []
-    return f"{type(getattr(opt, 'opt', opt)).__name__}({', '.join(steps)})"
+    return _opt_words(learn.opt)
+
+def _opt_words(opt):
+    "fastai's by its steps; one around it, such as `Lookahead`, by its arguments; PyTorch's by its name"
+    if not isinstance(opt, Optimizer): return f"{type(getattr(opt, 'opt', opt)).__name__}()"
+    inner = vars(opt).get('opt')
+    parts = [_arguments(opt, describe, but=('opt',)), _opt_words(inner)] if inner else map(describe, opt.cbs)
+    return f"{type(opt).__name__}({', '.join(filter(None, parts))})"
 
 def _hypers(learn):
     "What the schedule sets is told by the schedule; its value may be one that an interrupted fit has left"
@@ -416,25 +421,41 @@ def _numbers(o):
     return float(f'{o:.6g}') if isinstance(o, float) else o
 
 _package = __name__.split('.')[0]
-_theirs = 'callback.mixup','callback.fp16','callback.training','callback.rnn','vision.gan'
-_acting = {f'fastai.{o}' for o in _theirs} | {f'{_package}.{o}' for o in ('averaging','gradients','rnn')}
+_theirs = ('callback.mixup','callback.fp16','callback.training','callback.rnn','vision.gan',
+           'callback.tracker.ReduceLROnPlateau')
+_ours = 'accumulation','averaging','gradients','rnn'
+_acting = {f'fastai.{o}' for o in _theirs} | {f'{_package}.{o}' for o in _ours}      # modules and classes
 
 def _frozen(learn): return [n for n,p in unwrap_model(learn.model).named_parameters() if not p.requires_grad]
 def _batch_size(learn):
     return getattr(learn.dls.train, 'bs', None) or getattr(learn.dls.train, 'batch_size', None)
 
 def _callback(cb):
-    "By what it was made with; what it gains in a fit is no fact"
+    "By what it was made with, or has been given since under that name; what it gains in a fit is no fact"
     args = _own_arguments(type(cb))
-    made_with = lambda k,v: v is not None and (k in args or isinstance(v, Distribution))
-    kept = {k: v for k,v in sorted(vars(cb).items()) if made_with(k, v)}
-    return f'{type(cb).__name__}({_named(kept, describe)})'
+    kept = {k: v for k,v in vars(cb).items() if k in args or isinstance(v, Distribution)}
+    made_with = {k: v for k,v in sorted((_given(cb) | kept).items()) if v is not None}
+    return f'{type(cb).__name__}({_named(made_with, describe)})'
+
+def _given(cb):
+    "The arguments of a callback of this package, with defaults; nothing if nobody has kept them"
+    if not (given := vars(cb).get('_given')): return {}
+    bound = signature(cb.__init__).bind(*given[0], **given[1])
+    bound.apply_defaults()
+    res = bound.arguments
+    for p in bound.signature.parameters.values():
+        if p.kind is p.VAR_KEYWORD: res = res | res[p.name]; del res[p.name]
+    return {k: v for k,v in res.items() if k not in _of_machine}
 
 def _seed(learn):
     "A seed that nobody chose is drawn in each process, from 2**53 numbers: it tells nothing"
     return seed if (seed := torch.initial_seed())<2**32 else 'not set'
 
-def _acts(cb): return any(o.__module__ in _acting for o in type(cb).__mro__)
+def _acts(cb):
+    return any({o.__module__, f'{o.__module__}.{o.__qualname__}'} & _acting for o in type(cb).__mro__)
+
+def _first_epoch(learn):
+    return max((cb._skip_to for cb in learn.cbs if isinstance(cb, SkipToEpoch)), default=0)
 
 _facts = {
     'optimizer':        _optimizer,
@@ -450,6 +471,7 @@ _facts = {
     'batch size':       _batch_size,
     'batches':          lambda learn: len(learn.dls.train),
     'epochs':           lambda learn: learn.n_epoch,
+    'first epoch':      _first_epoch,
     'seed':             _seed,
     'processes':        lambda learn: n_ranks(),
     'python':           lambda learn: '.'.join(map(str, sys.version_info[:2]))}
