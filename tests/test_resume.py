@@ -11,7 +11,7 @@ from fastai.callback.all import (Callback, CSVLogger, EarlyStoppingCallback, Gra
                                  SchedCos, ShowGraphCallback, TerminateOnNaNCallback)
 from fastai.data.core import DataLoaders, Datasets
 from fastai.data.load import DataLoader
-from fastai.learner import Learner
+from fastai.learner import Learner, Metric
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import F1Score, accuracy, skm_to_fastai
 from fastai.optimizer import Optimizer, OptimWrapper, SGD, ranger
@@ -397,6 +397,40 @@ def test_metrics_do_not_fill_the_checkpoint():
     assert states and all('preds' in m or i!=3 for s in states for i,m in enumerate(s))
     assert all(len(str(s))<3000 for s in states)
     goes_on(partial(make, True), fit(), [(1,2)], path='other', steps=1)
+
+class Tally:
+    "As the metrics of another package"
+    def __init__(self): self.reset()
+    def reset(self): self.right,self.n = torch.zeros(1),0
+    def update(self, o, y): self.right += (o.argmax(1)==y).sum().item(); self.n += len(y)
+class Wraps(Metric):
+    def __init__(self, inner): self.inner = inner
+    def reset(self): self.inner.reset()
+    def accumulate(self, learn): self.inner.update(learn.pred, learn.y)
+    value = property(lambda self: (self.inner.right/self.inner.n).item())
+class ByClass(Metric):
+    def reset(self): self.found = defaultdict(list)
+    def accumulate(self, learn):
+        for o,y in zip(learn.pred.argmax(1).tolist(), learn.y.tolist()): self.found[y].append(o==y)
+    value = property(lambda self: float(np.mean([np.mean(o) for o in self.found.values()])))
+class Box(Metric):
+    def reset(self): self.all = defaultdict(lambda: 0)
+    def accumulate(self, learn): self.all[0] += 1
+    value = property(lambda self: self.all[0])
+
+def test_what_metrics_gather_in_mid_epoch():
+    "Also in objects of theirs; one that cannot be kept is named"
+    def make(*more):
+        torch.manual_seed(0)
+        learn = small(metrics=[Wraps(Tally()), ByClass(), F1Score(average='macro'), *more],
+                      model=nn.Sequential(nn.Flatten(), nn.Linear(64, 10)))
+        learn.recorder.train_metrics,learn.recorder.add_time = True,False
+        return learn
+    def table(learn): return learn.recorder.values
+    fits = lambda l,cbs: [l.fit(2, cbs=cbs) for _ in range(2)]
+    assert 'cannot' not in goes_on(make, fits, [(0,2), (1,2)], steps=1, numbers=table)
+    _,out = train(partial(make, Box()), fit(1), Checkpoint('other', steps=1))
+    assert out.count('cannot save metrics[3].all (defaultdict of <lambda>)')==1, out
 
 # Files of other callbacks
 def test_save_model_beside_an_average():
