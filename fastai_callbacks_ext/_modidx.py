@@ -1270,6 +1270,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                         'fastai_callbacks_ext/checkpoint.py'),
                                                  'fastai_callbacks_ext.checkpoint.Checkpoint._lock_folder': ( 'checkpoint.html#checkpoint._lock_folder',
                                                                                                               'fastai_callbacks_ext/checkpoint.py'),
+                                                 'fastai_callbacks_ext.checkpoint.Checkpoint._refuse_next': ( 'checkpoint.html#checkpoint._refuse_next',
+                                                                                                              'fastai_callbacks_ext/checkpoint.py'),
                                                  'fastai_callbacks_ext.checkpoint.Checkpoint._save': ( 'checkpoint.html#checkpoint._save',
                                                                                                        'fastai_callbacks_ext/checkpoint.py'),
                                                  'fastai_callbacks_ext.checkpoint.Checkpoint._say': ( 'checkpoint.html#checkpoint._say',

@@ -25,7 +25,7 @@ from fastai_callbacks_ext.base.files import load_state
 from fastai_callbacks_ext.test_utils import digits_dls, digits_learner, digits_model
 import crash
 from common import exit_code
-from test_checkpoint import in_a_folder_of_its_own
+from test_checkpoint import as_in_a_new_process, in_a_folder_of_its_own
 
 TorchDL = torch.utils.data.DataLoader
 
@@ -38,7 +38,7 @@ class StopIn(Callback):
 
 def train(make, fits, *cbs, stop=None, forget=True, bar=False):
     "A run in a process of its own, as far as `Checkpoint` knows: the learner, and what was printed"
-    if forget: Checkpoint._finished.clear()
+    if forget: as_in_a_new_process()
     learn,out = make(),io.StringIO()
     if stop: learn.add_cb(StopIn(*stop))
     with contextlib.redirect_stdout(out), contextlib.ExitStack() as stack:
@@ -438,7 +438,7 @@ def test_save_model_beside_an_average():
     from fastai_callbacks_ext.all import EMA
     make = lambda: small([SaveModelCallback(fname='best'), EMA(.9, final='raw')], path=Path('.'))
     goes_on(make, lambda l,cbs: l.fine_tune(3, 1e-2, cbs=cbs), [(0,2), (1,1), (2,3)])
-    Checkpoint._finished.clear()
+    as_in_a_new_process()
     want = weights(train(make, lambda l,cbs: l.fine_tune(3, 1e-2, cbs=cbs))[0])
     assert weights(train(make, lambda l,cbs: l.fine_tune(3, 1e-2, cbs=cbs), Checkpoint('run'))[0])==want
 
