@@ -115,6 +115,37 @@ def test_where_folders_are_does_not_count(tmp_path, monkeypatch):
             seen |= {fingerprint([Path(f'/srv/{o}/data/1.png'), f'/srv/{o}/scripts/2.png', '/usr/lib/3.png'])}
     assert len(seen)==1
 
+class Folder(Dataset):
+    "As torchvision's: a folder, its files and their classes"
+    def __init__(self, root):
+        self.root,self.samples = root,[(f'{root}/{i%3}/{i}.png', i%3) for i in range(N)]
+    def __len__(self): return N
+    def files(self): return [f for f,_ in self.samples]
+
+# Items as they are in a folder
+IN_A_FOLDER = dict(paths=lambda d: [Path(d)/o.relative_to('data') for o in paths], dataset=Folder,
+                   table=lambda d: pd.DataFrame(dict(name=Folder(d).files(), y=labels)),
+                   array=lambda d: np.array(Folder(d).files()),
+                   names=lambda d: [d, *map(str, range(9))], one=Path,
+                   dict=lambda d: {f'{d}/{i}.png': i for i in range(9)},
+                   set=lambda d: {*Folder(d).files()})
+
+@pytest.mark.parametrize('form', IN_A_FOLDER)
+def test_data_in_another_place(form):
+    "As on the disk of each job; what is in the folder counts, and the name of the folder"
+    make = IN_A_FOLDER[form]
+    one,other,renamed = (make(f'/scratch/{o}') for o in ('job1/images','job22/images','job1/small'))
+    assert fingerprint(one)==fingerprint(other)!=fingerprint(renamed)
+    assert identity.describe(one)==identity.describe(other)
+
+def test_files_in_other_folders_of_one():
+    "Another class; and two folders that have nothing in common are compared as they are"
+    a,b = (fingerprint([f'/scratch/images/{o}/1.png', '/scratch/images/dog/2.png']) for o in ('dog','cat'))
+    assert a!=b
+    assert fingerprint(['/a/x/1.png', '/b/y/1.png'])!=fingerprint(['/a/x/1.png', '/c/y/1.png'])
+    assert fingerprint(['/a/1', 'x', '/a/2'])!=fingerprint(['x', '/a/1', '/a/2'])
+    assert identity.describe('a/b')=="'a/b'" and identity.describe('/a/b')=="'b'"
+
 # --- a whole run --------------------------------------------------------------------------------
 class Ask(Callback):
     order = 2000

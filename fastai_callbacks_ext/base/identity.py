@@ -74,6 +74,15 @@ def _place(path):
         return path.partition(os.sep)[2] if base==temporary and path.startswith('tmp') else path
     return path
 
+def _from_their_folder(paths):
+    "Absolute `paths` from the folder on that they have in common, by its name: where it is does not count"
+    try: start = len(os.path.dirname(os.path.commonpath(paths)))
+    except ValueError: start = 0      # there are none, or they are on several drives
+    return [o[start:] for o in paths]
+
+def _short_text(o): return os.path.basename(text) if os.path.isabs(text := _text(o)) else text
+def _has_paths(a): return a.dtype.kind=='U' and a.size and os.path.isabs(a.flat[0])
+
 def _script_folder():
     "Where the script is, from wherever it was started; the working directory of a notebook"
     return os.path.dirname(os.path.abspath(getattr(sys.modules['__main__'], '__file__', None) or 'notebook'))
@@ -165,16 +174,18 @@ def _tells(o, depth=8):
 
 # %% ../../nbs/base/identity.ipynb #d09b71ee
 def _pieces(o, k, seen, inside=frozenset()):
-    "What tells `o` from other data, in bytes"
+    "What tells `o` from other data, in bytes; an absolute path as it is"
     if isinstance(o, (TfmdLists, Datasets)): o = o.items      # their transforms are facts of their own
     if isinstance(o, L): o = o.items
-    if isinstance(o, (str, PurePath)): yield _text(o).encode(errors='replace')
+    if isinstance(o, (str, PurePath)):
+        text = _text(o)
+        yield text if os.path.isabs(text) else text.encode(errors='replace')
     elif isinstance(o, np.generic): yield repr(o.item()).encode()
     elif isinstance(o, Enum): yield o.name.encode()
     elif isinstance(o, (*_atoms, range, slice)): yield repr(o).encode()
     elif isinstance(o, Tensor):
         yield from _array(o.detach().as_subclass(Tensor).resolve_conj().resolve_neg(), k)
-    elif isinstance(o, np.ndarray) and o.dtype.kind!='O': yield from _array(o, k)
+    elif isinstance(o, np.ndarray) and o.dtype.kind!='O' and not _has_paths(o): yield from _array(o, k)
     elif id(o) in seen: yield f'the one at {seen[id(o)][0]}'.encode()
     elif id(o) not in inside:
         yield (o.__qualname__ if isclass(o) else type(o).__name__).encode()
@@ -230,10 +241,14 @@ def fingerprint(
     in all. So another fold, another order and other labels are found. A change in one item of a
     million is not, and one in 1 % of all items goes unseen once in 150 times or less (of 500
     items). What is in files is never looked at."""
-    h = blake2b(digest_size=8)
-    for piece in islice(_pieces(o, 1000, {}), 6000):
+    h,paths = blake2b(digest_size=8),[]
+    def add(piece):
         h.update(len(piece).to_bytes(8, 'little'))
         h.update(piece)
+    for piece in islice(_pieces(o, 1000, {}), 6000):
+        if isinstance(piece, str): paths.append(piece)
+        add(b'a path' if isinstance(piece, str) else piece)
+    for path in _from_their_folder(paths): add(path.encode(errors='replace'))
     return h.hexdigest()
 
 # %% ../../nbs/base/identity.ipynb #3d9192da
@@ -253,7 +268,7 @@ def _mark(o): return f'[{fingerprint(o)[:8]}]'
 def _short(text, n=300): return text if len(text)<=n else f'{text[:n]}... {_mark(text)}'
 def _listed(o, say): return f"[{', '.join(map(say, o))}]" if len(o)<=20 else _many(o)
 def _named(o, say):
-    return ', '.join(f'{k if isinstance(k, str) else say(k)}={say(v)}' for k,v in o.items())
+    return ', '.join(f'{_short_text(k) if isinstance(k, str) else say(k)}={say(v)}' for k,v in o.items())
 
 def _function_name(f, say):
     own = f.__closure__ or not f.__code__.co_filename.startswith(_installed)
@@ -294,7 +309,7 @@ def _with_children(m, say): return _module(m, say) + (_listed(list(m.children())
 _words = [
     ((bool, np.bool_),                lambda o,say: str(bool(o))),
     ((float, np.floating),            lambda o,say: f'{float(o):.6g}'),
-    ((str, PurePath),                 lambda o,say: repr(_text(o))),
+    ((str, PurePath),                 lambda o,say: repr(_short_text(o))),
     (Enum,                            lambda o,say: o.name),
     (_atoms,                          lambda o,say: str(o)),
     (Pipeline,                        lambda o,say: _listed(o.fs, say)),
