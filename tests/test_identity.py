@@ -449,6 +449,40 @@ def test_a_cache_that_fills_is_no_other_data():
     data._kept[0] = 2
     assert facts_differences(run_facts(learn), before)
 
+# --- settings under another name ----------------------------------------------------------------
+class Smooth(nn.Module):
+    "Keeps its argument under another name, and counts its calls"
+    def __init__(self, eps=.1):
+        super().__init__()
+        self.e,self.n,self.device = eps,0,'cpu'
+    def forward(self, o, y):
+        self.n += 1
+        return nn.functional.cross_entropy(o, y, label_smoothing=self.e)
+class Called:
+    "The same, and no module"
+    def __init__(self, eps=.1): self.e,self.n = eps,0
+    def __call__(self, o, y): self.n += 1; return nn.functional.cross_entropy(o, y, label_smoothing=self.e)
+class Scaled(nn.Module):
+    def __init__(self, by=.1): super().__init__(); self.factor,self.n = by,0
+    def forward(self, x): self.n += 1; return x*self.factor
+
+LOSSES = dict(module=(Smooth, 'loss: Smooth(e=0.2)'), object=(Called, 'loss: Called(e=0.2)'),
+              partial=(lambda e=.1: partial(Smooth(e)), 'loss: Smooth(e=0.2)'))
+
+@pytest.mark.parametrize('kind', LOSSES)
+def test_a_loss_that_keeps_its_argument_under_another_name(kind):
+    "A count of its own, and where it is, are no facts"
+    make,words = LOSSES[kind]
+    learn = small(loss=make())
+    first,second = facts(learn),facts(learn)
+    assert facts_differences(second, first)==[] and 'n=' not in first['loss']
+    assert words in facts_differences(facts(small(loss=make(.2))), first)[0]
+
+def test_a_module_that_keeps_its_argument_under_another_name():
+    some = [facts(small(act=partial(Scaled, o))) for o in (.1, .1, .2)]
+    assert facts_differences(some[0], some[1])==[]
+    assert facts_differences(some[2], some[0])==['model: 1: Scaled(factor=0.2), and there Scaled(factor=0.1)']
+
 # --- callbacks and optimizers -------------------------------------------------------------------
 # Another value of each argument, where it is not the other bool or the next number
 ANOTHER = dict(decay=.5, half_life=[2,3], validate='raw', final='raw', buffers='copy', last='drop',

@@ -10,7 +10,7 @@ import dis, json, os, random, re, sys, sysconfig, tempfile
 from collections import deque
 from copy import deepcopy
 from enum import Enum
-from functools import partial
+from functools import lru_cache, partial
 from hashlib import blake2b
 from inspect import isclass, ismethod, ismodule, signature, unwrap
 from itertools import islice
@@ -103,17 +103,17 @@ def _code(code):
         if isinstance(o, CodeType): yield from _code(o)
         else: yield repr(sorted(map(repr, o)) if isinstance(o, frozenset) else o).encode()
 
-def _names(code):
-    "Of the globals that `code` reads"
-    own = {o.argval for o in dis.get_instructions(code) if o.opname in ('LOAD_GLOBAL','LOAD_NAME')}
-    return own.union(*(_names(o) for o in code.co_consts if isinstance(o, CodeType)))
+def _named_by(code, *ops):
+    "What `code` names in these operations: the globals that it reads, the attributes that it sets"
+    own = {o.argval for o in dis.get_instructions(code) if o.opname in ops}
+    return own.union(*(_named_by(o, *ops) for o in code.co_consts if isinstance(o, CodeType)))
 
 def _function(f):
     "The code of `f`, and what it reads from around it"
     around,data = [],(*_holders, *_atoms, FunctionType)
     if not f.__code__.co_filename.startswith(_installed):
         yield from _code(f.__code__)
-        used = {n: f.__globals__.get(n) for n in sorted(_names(f.__code__))}
+        used = {n: f.__globals__.get(n) for n in sorted(_named_by(f.__code__, 'LOAD_GLOBAL', 'LOAD_NAME'))}
         around = [o for o in used.items() if isinstance(o[1], data)]
     for cell in f.__closure__ or ():
         try: around.append(cell.cell_contents)
@@ -290,13 +290,26 @@ def _module(m, say=describe):
     return f"{type(m).__name__}({', '.join(filter(None, (own, more)))})"
 
 def _arguments(o, say, but=('dataset','data_source','source','items','order')):
-    "The arguments of `o` that it has kept, and the functions that it calls"
+    "The arguments of `o` that it has kept, and the functions that it calls; of what is called, its settings"
     args,spoken = _own_arguments(type(o)).difference(but),(re.Pattern, Distribution)
     calls = lambda v: isinstance(v, spoken) or callable(v) and not isclass(v)
     public = lambda k: k[0]!='_' and k not in but
     large = lambda v: isinstance(v, (Dataset, *_opaque[:2])) or getattr(v, '__self__', None) is o
-    shown = lambda k,v: v is not None and not large(v) and (k in args or public(k) and calls(v))
+    told = lambda k,v: k in args or public(k) and (calls(v) or _is_setting(o, k, v))
+    shown = lambda k,v: v is not None and not large(v) and told(k, v)
     return _named({k: v for k,v in sorted(_vars(o).items()) if shown(k, v)}, say)
+
+def _is_setting(o, k, v):
+    "Is `v` a plain value that only `__init__` has set? What a method sets may change in a fit"
+    if type(v) not in (bool,int,float,str) or not callable(o) or isinstance(o, Transform): return False
+    return k not in _of_machine | _set_later(type(o))
+
+@lru_cache(maxsize=1000)
+def _set_later(cls):
+    "Attributes that a method of `cls` sets, other than `__init__`: in a fit they may change"
+    own = [(n, f) for c in cls.__mro__ for n,f in vars(c).items() if isinstance(f, FunctionType)]
+    methods = [f for n,f in own if n!='__init__']
+    return {o for f in methods for o in _named_by(f.__code__, 'STORE_ATTR')}
 
 def _many(o): return f'{len(o)} items {_mark(o)}'
 def _numbers_in(o, say): return say(o.tolist()) if prod(o.shape)<=8 else f'{tuple(o.shape)} {_mark(o)}'
