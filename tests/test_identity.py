@@ -15,6 +15,7 @@ import numpy as np, pandas as pd, pytest, torch
 from fastai.callback.core import Callback
 from fastai.callback.schedule import ParamScheduler, SchedCos, SchedLin, combine_scheds
 from fastai.callback.tracker import ReduceLROnPlateau
+from fastai.losses import BaseLoss
 from fastai.optimizer import Adam, Lamb, Larc, Lookahead, OptimWrapper, QHAdam, RAdam, RMSProp, SGD, ranger
 from fastai.vision.all import (CrossEntropyLossFlat, DataLoaders, Datasets, IndexSplitter, Learner, MixUp,
                                RandomResizedCrop, Rotate, noop, set_seed)
@@ -23,7 +24,7 @@ from fastai.vision.core import PILImage
 from torch import nn
 from torch.utils.data import (ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset,
                               WeightedRandomSampler)
-from fastai_callbacks_ext.all import EMA
+from fastai_callbacks_ext.all import EMA, SWA
 from fastai_callbacks_ext.base import identity
 from fastai_callbacks_ext.base.identity import (facts_differences, facts_unknown, fingerprint,
                                                 model_differences, note_changes, run_facts)
@@ -466,7 +467,9 @@ class Scaled(nn.Module):
     def __init__(self, by=.1): super().__init__(); self.factor,self.n = by,0
     def forward(self, x): self.n += 1; return x*self.factor
 
-LOSSES = dict(module=(Smooth, 'loss: Smooth(e=0.2)'), object=(Called, 'loss: Called(e=0.2)'),
+LOSSES = dict(module=(Smooth, 'loss: Smooth(e=0.2)'),
+              fastais=(lambda e=.1: BaseLoss(Smooth, e), 'loss: BaseLoss('),
+              object=(Called, 'loss: Called(e=0.2)'),
               partial=(lambda e=.1: partial(Smooth(e)), 'loss: Smooth(e=0.2)'))
 
 @pytest.mark.parametrize('kind', LOSSES)
@@ -475,8 +478,9 @@ def test_a_loss_that_keeps_its_argument_under_another_name(kind):
     make,words = LOSSES[kind]
     learn = small(loss=make())
     first,second = facts(learn),facts(learn)
-    assert facts_differences(second, first)==[] and 'n=' not in first['loss']
-    assert words in facts_differences(facts(small(loss=make(.2))), first)[0]
+    assert facts_differences(second, first)==[] and 'training=' not in first['loss']
+    found = facts_differences(facts(small(loss=make(.2))), first)[0]
+    assert words in found and 'e=0.2' in found
 
 def test_a_module_that_keeps_its_argument_under_another_name():
     some = [facts(small(act=partial(Scaled, o))) for o in (.1, .1, .2)]
@@ -534,6 +538,9 @@ def test_what_else_changes_a_step(name):
     one,other,words = OF_FASTAI[name]
     found = facts_differences(facts(small(**other)), facts(small(**one)))
     assert len(found)==1 and words in found[0], found
+
+def test_helpers_of_a_callback_are_no_facts():
+    assert len(facts(small(cbs=SWA()))['callbacks'])==1
 
 def test_the_first_epoch():
     some = [facts(small(), start_epoch=o) for o in (0, 1)]

@@ -22,6 +22,7 @@ from types import BuiltinMethodType, CodeType, FunctionType, MethodType
 import numpy as np
 import pandas as pd
 import torch
+from fastai.callback.core import Callback
 from fastai.callback.schedule import ParamScheduler
 from fastai.data.core import DataLoaders, Datasets, TfmdLists
 from fastai.learner import Learner, SkipToEpoch
@@ -33,7 +34,7 @@ from torch.distributions import Distribution
 from torch.nn.parameter import is_lazy
 from torch.utils.data import Dataset
 from .core import n_ranks
-from .model import unwrap_model
+from .model import modules_own, unwrap_model
 
 # %% ../../nbs/base/identity.ipynb #b2f7d148
 def _some(n, k):
@@ -301,8 +302,8 @@ def _arguments(o, say, but=('dataset','data_source','source','items','order')):
 
 def _is_setting(o, k, v):
     "Is `v` a plain value that only `__init__` has set? What a method sets may change in a fit"
-    if type(v) not in (bool,int,float,str) or not callable(o) or isinstance(o, Transform): return False
-    return k not in _of_machine | _set_later(type(o))
+    if not callable(o) or isinstance(o, (Transform,Callback)): return False
+    return type(v) in (bool,int,float,str) and k not in _of_machine | modules_own | _set_later(type(o))
 
 @lru_cache(maxsize=1000)
 def _set_later(cls):
@@ -480,7 +481,10 @@ def _seed(learn):
     return seed if (seed := torch.initial_seed())<2**32 else 'not set'
 
 def _acts(cb):
-    return any({o.__module__, f'{o.__module__}.{o.__qualname__}'} & _acting for o in type(cb).__mro__)
+    "Does it change a step? Helpers of such a callback have nothing to tell"
+    cls = type(cb)
+    if cls.__name__[0]=='_' and cls.__module__.split('.')[0]==_package: return False
+    return any({o.__module__, f'{o.__module__}.{o.__qualname__}'} & _acting for o in cls.__mro__)
 
 def _first_epoch(learn):
     return max((cb._skip_to for cb in learn.cbs if isinstance(cb, SkipToEpoch)), default=0)
