@@ -38,6 +38,7 @@ class Checkpoint(ExtCallback):
     "Saves the whole state of a fit; when the same script runs again, it goes on from there to the same bits"
     order,run_valid = 2000,False     # after all others
     _finished = {}                   # runs that have finished in this process: the process, and the callback
+    _ended = {}                      # fits that a signal has ended, by folder: the same two, why, the path
     def __init__(self,
         path:str|Path, # Folder for the checkpoints of this run, made if need be
         epochs:int=1, # Save after every n-th epoch; None for never
@@ -67,7 +68,7 @@ class Checkpoint(ExtCallback):
     def _unused(self):
         "What a callback has that has not seen a fit; so has a copy"
         return dict(_fit=0, _told=set(), _resuming=None, _id=uuid4().hex, _run=None, _fits=[],
-                    _ended=None, _root=None)
+                    _root=None)
 
     def __getstate__(self):
         gone = '_files','_writer','_snapshot','_facts','_fit_start','_epoch_start'
@@ -75,11 +76,8 @@ class Checkpoint(ExtCallback):
 
     def before_fit(self):
         "Look for a checkpoint of this fit; prepare to go on from it"
-        if self._ended:
-            raise ValueError(f'{self.name}: the run was ended by {self._ended}, and this fit would be the '
-                             'next one of it. Run the script again, or begin again with a new Checkpoint: '
-                             f'it goes on from {self.path}')
         self._root = self._root or Path.cwd()       # the script may go to another folder
+        self._refuse_next()
         self._lock_folder()
         self._take_loss_back()
         self._facts,self._fit_start = run_facts(self.learn),FitStart(self.learn, (self,))
@@ -141,6 +139,17 @@ def _lock_folder(self:Checkpoint):
     if holder := from_first(holder):
         raise ValueError(f'{self.name}: {self.path} is in use by {holder}. '
                          'Use another path, or wait until that has ended')
+
+@patch
+def _refuse_next(self:Checkpoint):
+    "A fit that a signal has ended comes first: it goes on with a new callback, or it is left on purpose"
+    here = os.path.realpath(self._root/self.path)
+    for folder,(process,callback,why,path) in Checkpoint._ended.items():
+        on_purpose = os.path.dirname(folder)==here or not self.resume
+        if process!=os.getpid() or on_purpose and callback!=self._id: continue
+        raise ValueError(f'{self.name}: the run was ended by {why}, and this fit would be the next one of '
+                         'it. Run the script again, or begin again with a new Checkpoint: it goes on from '
+                         f'{path}. For something else, restart Python, or use Checkpoint(..., resume=False)')
 
 @patch
 def _find(self:Checkpoint):
@@ -329,13 +338,15 @@ def after_fit(self:Checkpoint):
     else: self._save(min(self.epoch+1, self.n_epoch), finished=True)
     self._fit += 1
     Checkpoint._finished[self._run] = os.getpid(),self._id
+    Checkpoint._ended.pop(os.path.realpath(self._files.folder), None)
 
 @patch
 def pause(self:Checkpoint,
     why:str='pause' # What ends the run, for the message when the script begins another fit
 ):
     "At the end of a batch or an epoch: save, and note that this fit is not finished; the next run goes on"
-    self._paused,self._ended = True,why
+    self._paused = True
+    Checkpoint._ended[os.path.realpath(self._files.folder)] = os.getpid(),self._id,why,self.path
     self._save(self.epoch, self.iter+1) if self.training else self._save(self.epoch+1)
     self._wait()
 

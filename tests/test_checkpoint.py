@@ -24,6 +24,9 @@ from common import exit_code
 def in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.set_num_threads(1)
+    as_in_a_new_process()
+    yield
+    as_in_a_new_process()
 
 class Stopped(Exception): pass
 
@@ -43,10 +46,14 @@ def leave_autocast():
     for _ in range(torch.autocast_increment_nesting()): torch.autocast_decrement_nesting()
     torch.clear_autocast_cache()
 
+def as_in_a_new_process():
+    "As far as `Checkpoint` knows"
+    Checkpoint._finished.clear(), Checkpoint._ended.clear()
+
 def run(case, cb=None, stop=None):
     "Checksums of a run of `case`, None where it was stopped; what it printed, and how many events there were"
     events.sent = 0
-    Checkpoint._finished.clear()     # as in a process of its own
+    as_in_a_new_process()
     learn,fits = crash.CASES[case](Path('.')) if isinstance(case, str) else case()
     learn.add_cb(StopAt(stop))
     with contextlib.redirect_stdout(io.StringIO()) as out, learn.no_bar():
@@ -533,7 +540,7 @@ def on_one_learner(fits, stop, cbs=(), new=False):
     "What two calls of `fits` on one learner say and give; the first is interrupted at an event"
     learn,first = digits_learner(list(cbs), n=250, bs=32),Checkpoint('run', steps=1, background=False)
     events.sent = 0
-    Checkpoint._finished.clear()
+    as_in_a_new_process()
     with learn.no_bar(), contextlib.redirect_stdout(io.StringIO()) as out:
         with pytest.raises(Stopped): fits(learn, [first, StopAt(stop)])
         fits(learn, [Checkpoint('run', steps=1, background=False) if new else first])
@@ -600,6 +607,25 @@ def test_ended_by_a_signal_that_is_handled():
         assert not Path('run/fit_1').exists()
         want = run(digits(how='fine_tune'))[0]
         assert run(digits(how='fine_tune'), Checkpoint('run'))[0]==want
+    finally: signal.signal(signal.SIGUSR1, earlier)
+
+@pytest.mark.parametrize('second', ['other', 'run'])
+def test_no_other_fit_begins_when_a_signal_has_ended_one(second):
+    "Stages with a Checkpoint each. The same call again goes on, and the next stage may begin when it is done"
+    earlier = signal.signal(signal.SIGUSR1, lambda *args: None)
+    learn,two = digits_learner(n=250, bs=32),Checkpoint(second)
+    fit = lambda *cbs: learn.fit(1, cbs=[*cbs, PreemptionGuard()])
+    try:
+        with learn.no_bar(), contextlib.redirect_stdout(io.StringIO()) as out:
+            fit(one := Checkpoint('run'), Signal(signal.SIGUSR1, at=2))
+            said = 'ended by SIGUSR1, and .* it goes on from run. For something else, restart Python, or use'
+            for cb in [one, two] if second=='other' else [one]:
+                with pytest.raises(ValueError, match=said): fit(cb)
+            assert not Path('other').exists()
+            fit(Checkpoint('third', resume=False))      # on purpose
+            if second=='other': fit(Checkpoint('run'))
+            fit(two)
+        assert 'went on in epoch 0, batch 2' in out.getvalue()
     finally: signal.signal(signal.SIGUSR1, earlier)
 
 # Places

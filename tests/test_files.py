@@ -630,3 +630,8 @@ def test_a_system_without_fcntl(tmp_path, monkeypatch):
     spec = importlib.util.spec_from_file_location('fastai_callbacks_ext.base.files_elsewhere', files.__file__)
     spec.loader.exec_module(elsewhere := importlib.util.module_from_spec(spec))
     with pytest.raises(OSError, match='no fcntl'): elsewhere.FolderLock(tmp_path).take()
+
+def test_a_lock_that_is_another_file_each_time(tmp_path, monkeypatch):
+    "As on a disk that does not know its own files again: it is no lock, and nobody waits for ever"
+    monkeypatch.setattr('fastai_callbacks_ext.base.files._is_at', lambda *args: False)
+    with pytest.raises(OSError, match='another file each time'): FolderLock(tmp_path/'run').take()

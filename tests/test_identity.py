@@ -1,18 +1,22 @@
 "Which run is this? What tells runs apart, and what must not"
-import json, os, subprocess, sys, tempfile
+import json, os, pickle, subprocess, sys, tempfile
 from array import array
 from collections import deque
+from copy import copy
 from dataclasses import dataclass
 from datetime import date, datetime, timezone
 from decimal import Decimal
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from uuid import UUID
 
 import numpy as np, pandas as pd, pytest, torch
 from fastai.callback.core import Callback
 from fastai.callback.schedule import ParamScheduler, SchedCos, SchedLin, combine_scheds
-from fastai.optimizer import Adam, Lamb, Larc, OptimWrapper, QHAdam, RAdam, RMSProp, SGD, ranger
+from fastai.callback.tracker import ReduceLROnPlateau
+from fastai.losses import BaseLoss
+from fastai.optimizer import Adam, Lamb, Larc, Lookahead, OptimWrapper, QHAdam, RAdam, RMSProp, SGD, ranger
 from fastai.vision.all import (CrossEntropyLossFlat, DataLoaders, Datasets, IndexSplitter, Learner, MixUp,
                                RandomResizedCrop, Rotate, noop, set_seed)
 from PIL import Image
@@ -20,11 +24,12 @@ from fastai.vision.core import PILImage
 from torch import nn
 from torch.utils.data import (ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset,
                               WeightedRandomSampler)
+from fastai_callbacks_ext.all import EMA, SWA
 from fastai_callbacks_ext.base import identity
 from fastai_callbacks_ext.base.identity import (facts_differences, facts_unknown, fingerprint,
                                                 model_differences, note_changes, run_facts)
 from fastai_callbacks_ext.test_utils import digits_learner
-from common import quiet
+from common import make, public_callbacks, quiet
 from settings import SETTINGS
 
 N = 3000      # more than a fingerprint looks at
@@ -110,6 +115,37 @@ def test_where_folders_are_does_not_count(tmp_path, monkeypatch):
             monkeypatch.chdir(start)
             seen |= {fingerprint([Path(f'/srv/{o}/data/1.png'), f'/srv/{o}/scripts/2.png', '/usr/lib/3.png'])}
     assert len(seen)==1
+
+class Folder(Dataset):
+    "As torchvision's: a folder, its files and their classes"
+    def __init__(self, root):
+        self.root,self.samples = root,[(f'{root}/{i%3}/{i}.png', i%3) for i in range(N)]
+    def __len__(self): return N
+    def files(self): return [f for f,_ in self.samples]
+
+# Items as they are in a folder
+IN_A_FOLDER = dict(paths=lambda d: [Path(d)/o.relative_to('data') for o in paths], dataset=Folder,
+                   table=lambda d: pd.DataFrame(dict(name=Folder(d).files(), y=labels)),
+                   array=lambda d: np.array(Folder(d).files()),
+                   names=lambda d: [d, *map(str, range(9))], one=Path,
+                   dict=lambda d: {f'{d}/{i}.png': i for i in range(9)},
+                   set=lambda d: {*Folder(d).files()})
+
+@pytest.mark.parametrize('form', IN_A_FOLDER)
+def test_data_in_another_place(form):
+    "As on the disk of each job; what is in the folder counts, and the name of the folder"
+    make = IN_A_FOLDER[form]
+    one,other,renamed = (make(f'/scratch/{o}') for o in ('job1/images','job22/images','job1/small'))
+    assert fingerprint(one)==fingerprint(other)!=fingerprint(renamed)
+    assert identity.describe(one)==identity.describe(other)
+
+def test_files_in_other_folders_of_one():
+    "Another class; and two folders that have nothing in common are compared as they are"
+    a,b = (fingerprint([f'/scratch/images/{o}/1.png', '/scratch/images/dog/2.png']) for o in ('dog','cat'))
+    assert a!=b
+    assert fingerprint(['/a/x/1.png', '/b/y/1.png'])!=fingerprint(['/a/x/1.png', '/c/y/1.png'])
+    assert fingerprint(['/a/1', 'x', '/a/2'])!=fingerprint(['x', '/a/1', '/a/2'])
+    assert identity.describe('a/b')=="'a/b'" and identity.describe('/a/b')=="'b'"
 
 # --- a whole run --------------------------------------------------------------------------------
 class Ask(Callback):
@@ -413,6 +449,102 @@ def test_a_cache_that_fills_is_no_other_data():
     assert run_facts(learn)==before
     data._kept[0] = 2
     assert facts_differences(run_facts(learn), before)
+
+# --- settings under another name ----------------------------------------------------------------
+class Smooth(nn.Module):
+    "Keeps its argument under another name, and counts its calls"
+    def __init__(self, eps=.1):
+        super().__init__()
+        self.e,self.n,self.device = eps,0,'cpu'
+    def forward(self, o, y):
+        self.n += 1
+        return nn.functional.cross_entropy(o, y, label_smoothing=self.e)
+class Called:
+    "The same, and no module"
+    def __init__(self, eps=.1): self.e,self.n = eps,0
+    def __call__(self, o, y): self.n += 1; return nn.functional.cross_entropy(o, y, label_smoothing=self.e)
+class Scaled(nn.Module):
+    def __init__(self, by=.1): super().__init__(); self.factor,self.n = by,0
+    def forward(self, x): self.n += 1; return x*self.factor
+
+LOSSES = dict(module=(Smooth, 'loss: Smooth(e=0.2)'),
+              fastais=(lambda e=.1: BaseLoss(Smooth, e), 'loss: BaseLoss('),
+              object=(Called, 'loss: Called(e=0.2)'),
+              partial=(lambda e=.1: partial(Smooth(e)), 'loss: Smooth(e=0.2)'))
+
+@pytest.mark.parametrize('kind', LOSSES)
+def test_a_loss_that_keeps_its_argument_under_another_name(kind):
+    "A count of its own, and where it is, are no facts"
+    make,words = LOSSES[kind]
+    learn = small(loss=make())
+    first,second = facts(learn),facts(learn)
+    assert facts_differences(second, first)==[] and 'training=' not in first['loss']
+    found = facts_differences(facts(small(loss=make(.2))), first)[0]
+    assert words in found and 'e=0.2' in found
+
+def test_a_module_that_keeps_its_argument_under_another_name():
+    some = [facts(small(act=partial(Scaled, o))) for o in (.1, .1, .2)]
+    assert facts_differences(some[0], some[1])==[]
+    assert facts_differences(some[2], some[0])==['model: 1: Scaled(factor=0.2), and there Scaled(factor=0.1)']
+
+# --- callbacks and optimizers -------------------------------------------------------------------
+# Another value of each argument, where it is not the other bool or the next number
+ANOTHER = dict(decay=.5, half_life=[2,3], validate='raw', final='raw', buffers='copy', last='drop',
+               weight='items', max_norm=.5, max_value=.5, adaptive=.5, auto=10, exclude='head', lr=.5,
+               module='rnn', mask=len, lengths=len)
+ANOTHER |= {('LAWA','every'): 2, ('SWA','every'): 2, ('SWA','start'): .5, ('SAM','adaptive'): True}
+acting = [o for o in public_callbacks() if identity._acts(make(o))]
+arguments = [(o, k) for o in acting for k,p in signature(o).parameters.items() if p.kind is not p.VAR_KEYWORD
+             and p.kind is not p.VAR_POSITIONAL]
+
+@pytest.mark.parametrize('cls,name', arguments, ids=lambda o: getattr(o, '__name__', o))
+def test_each_argument_of_each_acting_callback_is_a_fact(cls, name):
+    "Also where it is kept under another name"
+    usual = signature(cls).parameters[name].default
+    next_one = lambda: not usual if isinstance(usual, bool) else usual/2 if usual and usual<1 else usual+1
+    other = ANOTHER[k] if (k := (cls.__name__, name)) in ANOTHER else ANOTHER.get(name) or next_one()
+    a,b,c = map(identity._callback, (make(cls), cls(**{name: other}), cls(**{name: other})))
+    assert a!=b==c and f'{name}=' in b, b
+
+def test_which_callbacks_act():
+    "A new one has to be put on a side"
+    assert {o.__name__ for o in acting}=={
+        'EMA', 'SWA', 'LAWA', 'GradientAccumulation', 'GradientCentralization', 'GradientClip',
+        'GradientNoise', 'LookaheadWeights', 'SAM', 'ModelResetter', 'RNNCallback', 'RNNRegularizer'}
+    watch_guard_or_save = {'Checkpoint', 'EarlyStopping', 'FastLoop', 'PreemptionGuard', 'SampleLimit',
+                           'SaveTopK', 'SkipNonFinite', 'SpikeGuard', 'StepLimit', 'StopFile',
+                           'TerminateOnNaN', 'TimeLimit'}
+    assert {o.__name__ for o in public_callbacks() if o not in acting}==watch_guard_or_save
+
+def test_what_a_callback_is_made_with_is_kept_in_copies_and_not_in_files():
+    class Mine(EMA):
+        def __init__(self, share, **kwargs): super().__init__(1-share, **kwargs)
+    one,words = EMA(.9),identity._callback(EMA(decay=.9))
+    assert identity._callback(one)==identity._callback(copy(one))==words and 'decay=0.9' in words
+    assert "share=0.1, start=3, validate='ema'" in identity._callback(Mine(.1, start=3))
+    again = pickle.loads(pickle.dumps(one))
+    assert '_given' not in vars(again) and 'decay' not in identity._callback(again)
+    one.every = 7
+    assert 'every=7' in identity._callback(one)
+
+def around(params, alpha=.5, **kwargs): return Lookahead(RAdam(params, **kwargs), alpha=alpha)
+OF_FASTAI = dict(
+    plateau=(dict(cbs=ReduceLROnPlateau(factor=10)), dict(cbs=ReduceLROnPlateau(factor=2)), 'factor=2'),
+    lookahead=(dict(opt_func=RAdam), dict(opt_func=around), 'Lookahead(alpha=0.5, k=6, Optimizer('),
+    alpha=(dict(opt_func=around), dict(opt_func=partial(around, alpha=.9)), 'Lookahead(alpha=0.9, k=6, '))
+
+@pytest.mark.parametrize('name', OF_FASTAI)
+def test_what_else_changes_a_step(name):
+    one,other,words = OF_FASTAI[name]
+    found = facts_differences(facts(small(**other)), facts(small(**one)))
+    assert len(found)==1 and words in found[0], found
+
+def test_helpers_of_a_callback_are_no_facts():
+    assert len(facts(small(cbs=SWA()))['callbacks'])==1
+
+def test_the_first_epoch():
+    some = [facts(small(), start_epoch=o) for o in (0, 1)]
+    assert facts_differences(*some)==['first epoch: 0, and there 1']
 
 # --- shapes -------------------------------------------------------------------------------------
 class Memory(nn.Module):

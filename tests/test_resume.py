@@ -11,7 +11,7 @@ from fastai.callback.all import (Callback, CSVLogger, EarlyStoppingCallback, Gra
                                  SchedCos, ShowGraphCallback, TerminateOnNaNCallback)
 from fastai.data.core import DataLoaders, Datasets
 from fastai.data.load import DataLoader
-from fastai.learner import Learner
+from fastai.learner import Learner, Metric
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import F1Score, accuracy, skm_to_fastai
 from fastai.optimizer import Optimizer, OptimWrapper, SGD, ranger
@@ -25,7 +25,7 @@ from fastai_callbacks_ext.base.files import load_state
 from fastai_callbacks_ext.test_utils import digits_dls, digits_learner, digits_model
 import crash
 from common import exit_code
-from test_checkpoint import in_a_folder_of_its_own
+from test_checkpoint import as_in_a_new_process, in_a_folder_of_its_own
 
 TorchDL = torch.utils.data.DataLoader
 
@@ -38,7 +38,7 @@ class StopIn(Callback):
 
 def train(make, fits, *cbs, stop=None, forget=True, bar=False):
     "A run in a process of its own, as far as `Checkpoint` knows: the learner, and what was printed"
-    if forget: Checkpoint._finished.clear()
+    if forget: as_in_a_new_process()
     learn,out = make(),io.StringIO()
     if stop: learn.add_cb(StopIn(*stop))
     with contextlib.redirect_stdout(out), contextlib.ExitStack() as stack:
@@ -166,6 +166,14 @@ def test_a_folder_that_cannot_be_locked(monkeypatch):
     monkeypatch.setattr('fcntl.lockf', lockf)
     _,out = train(small, lambda l,cbs: l.fine_tune(1, cbs=cbs), Checkpoint('run'))
     assert out.count('cannot lock run, so nobody notices a second run there: No locks available')==1
+
+@pytest.mark.parametrize('place', ['link/run', '/proc/nothere/run'])
+def test_a_folder_that_cannot_be_made(place):
+    "A disk that is not mounted: it is said, and the training goes on"
+    Path('link').symlink_to('nothere/there')
+    learn,out = train(small, fit(1), Checkpoint(place))
+    assert out.count(f'cannot lock {place}, so nobody notices a second run there: ')==1
+    assert 'could not save' in out and len(learn.recorder.values)==1
 
 # Random states
 class Epochs(torch.utils.data.Sampler):
@@ -390,13 +398,47 @@ def test_metrics_do_not_fill_the_checkpoint():
     assert all(len(str(s))<3000 for s in states)
     goes_on(partial(make, True), fit(), [(1,2)], path='other', steps=1)
 
+class Tally:
+    "As the metrics of another package"
+    def __init__(self): self.reset()
+    def reset(self): self.right,self.n = torch.zeros(1),0
+    def update(self, o, y): self.right += (o.argmax(1)==y).sum().item(); self.n += len(y)
+class Wraps(Metric):
+    def __init__(self, inner): self.inner = inner
+    def reset(self): self.inner.reset()
+    def accumulate(self, learn): self.inner.update(learn.pred, learn.y)
+    value = property(lambda self: (self.inner.right/self.inner.n).item())
+class ByClass(Metric):
+    def reset(self): self.found = defaultdict(list)
+    def accumulate(self, learn):
+        for o,y in zip(learn.pred.argmax(1).tolist(), learn.y.tolist()): self.found[y].append(o==y)
+    value = property(lambda self: float(np.mean([np.mean(o) for o in self.found.values()])))
+class Box(Metric):
+    def reset(self): self.all = defaultdict(lambda: 0)
+    def accumulate(self, learn): self.all[0] += 1
+    value = property(lambda self: self.all[0])
+
+def test_what_metrics_gather_in_mid_epoch():
+    "Also in objects of theirs; one that cannot be kept is named"
+    def make(*more):
+        torch.manual_seed(0)
+        learn = small(metrics=[Wraps(Tally()), ByClass(), F1Score(average='macro'), *more],
+                      model=nn.Sequential(nn.Flatten(), nn.Linear(64, 10)))
+        learn.recorder.train_metrics,learn.recorder.add_time = True,False
+        return learn
+    def table(learn): return learn.recorder.values
+    fits = lambda l,cbs: [l.fit(2, cbs=cbs) for _ in range(2)]
+    assert 'cannot' not in goes_on(make, fits, [(0,2), (1,2)], steps=1, numbers=table)
+    _,out = train(partial(make, Box()), fit(1), Checkpoint('other', steps=1))
+    assert out.count('cannot save metrics[3].all (defaultdict of <lambda>)')==1, out
+
 # Files of other callbacks
 def test_save_model_beside_an_average():
     "fastai's loads its best file at the end"
     from fastai_callbacks_ext.all import EMA
     make = lambda: small([SaveModelCallback(fname='best'), EMA(.9, final='raw')], path=Path('.'))
     goes_on(make, lambda l,cbs: l.fine_tune(3, 1e-2, cbs=cbs), [(0,2), (1,1), (2,3)])
-    Checkpoint._finished.clear()
+    as_in_a_new_process()
     want = weights(train(make, lambda l,cbs: l.fine_tune(3, 1e-2, cbs=cbs))[0])
     assert weights(train(make, lambda l,cbs: l.fine_tune(3, 1e-2, cbs=cbs), Checkpoint('run'))[0])==want
 
@@ -611,6 +653,19 @@ class Noisy(nn.Module):
             for p in self.inside[0].parameters(): p.data *= .9
         return x+self.inside[0](x).detach()
 
+class Outermost(nn.Module):
+    "The model itself counts, remembers and cools down"
+    def __init__(self):
+        super().__init__()
+        self.layer,self.tau,self.seen,self.mean = nn.Linear(5, 2),2.,[],None
+    def forward(self, x):
+        o = self.layer(x)
+        if self.training:
+            self.tau *= .9
+            self.seen.append(o.detach().mean().item())
+            self.mean = o.detach().mean(0) if self.mean is None else .9*self.mean+.1*o.detach().mean(0)
+        return o/self.tau+len(self.seen)/50 if self.mean is None else o/self.tau-self.mean+self.seen[-1]
+
 class Grows(nn.Module):
     "A buffer that is not saved with the weights, made in `forward`, and longer later"
     def forward(self, x):
@@ -667,6 +722,8 @@ CHANGES = dict(
     optimizer=lambda: tiny(opt=partial(OptimWrapper, opt=Counts)),
     stepper=lambda: tiny(opt=lambda p,lr,**kw: Optimizer(p, [Stepper()], lr=lr)), dropout=dropout,
     noisy=lambda: tiny(model=nn.Sequential(Noisy(), nn.Linear(5, 2))),
+    outermost=lambda: tiny(model=Outermost()),
+    wrapped=lambda: tiny(model=nn.DataParallel(Outermost())),
     buffer=lambda: tiny(model=nn.Sequential(Grows(), nn.Linear(5, 2))),
     loss_in_partial=lambda: tiny(loss=partial(Temperature())), global_generator=transform_with_a_global,
     nested_data=nested_data, batch_sampler=lambda: tiny(dls=loader_with(batch_sampler=BatchesOfSix())),

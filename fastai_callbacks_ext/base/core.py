@@ -182,10 +182,12 @@ class ExtCallback(Callback):
 
     def __new__(cls, *args, **kwargs):
         self = super().__new__(cls)
-        vars(self).update(deepcopy(cls.fit_state), records=[], _scopes=[])
+        vars(self).update(deepcopy(cls.fit_state), records=[], _scopes=[], _given=(args, kwargs))
         return self
 
-    def __getstate__(self): return {k:v for k,v in super().__getstate__().items() if k!='_scopes'}
+    def __getstate__(self):
+        own = '_scopes','_given'      # the arguments need not be picklable
+        return {k:v for k,v in super().__getstate__().items() if k not in own}
 
     def __setattr__(self, name, value):
         if name=='learn' and value is None: self._close_scopes()     # taken off, maybe in mid-fit
@@ -481,7 +483,7 @@ def __reduce_ex__(self:ExtCallback, protocol):
 @patch
 def __copy__(self:ExtCallback):
     res = type(self).__new__(type(self))
-    vars(res).update(self.__getstate__())
+    vars(res).update(self.__getstate__(), _given=vars(self).get('_given'))
     return res
 
 @patch

@@ -241,22 +241,19 @@ class FolderLock:
         if fcntl is None: raise OSError('this system has no fcntl')
         self._key = os.getpid(),os.path.realpath(self.file)
         if self._key in FolderLock._held: return 'another fit of this process'
-        while self._fd is None:
-            self._made |= not self.file.parent.exists()
-            try:
-                os.makedirs(self.file.parent, exist_ok=True)
-                fd = os.open(self.file, os.O_RDWR|os.O_CREAT, 0o666)
-            except (FileNotFoundError, FileExistsError):
-                if os.path.islink(self.file) or os.path.lexists(self.file.parent): raise
-                continue        # its last holder has just removed the folder
+        for last in [False]*99 + [True]:
+            fd = self._open(last)
+            if fd is None: continue
             try: fcntl.lockf(fd, fcntl.LOCK_EX|fcntl.LOCK_NB)      # not kept by forked processes, as flock is
             except OSError as e:
                 who = os.read(fd, 200).decode(errors='replace')
                 os.close(fd)
                 if isinstance(e, (BlockingIOError,PermissionError)): return who or 'another process'
                 raise
-            if _is_at(fd, self.file): self._fd = fd
-            else: os.close(fd)       # its holder has removed it
+            if _is_at(fd, self.file): break
+            os.close(fd)       # its holder has removed it
+            if last: raise OSError(f'{self.file.name} is another file each time')
+        self._fd = fd
         self._ours = os.read(fd, 8) in (b'', b'process ')
         if not self._ours: return FolderLock._held.add(self._key)
         os.ftruncate(fd, 0)
@@ -264,6 +261,15 @@ class FolderLock:
         now = f'{datetime.now():%Y-%m-%d %H:%M:%S}'
         os.write(fd, f'process {os.getpid()} on {gethostname()}, since {now}'.encode())
         FolderLock._held.add(self._key)
+
+    def _open(self, last):
+        "The file of the lock; None if there is none, and its last holder may just have removed the folder"
+        self._made |= not self.file.parent.exists()
+        try:
+            os.makedirs(self.file.parent, exist_ok=True)
+            return os.open(self.file, os.O_RDWR|os.O_CREAT, 0o666)
+        except (FileNotFoundError, FileExistsError):
+            if last: raise
 
     def release(self):
         "Release the folder; one that `take` has made is removed, if it is empty"

@@ -10,9 +10,9 @@ import dis, json, os, random, re, sys, sysconfig, tempfile
 from collections import deque
 from copy import deepcopy
 from enum import Enum
-from functools import partial
+from functools import lru_cache, partial
 from hashlib import blake2b
-from inspect import isclass, ismethod, ismodule, unwrap
+from inspect import isclass, ismethod, ismodule, signature, unwrap
 from itertools import islice
 from math import prod
 from operator import getitem
@@ -22,9 +22,10 @@ from types import BuiltinMethodType, CodeType, FunctionType, MethodType
 import numpy as np
 import pandas as pd
 import torch
+from fastai.callback.core import Callback
 from fastai.callback.schedule import ParamScheduler
 from fastai.data.core import DataLoaders, Datasets, TfmdLists
-from fastai.learner import Learner
+from fastai.learner import Learner, SkipToEpoch
 from fastai.optimizer import Optimizer, OptimWrapper
 from fastcore.foundation import CollBase, L
 from fasttransform import Pipeline, Transform
@@ -33,7 +34,7 @@ from torch.distributions import Distribution
 from torch.nn.parameter import is_lazy
 from torch.utils.data import Dataset
 from .core import n_ranks
-from .model import unwrap_model
+from .model import modules_own, unwrap_model
 
 # %% ../../nbs/base/identity.ipynb #b2f7d148
 def _some(n, k):
@@ -74,6 +75,15 @@ def _place(path):
         return path.partition(os.sep)[2] if base==temporary and path.startswith('tmp') else path
     return path
 
+def _from_their_folder(paths):
+    "Absolute `paths` from the folder on that they have in common, by its name: where it is does not count"
+    try: start = len(os.path.dirname(os.path.commonpath(paths)))
+    except ValueError: start = 0      # there are none, or they are on several drives
+    return [o[start:] for o in paths]
+
+def _short_text(o): return os.path.basename(text) if os.path.isabs(text := _text(o)) else text
+def _has_paths(a): return a.dtype.kind=='U' and a.size and os.path.isabs(a.flat[0])
+
 def _script_folder():
     "Where the script is, from wherever it was started; the working directory of a notebook"
     return os.path.dirname(os.path.abspath(getattr(sys.modules['__main__'], '__file__', None) or 'notebook'))
@@ -94,17 +104,17 @@ def _code(code):
         if isinstance(o, CodeType): yield from _code(o)
         else: yield repr(sorted(map(repr, o)) if isinstance(o, frozenset) else o).encode()
 
-def _names(code):
-    "Of the globals that `code` reads"
-    own = {o.argval for o in dis.get_instructions(code) if o.opname in ('LOAD_GLOBAL','LOAD_NAME')}
-    return own.union(*(_names(o) for o in code.co_consts if isinstance(o, CodeType)))
+def _named_by(code, *ops):
+    "What `code` names in these operations: the globals that it reads, the attributes that it sets"
+    own = {o.argval for o in dis.get_instructions(code) if o.opname in ops}
+    return own.union(*(_named_by(o, *ops) for o in code.co_consts if isinstance(o, CodeType)))
 
 def _function(f):
     "The code of `f`, and what it reads from around it"
     around,data = [],(*_holders, *_atoms, FunctionType)
     if not f.__code__.co_filename.startswith(_installed):
         yield from _code(f.__code__)
-        used = {n: f.__globals__.get(n) for n in sorted(_names(f.__code__))}
+        used = {n: f.__globals__.get(n) for n in sorted(_named_by(f.__code__, 'LOAD_GLOBAL', 'LOAD_NAME'))}
         around = [o for o in used.items() if isinstance(o[1], data)]
     for cell in f.__closure__ or ():
         try: around.append(cell.cell_contents)
@@ -165,16 +175,18 @@ def _tells(o, depth=8):
 
 # %% ../../nbs/base/identity.ipynb #d09b71ee
 def _pieces(o, k, seen, inside=frozenset()):
-    "What tells `o` from other data, in bytes"
+    "What tells `o` from other data, in bytes; an absolute path as it is"
     if isinstance(o, (TfmdLists, Datasets)): o = o.items      # their transforms are facts of their own
     if isinstance(o, L): o = o.items
-    if isinstance(o, (str, PurePath)): yield _text(o).encode(errors='replace')
+    if isinstance(o, (str, PurePath)):
+        text = _text(o)
+        yield text if os.path.isabs(text) else text.encode(errors='replace')
     elif isinstance(o, np.generic): yield repr(o.item()).encode()
     elif isinstance(o, Enum): yield o.name.encode()
     elif isinstance(o, (*_atoms, range, slice)): yield repr(o).encode()
     elif isinstance(o, Tensor):
         yield from _array(o.detach().as_subclass(Tensor).resolve_conj().resolve_neg(), k)
-    elif isinstance(o, np.ndarray) and o.dtype.kind!='O': yield from _array(o, k)
+    elif isinstance(o, np.ndarray) and o.dtype.kind!='O' and not _has_paths(o): yield from _array(o, k)
     elif id(o) in seen: yield f'the one at {seen[id(o)][0]}'.encode()
     elif id(o) not in inside:
         yield (o.__qualname__ if isclass(o) else type(o).__name__).encode()
@@ -230,10 +242,14 @@ def fingerprint(
     in all. So another fold, another order and other labels are found. A change in one item of a
     million is not, and one in 1 % of all items goes unseen once in 150 times or less (of 500
     items). What is in files is never looked at."""
-    h = blake2b(digest_size=8)
-    for piece in islice(_pieces(o, 1000, {}), 6000):
+    h,paths = blake2b(digest_size=8),[]
+    def add(piece):
         h.update(len(piece).to_bytes(8, 'little'))
         h.update(piece)
+    for piece in islice(_pieces(o, 1000, {}), 6000):
+        if isinstance(piece, str): paths.append(piece)
+        add(b'a path' if isinstance(piece, str) else piece)
+    for path in _from_their_folder(paths): add(path.encode(errors='replace'))
     return h.hexdigest()
 
 # %% ../../nbs/base/identity.ipynb #3d9192da
@@ -253,7 +269,7 @@ def _mark(o): return f'[{fingerprint(o)[:8]}]'
 def _short(text, n=300): return text if len(text)<=n else f'{text[:n]}... {_mark(text)}'
 def _listed(o, say): return f"[{', '.join(map(say, o))}]" if len(o)<=20 else _many(o)
 def _named(o, say):
-    return ', '.join(f'{k if isinstance(k, str) else say(k)}={say(v)}' for k,v in o.items())
+    return ', '.join(f'{_short_text(k) if isinstance(k, str) else say(k)}={say(v)}' for k,v in o.items())
 
 def _function_name(f, say):
     own = f.__closure__ or not f.__code__.co_filename.startswith(_installed)
@@ -275,13 +291,26 @@ def _module(m, say=describe):
     return f"{type(m).__name__}({', '.join(filter(None, (own, more)))})"
 
 def _arguments(o, say, but=('dataset','data_source','source','items','order')):
-    "The arguments of `o` that it has kept, and the functions that it calls"
+    "The arguments of `o` that it has kept, and the functions that it calls; of what is called, its settings"
     args,spoken = _own_arguments(type(o)).difference(but),(re.Pattern, Distribution)
     calls = lambda v: isinstance(v, spoken) or callable(v) and not isclass(v)
     public = lambda k: k[0]!='_' and k not in but
     large = lambda v: isinstance(v, (Dataset, *_opaque[:2])) or getattr(v, '__self__', None) is o
-    shown = lambda k,v: v is not None and not large(v) and (k in args or public(k) and calls(v))
+    told = lambda k,v: k in args or public(k) and (calls(v) or _is_setting(o, k, v))
+    shown = lambda k,v: v is not None and not large(v) and told(k, v)
     return _named({k: v for k,v in sorted(_vars(o).items()) if shown(k, v)}, say)
+
+def _is_setting(o, k, v):
+    "Is `v` a plain value that only `__init__` has set? What a method sets may change in a fit"
+    if not callable(o) or isinstance(o, (Transform,Callback)): return False
+    return type(v) in (bool,int,float,str) and k not in _of_machine | modules_own | _set_later(type(o))
+
+@lru_cache(maxsize=1000)
+def _set_later(cls):
+    "Attributes that a method of `cls` sets, other than `__init__`: in a fit they may change"
+    own = [(n, f) for c in cls.__mro__ for n,f in vars(c).items() if isinstance(f, FunctionType)]
+    methods = [f for n,f in own if n!='__init__']
+    return {o for f in methods for o in _named_by(f.__code__, 'STORE_ATTR')}
 
 def _many(o): return f'{len(o)} items {_mark(o)}'
 def _numbers_in(o, say): return say(o.tolist()) if prod(o.shape)<=8 else f'{tuple(o.shape)} {_mark(o)}'
@@ -294,7 +323,7 @@ def _with_children(m, say): return _module(m, say) + (_listed(list(m.children())
 _words = [
     ((bool, np.bool_),                lambda o,say: str(bool(o))),
     ((float, np.floating),            lambda o,say: f'{float(o):.6g}'),
-    ((str, PurePath),                 lambda o,say: repr(_text(o))),
+    ((str, PurePath),                 lambda o,say: repr(_short_text(o))),
     (Enum,                            lambda o,say: o.name),
     (_atoms,                          lambda o,say: str(o)),
     (Pipeline,                        lambda o,say: _listed(o.fs, say)),
@@ -377,9 +406,14 @@ _told_elsewhere = 'dataset','items','bs','batch_size','batch_sampler','n','lens'
 
 # %% ../../nbs/base/identity.ipynb #3bd74d0f
 def _optimizer(learn):
-    opt = learn.opt
-    steps = [describe(o) for o in opt.cbs] if isinstance(opt, Optimizer) else []
-    return f"{type(getattr(opt, 'opt', opt)).__name__}({', '.join(steps)})"
+    return _opt_words(learn.opt)
+
+def _opt_words(opt):
+    "fastai's by its steps; one around it, such as `Lookahead`, by its arguments; PyTorch's by its name"
+    if not isinstance(opt, Optimizer): return f"{type(getattr(opt, 'opt', opt)).__name__}()"
+    inner = vars(opt).get('opt')
+    parts = [_arguments(opt, describe, but=('opt',)), _opt_words(inner)] if inner else map(describe, opt.cbs)
+    return f"{type(opt).__name__}({', '.join(filter(None, parts))})"
 
 def _hypers(learn):
     "What the schedule sets is told by the schedule; its value may be one that an interrupted fit has left"
@@ -416,25 +450,44 @@ def _numbers(o):
     return float(f'{o:.6g}') if isinstance(o, float) else o
 
 _package = __name__.split('.')[0]
-_theirs = 'callback.mixup','callback.fp16','callback.training','callback.rnn','vision.gan'
-_acting = {f'fastai.{o}' for o in _theirs} | {f'{_package}.{o}' for o in ('averaging','gradients','rnn')}
+_theirs = ('callback.mixup','callback.fp16','callback.training','callback.rnn','vision.gan',
+           'callback.tracker.ReduceLROnPlateau')
+_ours = 'accumulation','averaging','gradients','rnn'
+_acting = {f'fastai.{o}' for o in _theirs} | {f'{_package}.{o}' for o in _ours}      # modules and classes
 
 def _frozen(learn): return [n for n,p in unwrap_model(learn.model).named_parameters() if not p.requires_grad]
 def _batch_size(learn):
     return getattr(learn.dls.train, 'bs', None) or getattr(learn.dls.train, 'batch_size', None)
 
 def _callback(cb):
-    "By what it was made with; what it gains in a fit is no fact"
+    "By what it was made with, or has been given since under that name; what it gains in a fit is no fact"
     args = _own_arguments(type(cb))
-    made_with = lambda k,v: v is not None and (k in args or isinstance(v, Distribution))
-    kept = {k: v for k,v in sorted(vars(cb).items()) if made_with(k, v)}
-    return f'{type(cb).__name__}({_named(kept, describe)})'
+    kept = {k: v for k,v in vars(cb).items() if k in args or isinstance(v, Distribution)}
+    made_with = {k: v for k,v in sorted((_given(cb) | kept).items()) if v is not None}
+    return f'{type(cb).__name__}({_named(made_with, describe)})'
+
+def _given(cb):
+    "The arguments of a callback of this package, with defaults; nothing if nobody has kept them"
+    if not (given := vars(cb).get('_given')): return {}
+    bound = signature(cb.__init__).bind(*given[0], **given[1])
+    bound.apply_defaults()
+    res = bound.arguments
+    for p in bound.signature.parameters.values():
+        if p.kind is p.VAR_KEYWORD: res = res | res[p.name]; del res[p.name]
+    return {k: v for k,v in res.items() if k not in _of_machine}
 
 def _seed(learn):
     "A seed that nobody chose is drawn in each process, from 2**53 numbers: it tells nothing"
     return seed if (seed := torch.initial_seed())<2**32 else 'not set'
 
-def _acts(cb): return any(o.__module__ in _acting for o in type(cb).__mro__)
+def _acts(cb):
+    "Does it change a step? Helpers of such a callback have nothing to tell"
+    cls = type(cb)
+    if cls.__name__[0]=='_' and cls.__module__.split('.')[0]==_package: return False
+    return any({o.__module__, f'{o.__module__}.{o.__qualname__}'} & _acting for o in cls.__mro__)
+
+def _first_epoch(learn):
+    return max((cb._skip_to for cb in learn.cbs if isinstance(cb, SkipToEpoch)), default=0)
 
 _facts = {
     'optimizer':        _optimizer,
@@ -450,6 +503,7 @@ _facts = {
     'batch size':       _batch_size,
     'batches':          lambda learn: len(learn.dls.train),
     'epochs':           lambda learn: learn.n_epoch,
+    'first epoch':      _first_epoch,
     'seed':             _seed,
     'processes':        lambda learn: n_ranks(),
     'python':           lambda learn: '.'.join(map(str, sys.version_info[:2]))}

@@ -135,13 +135,13 @@ class Look:
 
     def __init__(self,
         roots:dict, # Objects to begin with, by name
-        kept:dict, # Objects that are kept elsewhere, by name: these are not looked into
+        kept:dict, # Objects that are kept elsewhere, by name: these are not looked into, but for roots
         way_of:Callable, # How the state of an object is got and put back in place: functions, or None
         attrs:Callable # What to look at in a root: the root and all its attributes, to those that count
     ):
         self.names,self.at,self.ways,self.was,self.unseen,self.quiet = {},{},{},{},{},set()
         self.covered,self.way_of,self.attrs,self.roots = set(),way_of,attrs,{id(o) for o in roots.values()}
-        for name,o in (kept | roots).items(): self._name(o, name)
+        for name,o in (roots | kept).items(): self._name(o, name)     # one that is both is looked into
         self.todo = deque()
         for name,o in roots.items():
             self._look(name, o, _package(o), isinstance(o, Callback) and _package(o)=='fastai')

@@ -6,7 +6,7 @@
 __all__ = ['NotPlain', 'all_plain', 'to_plain', 'PlainWriter', 'from_plain', 'attributes', 'is_trained', 'set_attributes']
 
 # %% ../../nbs/base/plain.ipynb #4740576e
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterable
 from contextlib import suppress
 from enum import Enum
@@ -24,8 +24,15 @@ from .step import tensors_in
 class NotPlain(TypeError):
     "A value that has no plain form"
 
+_factories = {f and f.__name__: f for f in (None, list, dict, set, int, float, str)}
+def _factory(o):
+    name = getattr(o.default_factory, '__name__', None)
+    if _factories.get(name) is not o.default_factory: raise NotPlain(f'defaultdict of {name}')
+    return name
+
 _forms = {L: (list, L), set: (list, set), frozenset: (list, frozenset), type(Path()): (str, Path),
           deque: (lambda o: [list(o), o.maxlen], lambda o: deque(*o)), Counter: (dict, Counter),
+          defaultdict: (lambda o: [_factory(o), dict(o)], lambda o: defaultdict(_factories[o[0]], o[1])),
           OrderedDict: (lambda o: list(o.items()), OrderedDict),
           np.ndarray: (lambda o: torch.from_numpy(o.copy()), lambda o: o.cpu().numpy().copy())}
 _named = {cls.__name__: back for cls,(_,back) in _forms.items()}

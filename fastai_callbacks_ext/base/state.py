@@ -186,16 +186,20 @@ def _way_of(o, covered):
 
 # %% ../../nbs/base/state.ipynb #5d1f3c03
 def _metrics(rec): return [rec.smooth_loss, rec.loss, *rec.learn.metrics]
+
+def _gathering(learn):
+    "Are metrics gathering values for the table, in mid-epoch?"
+    return learn.training and any(cb.train_metrics for cb in learn.cbs if isinstance(cb, Recorder))
+
 def _recorder_state(rec):
+    "Metrics that gather are looked into instead"
     losses,lrs = (vars(rec).get(o, []) for o in ('losses','lrs'))
-    gathering = rec.train_metrics and rec.learn.training
+    metrics = _metrics(rec)[:2 if _gathering(rec.learn) else None]
     losses = torch.stack([o.detach().cpu() for o in losses]) if losses else None
     return dict(losses=losses, lrs=torch.tensor(lrs, dtype=torch.float64),
-                metrics=[_metric_state(m, gathering) for m in _metrics(rec)])
+                metrics=[_small(attributes(m)) for m in metrics])
 
-def _metric_state(m, gathering):
-    "All of it while values are gathered for the table; later what is small"
-    return {k:v for k,v in attributes(m).items() if gathering or _size(v)<1000}
+def _small(attributes): return {k:v for k,v in attributes.items() if _size(v)<1000}
 
 def _size(o):
     "How many numbers are in `o`?"
@@ -259,10 +263,12 @@ def _kept(learn, but):
     for i,cb in enumerate(but): res[f'left out {i}'] = cb
     for cb in learn.cbs:
         if not isinstance(cb, Recorder): continue
-        for i,m in enumerate(_metrics(cb)): res[f'metrics[{i}]'] = m
-        res |= {f'Recorder.{k}': vars(cb)[k] for k in ('losses','lrs') if k in vars(cb)}
+        own = 'losses','lrs','loss','smooth_loss'
+        res |= {f'Recorder.{k}': vars(cb)[k] for k in own if k in vars(cb)} | _named_metrics(learn)
     if scaler := vars(learn).get('scaler'): res['scaler'] = scaler
     return res
+
+def _named_metrics(learn): return {f'metrics[{i}]': m for i,m in enumerate(learn.metrics)}
 
 class FitStart:
     "What a learner was like when its fit began: what has changed since is state"
@@ -275,6 +281,8 @@ class FitStart:
         inner = {id(roots['model']), id(learn.opt), id(getattr(learn.opt, 'opt', None))}
         way_of = lambda o,covered: None if id(o) in inner else _way_of(o, covered)
         self.look = Look(roots, _kept(learn, but), way_of, _that_count)
+        in_metric = lambda m,attributes: attributes if _gathering(learn) else _small(attributes)
+        self.metrics = Look(_named_metrics(learn), self.look.at, way_of, in_metric)
 
 def learner_state(
     learn:Learner, # In a fit, between two batches or epochs
@@ -288,7 +296,8 @@ def learner_state(
     model.pop('hidden')      # among the objects
     own = dict(model={k: model.pop(k) for k in ('buffers','grads')}, random=random_state(learn.dls),
                learner=attributes(learn, vars(learn).keys()-set(_attrs)),
-               objects=start.look.state(lost, every), others=_others_state(learn, lost))
+               objects=start.look.state(lost, every), others=_others_state(learn, lost),
+               metrics=start.metrics.state(lost, every) if _gathering(learn) else {})
     scaler = vars(learn).get('scaler')
     scaler = scaler and to_plain(scaler.state_dict())
     shared = dict(model=model, opt=opt_state(learn.opt, lost), scaler=scaler)
@@ -308,7 +317,9 @@ def load_learner_state(
     load_model_state(learn.model, shared['model'] | own['model'])
     if shared['scaler'] and vars(learn).get('scaler'): learn.scaler.load_state_dict(shared['scaler'])
     set_attributes(learn, own['learner'])
-    (start or FitStart(learn)).look.load(own['objects'], state['own']['lost'])
+    start,lost = start or FitStart(learn),state['own']['lost']
+    start.look.load(own['objects'], lost)
+    if metrics := own.get('metrics'): start.metrics.load(metrics, lost)
     _load_others_state(learn, own['others'])
     load_opt_state(learn.opt, shared['opt'])     # on the devices of the parameters
     load_random_state(learn.dls, own['random'])
