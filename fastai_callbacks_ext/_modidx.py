@@ -221,6 +221,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                            'fastai_callbacks_ext/averaging.py'),
                                                 'fastai_callbacks_ext.averaging._Averager.before_fit': ( 'averaging.html#_averager.before_fit',
                                                                                                          'fastai_callbacks_ext/averaging.py'),
+                                                'fastai_callbacks_ext.averaging._Averager.before_step': ( 'averaging.html#_averager.before_step',
+                                                                                                          'fastai_callbacks_ext/averaging.py'),
                                                 'fastai_callbacks_ext.averaging._Averager.before_train': ( 'averaging.html#_averager.before_train',
                                                                                                            'fastai_callbacks_ext/averaging.py'),
                                                 'fastai_callbacks_ext.averaging._Averager.before_validate': ( 'averaging.html#_averager.before_validate',

@@ -34,11 +34,11 @@ def _clone(t):
 class _Averager(ExtCallback):
     "Lends averaged weights to the model for validation, and leaves it with those of `final`"
     order,average_name = 52,'ema'       # after the recorder, before those that look at its rows
-    # steps, updates, averages by name of the tensor; the trained tensors while the model has averaged ones;
-    # statistics that were refreshed
-    fit_state = dict(_t=0, _n=0, _kept=[], raw=None, _stats=None)
+    # steps, updates, averages by name of the tensor; shapes of all weights that were trained so far; the
+    # trained tensors while the model has averaged ones; statistics that were refreshed
+    fit_state = dict(_t=0, _n=0, _kept=[], _shapes={}, raw=None, _stats=None)
     _learner,_peers,_shown,_done,_left,_added = None,(),None,False,None,0
-    _places,_shapes,_norm,_loose,_half,_shapeless,_marks = None,{},(),(),False,frozenset(),{}
+    _places,_frozen,_norm,_loose,_half,_shapeless,_marks = None,(),(),(),False,frozenset(),{}
 
     def _choose(self, validate, buffers, final):
         names = self.average_name,'raw','both'
@@ -73,6 +73,10 @@ class _Averager(ExtCallback):
         if self._n: self._heal(self._now())
         self._places = None
 
+    def before_step(self):
+        "Weights that are trained from now on join with the values that they had until now"
+        if self._places is None or any(d[k].requires_grad for d,k in self._frozen): self._gather()
+
     def step_taken(self):
         "Count the steps"
         self._t += 1
@@ -105,7 +109,7 @@ class _Averager(ExtCallback):
         self._places,self._marks = None,buffer_marks(self._learner.model) if self._learner else {}
 
     def __getstate__(self):     # an export has the weights in use, and no others
-        gone = dict(_learner=None, _peers=(), _places=None, _loose=(), _marks={}, _left=None)
+        gone = dict(_learner=None, _peers=(), _places=None, _frozen=(), _loose=(), _marks={}, _left=None)
         return super().__getstate__() | gone | dict(_kept=[], _n=0, raw=None, _stats=None)
 
 # %% ../nbs/09_averaging.ipynb #02110259
@@ -119,8 +123,10 @@ def _gather(self:_Averager):
     self._loose = [(n, d, k, d[k].shape) for n,(d,k) in others.items()]
     self._norm = list(norm) if self.buffers=='average' else []
     if self.buffers=='copy': others = {}
-    weights = weight_places(model, known)
-    self._shapes = {n: d[k].shape for n,(d,k) in weights.items()}
+    weights = weight_places(model, known.union(self._shapes))
+    self._shapes = {n: tuple(d[k].shape) for n,(d,k) in weights.items()}
+    params = weight_places(model, tensor_places(model))     # all of them
+    self._frozen = [params[n] for n in params.keys()-weights.keys()]
     self._places = weights | others | {n: norm[n] for n in self._norm}
     now = {n: d[k] for n,(d,k) in self._places.items()}
     self._half = any(t.dtype!=_dtype(t) for t in now.values())
@@ -137,7 +143,7 @@ def _tensors(self:_Averager):
     # a buffer that changes its shape has no mean
     if changed := [n for n,d,k,shape in self._loose if not _takes(d.get(k), shape)]:
         self._places,self._shapeless = None,self._shapeless.union(changed)
-    if self._places is None: self._gather()
+    if self._places is None or not self._kept: self._gather()
     return [d[k] for d,k in self._places.values()]
 
 @patch
@@ -467,6 +473,8 @@ class SWA(_Every):
 
     def before_step(self):
         "Borrow the learning rates"
+        super().before_step()
+        self._return_lr()       # a step that was left has not
         if self.lr is None or self.pct_train<self.start: return
         lrs = [h['lr'] for h in self.opt.hypers]
         if self._ratios is None: self._ratios = [float(o/lrs[-1]) if lrs[-1] else 1. for o in lrs]
