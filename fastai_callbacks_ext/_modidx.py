@@ -1153,6 +1153,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                 'fastai_callbacks_ext/base/step.py'),
                                                 'fastai_callbacks_ext.base.step._noted': ( 'base/step.html#_noted',
                                                                                            'fastai_callbacks_ext/base/step.py'),
+                                                'fastai_callbacks_ext.base.step._others_act': ( 'base/step.html#_others_act',
+                                                                                                'fastai_callbacks_ext/base/step.py'),
                                                 'fastai_callbacks_ext.base.step._package': ( 'base/step.html#_package',
                                                                                              'fastai_callbacks_ext/base/step.py'),
                                                 'fastai_callbacks_ext.base.step._read': ( 'base/step.html#_read',
