@@ -184,6 +184,7 @@ class GradientAccumulation(ExtCallback):
     "A step for every `n_acc` items, equal to that of one batch of all of them"
     order,run_valid = 6,False    # as fastai's: before `MixedPrecision` and clipping
     fit_state = dict(_window=None, _steps=0, _rate=None)
+    transient = dict(_window=None, _batch=None, _lent=[])
     def __init__(self,
         # Items to a step, or more if the batches do not divide them; or a function of the epoch and of the
         # steps taken in this fit, asked when a window opens

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 
 import torch
+from fastai.callback.core import Callback
 from fastcore.basics import patch
 from fastcore.foundation import L
 from torch import Tensor
@@ -37,6 +38,9 @@ class _Averager(ExtCallback):
     # steps, updates, averages by name of the tensor; shapes of all weights that were trained so far; the
     # trained tensors while the model has averaged ones; statistics that were refreshed
     fit_state = dict(_t=0, _n=0, _kept=[], _shapes={}, raw=None, _stats=None)
+    # an export has the weights in use, and no others
+    transient = dict(_learner=None, _peers=(), _places=None, _frozen=(), _loose=(), _marks={}, _left=None,
+                     _kept=[], _n=0, raw=None, _stats=None)
     _learner,_peers,_shown,_done,_left,_added = None,(),None,False,None,0
     _places,_frozen,_norm,_loose,_half,_shapeless,_marks = None,(),(),(),False,frozenset(),{}
 
@@ -107,10 +111,6 @@ class _Averager(ExtCallback):
         "Put back what `state_dict` gave"
         super().load_state_dict(state)
         self._places,self._marks = None,buffer_marks(self._learner.model) if self._learner else {}
-
-    def __getstate__(self):     # an export has the weights in use, and no others
-        gone = dict(_learner=None, _peers=(), _places=None, _frozen=(), _loose=(), _marks={}, _left=None)
-        return super().__getstate__() | gone | dict(_kept=[], _n=0, raw=None, _stats=None)
 
 # %% ../nbs/09_averaging.ipynb #02110259
 @patch
@@ -299,6 +299,7 @@ def _validate_others(self:_Averager):
 class _Helper(ExtCallback):
     "Does a part of the work of `averager`, in another place among the callbacks"
     def __init__(self, averager): self.averager = averager
+    def __reduce_ex__(self, protocol): return Callback,()      # in an export it does nothing
 
     def before_fit(self):
         "Be there until the fit ends, also if the average is taken off"

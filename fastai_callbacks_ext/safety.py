@@ -30,7 +30,7 @@ from .base.step import all_finite, generators, skip_record, step_numbers
 # %% ../nbs/02_safety.ipynb #a45f7456
 class TerminateOnNaN(Guard):
     "Stops the fit before a step on a loss or gradient that is not finite, and says where it began"
-    order = -9
+    order,transient = -9,dict(_looks=[])
     def __init__(self,
         every:int=1, # Look every n-th batch, at all since the last look; the others never wait
         valid:bool=False, # Stop also for a loss in validation?

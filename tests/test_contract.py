@@ -3,6 +3,7 @@
 With digits each callback meets everything; settings and pairs are sampled (all: `make soak-contract`)."""
 import inspect, random
 from functools import cache
+from pathlib import Path
 
 import pytest, torch
 from fastai.callback.all import (BnFreeze, CSVLogger, EarlyStoppingCallback, GradientAccumulation,
@@ -14,7 +15,8 @@ from fastai.torch_core import set_seed
 from fastcore.docments import docments
 import contract
 import fastai_callbacks_ext.all as ext
-from common import EXACT, NEEDS, ExtCallback, finite, fit, learner, make, public_callbacks, quiet, traces
+from common import (EXACT, NEEDS, Exports, ExtCallback, finite, fit, learner, make, public_callbacks, quiet,
+                    traces)
 
 callbacks = public_callbacks()
 each = pytest.mark.parametrize('cls', callbacks, ids=lambda o: o.__name__)
@@ -116,6 +118,25 @@ def test_export(cls, tmp_path):
     assert any(type(cb) is cls for cb in loaded.cbs)
     with quiet(loaded): torch.testing.assert_close(loaded.get_preds(dl=dl)[0], want)
     fit(learn)
+
+def exported(cls, *cbs):
+    "Exports in mid-fit load, with the weights of then; their sizes"
+    learn = learner(cls, cbs=[*cbs, exports := Exports()], path='.')
+    dl = learn.dls.valid
+    fit(learn)
+    for name,weights in exports.weights.items():
+        loaded = load_learner(name, cpu=not torch.cuda.is_available())
+        for k,v in loaded.model.state_dict().items(): assert torch.equal(v, weights[k]), k
+        with quiet(loaded): assert loaded.get_preds(dl=dl)[0].isfinite().all()
+    return [Path(name).stat().st_size for name in ('batch.pkl','epoch.pkl')]
+
+@cache
+def exported_without(needs): return exported(ext.RNNCallback, RNNCallback()) if needs else exported(None)
+
+@each
+def test_export_in_mid_fit(cls):
+    "It has nothing of the running fit: no data, no weights but those in use"
+    for size,plain in zip(exported(cls, make(cls)), exported_without(cls in NEEDS)): assert size<plain+4096
 
 class Start(Callback):
     "Fails when all others have started"

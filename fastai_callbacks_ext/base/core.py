@@ -122,7 +122,8 @@ class _FitEnd:
     @classmethod
     def of(cls, learn):
         "The one of `learn`, made if need be"
-        return vars(learn).setdefault('remove_cbs', cls(learn))
+        if not isinstance(vars(learn).get('remove_cbs'), cls): vars(learn)['remove_cbs'] = cls(learn)
+        return vars(learn)['remove_cbs']
 
     def forget(self, scope):
         "`scope` is closed"
@@ -140,7 +141,7 @@ class _FitEnd:
         self.sweep()
         return type(self.learn).remove_cbs(self.learn, cbs)
 
-    def __getstate__(self): return dict(learn=self.learn, open=[])     # a copy of the learner is in no fit
+    def __reduce__(self): return getattr,(self.learn, 'remove_cbs')     # a copy of the learner is in no fit
 
 # %% ../../nbs/base/core.ipynb #d7c585ed
 @dataclass(frozen=True)
@@ -172,12 +173,14 @@ class ExtCallback(Callback):
     run_outside = False           # act in `validate`, `get_preds`, `predict` and `lr_find` too?
     fit_state = {}                # attributes with which a fit begins; they survive a restart
     state_attrs = ()              # other attributes that must survive a restart
+    transient = {}                # attributes of the running fit, as they are in a copy or an export
     reset_on_fit = True           # does a fit begin with `fit_state`, or with what the one before has left?
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         cls.order = resolve_order(cls)
-        cls.fit_state = {k:v for c in cls.__mro__[::-1] for k,v in vars(c).get('fit_state', {}).items()}
+        for o in ('fit_state','transient'):
+            setattr(cls, o, {k:v for c in cls.__mro__[::-1] for k,v in vars(c).get(o, {}).items()})
         if hasattr(cls, 'step_taken'): _send_step_taken(cls)
 
     def __new__(cls, *args, **kwargs):
@@ -185,7 +188,9 @@ class ExtCallback(Callback):
         vars(self).update(deepcopy(cls.fit_state), records=[], _scopes=[])
         return self
 
-    def __getstate__(self): return {k:v for k,v in super().__getstate__().items() if k!='_scopes'}
+    def __getstate__(self):
+        state = {k:v for k,v in super().__getstate__().items() if k!='_scopes'}
+        return state | deepcopy(self.transient)
 
     def __setattr__(self, name, value):
         if name=='learn' and value is None: self._close_scopes()     # taken off, maybe in mid-fit
