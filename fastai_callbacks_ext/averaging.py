@@ -19,7 +19,7 @@ from .base.model import (buffer_marks, norm_places, statistic_places, tensor_pla
                                              weight_places)
 from .base.passes import refresh_batchnorm
 from .base.state import load_random_state, random_state
-from .base.step import all_finite, overlaps
+from .base.step import all_finite, norms, overlaps
 
 # %% ../nbs/09_averaging.ipynb #f3434176
 def _lerp(average, tensors, part):
@@ -99,7 +99,7 @@ class _Averager(ExtCallback):
             self.tell('left the averaged weights in the model', f'final={self.final!r}. To get the trained '
                       f"ones, keep the callback, as in avg = {type(self).__name__}(), and call "
                       "avg.use('raw')")
-        self._done,self._left = True,self._versions()
+        self._done,self._left = True,self._marks_of_weights()
 
     def _leave(self):
         "The fit is over, or the callback was taken off"
@@ -219,9 +219,10 @@ def _put(self:_Averager, values):
     if names: torch._foreach_copy_([now[n] for n in names], [values[n] for n in names])
 
 @patch
-def _versions(self:_Averager):
-    "Changes when a weight does"
-    return [d[k]._version for d,k in weight_places(self._learner.model).values()]
+def _marks_of_weights(self:_Averager):
+    "Other ones for other weights, in less memory than a copy"
+    weights = [d[k].detach() for d,k in weight_places(self._learner.model, self._shapes).values()]
+    return [str(n.item()) for n in norms(weights)] if weights else []      # as text, NaN is equal to itself
 
 # %% ../nbs/09_averaging.ipynb #14653bf7
 @patch
@@ -343,7 +344,7 @@ class _AfterAll(_Helper):
     def after_fit(self):
         "Say whose weights are in the model"
         cb = self.averager
-        if cb._done and cb._left!=cb._versions():
+        if cb._done and cb._left!=cb._marks_of_weights():
             cb.tell('was followed by a callback that loaded other weights', f'they are in the model now, '
                     f'not those of final={cb.final!r}')
 

@@ -903,7 +903,8 @@ def test_taken_off_in_mid_fit(make, event):
 
 @pytest.mark.parametrize('final', ['ema','raw'])
 def test_what_is_loaded_at_the_end_is_left(final, capsys):
-    learn = run(cb := EMA(0.8, final=final), SaveModelCallback('accuracy', fname='best'), epochs=3)
+    worst = SaveModelCallback('accuracy', np.less, fname='best')
+    learn = run(cb := EMA(0.8, final=final), worst, epochs=3)
     left = state(learn)
     device = next(learn.model.parameters()).device
     assert_equal(left, torch.load(learn.path/learn.model_dir/'best.pth', map_location=device))
@@ -913,6 +914,14 @@ def test_what_is_loaded_at_the_end_is_left(final, capsys):
     assert_equal(state(learn), left)
     with cb.using('raw'): assert_equal(state(learn), learn.steps.steps[-1] if final=='ema' else left)
     assert_equal(state(learn), left)
+
+@pytest.mark.parametrize('final', ['ema','raw'])
+def test_the_same_weights_loaded_again_are_no_others(final, capsys):
+    class Load(Callback):
+        order,run_valid = 70,False
+        def after_fit(self): self.model.load_state_dict(state(self.learn))
+    run(EMA(.8, final=final), Load(), epochs=1)
+    assert 'was followed by' not in capsys.readouterr().out
 
 def test_another_model_is_not_given_weights():
     learn = run(cb := EMA(0.8))
