@@ -375,6 +375,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'fastai_callbacks_ext/base/core.py'),
                                                 'fastai_callbacks_ext.base.core._reduced': ( 'base/core.html#_reduced',
                                                                                              'fastai_callbacks_ext/base/core.py'),
+                                                'fastai_callbacks_ext.base.core._refuse_two': ( 'base/core.html#_refuse_two',
+                                                                                                'fastai_callbacks_ext/base/core.py'),
                                                 'fastai_callbacks_ext.base.core._send_step_taken': ( 'base/core.html#_send_step_taken',
                                                                                                      'fastai_callbacks_ext/base/core.py'),
                                                 'fastai_callbacks_ext.base.core._sender': ( 'base/core.html#_sender',

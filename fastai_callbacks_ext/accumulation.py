@@ -182,7 +182,7 @@ def _assumed(call):
 # %% ../nbs/14_accumulation.ipynb #c82fb7ea
 class GradientAccumulation(ExtCallback):
     "A step for every `n_acc` items, equal to that of one batch of all of them"
-    order,run_valid = 6,False    # as fastai's: before `MixedPrecision` and clipping
+    order,run_valid,single = 6,False,True    # as fastai's: before `MixedPrecision` and clipping
     fit_state = dict(_window=None, _steps=0, _rate=None)
     transient = dict(_window=None, _batch=None, _lent=[])
     def __init__(self,

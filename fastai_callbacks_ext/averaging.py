@@ -454,7 +454,7 @@ class _Every(_Averager):
 class SWA(_Every):
     "Mean of the weights from a point of the fit on"
     average_name,fit_state = 'swa',_Every.fit_state | dict(_ratios=None)
-    _borrowed = None
+    _borrowed,single = None,property(lambda self: self.lr is not None)      # of two rates one is wrong
     def __init__(self,
         start:float=0.75, # Share of the fit, 0 to 1, after which it begins
         every:int=None, # Take the weights every n-th step; None for at the end of each epoch

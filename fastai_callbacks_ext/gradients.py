@@ -151,7 +151,7 @@ def plot(self:GradientClip,
 # %% ../nbs/10_gradients.ipynb #6d0b3e2b
 class SAM(ExtCallback):
     "Sharpness-aware minimization: steps by the gradient at the worst weights nearby, in twice the time"
-    order,run_valid = 45,False      # after all that prepares a batch
+    order,run_valid,single = 45,False,True      # after all that prepares a batch
     transient = dict(_moved=[], _kept=[], _undo=None, _loss=None)
     def __init__(self,
         rho:float=0.05, # How far away: the 2-norm of the way. With `adaptive`, 10 to 40 times as much

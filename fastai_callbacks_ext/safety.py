@@ -162,6 +162,7 @@ class SpikeGuard(Guard):
     fit_state = dict(history={'loss':[], 'grad_norm':[]}, rollbacks=0, _in_a_row=0, _last=-2,
                      _factor=1., _until=inf, _lrs=None)
     state_attrs = ('_due',)
+    single = property(lambda self: self.lr_factor<1)     # two would return each other's learning rates
     _n_copies = 2     # the newer may be damaged already; after the older, `snapshot` batches were ordinary
     def __init__(self,
         window:int=100, # Batches that say what is ordinary

@@ -187,6 +187,33 @@ def test_state(cls):
     with pytest.raises(ValueError, match=cb.name): other.load_state_dict({'nonsense': 1})
 
 @each
+def test_the_same_callback_twice(cls):
+    "Refused at the start of the fit, in one line; the fit before and the callbacks are as they were"
+    learn = fit(learner(cls, cbs=[cb := make(cls)]))
+    n,before,state = len(learn.cbs),traces(learn),plain(cb.state_dict())
+    for cbs in cb,[Leave(OSError()), cb]:
+        with pytest.raises(ValueError, match=f'^{cb.name}: the same callback is on the learner twice.*fit.cbs'):
+            fit(learn, cbs=cbs)
+        assert getattr(learn, cb.name) is cb and cb.learn is learn and not cb._scopes
+        assert cb in learn.cbs and len(learn.cbs)==n
+        assert plain(cb.state_dict())==state and traces(learn)==before
+    assert finite(fit(learn))
+
+singles = {'SAM': ext.SAM, 'GradientAccumulation': ext.GradientAccumulation, 'SWA': lambda: ext.SWA(lr=.1),
+           'SpikeGuard': lambda: ext.SpikeGuard(lr_factor=.5)}
+@pytest.mark.parametrize('name', singles)
+def test_two_that_cannot_both_be(name):
+    "Refused in one line, before others begin; outside of a fit, and one by one, they are right"
+    cb,other = singles[name](),singles[name]()
+    learn = fit(learner(cbs=[cb, ema := ext.EMA(validate='raw', final='raw')]))
+    with pytest.raises(ValueError, match=f'^{cb.name}: two callbacks {name} are on the learner; expected one'):
+        fit(learn, cbs=other)
+    assert getattr(learn, cb.name) is cb and cb.learn is learn and other.learn is None and other not in learn.cbs
+    with ema.using('ema'), quiet(learn): learn.validate(cbs=other)
+    learn.remove_cb(cb)
+    assert finite(fit(learn, cbs=other))
+
+@each
 def test_bf16(cls): assert finite(fit(learner(cls).to_bf16()))
 
 refused = {'accumulate': ext.GradientAccumulation, 'clip': ext.GradientClip}      # beside their own

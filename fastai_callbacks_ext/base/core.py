@@ -16,6 +16,7 @@ from copyreg import _reconstructor
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from functools import partial
+from itertools import combinations
 from math import inf, prod
 from numbers import Real
 from pydoc import locate
@@ -137,9 +138,14 @@ class _FitEnd:
                 if not scope.running: closing.callback(scope.cb._close_scope, scope)
 
     def __call__(self, cbs=None):
-        "As `Learner.remove_cbs`"
+        "As `Learner.remove_cbs`; a callback of ours that is on the learner still goes on belonging to it"
         self.sweep()
-        return type(self.learn).remove_cbs(self.learn, cbs)
+        res = type(self.learn).remove_cbs(self.learn, cbs)
+        for cb in self.learn.cbs:
+            if isinstance(cb, ExtCallback) and cb.name not in vars(self.learn):
+                cb.learn = self.learn
+                setattr(self.learn, cb.name, cb)
+        return res
 
     def __reduce__(self): return getattr,(self.learn, 'remove_cbs')     # a copy of the learner is in no fit
 
@@ -167,9 +173,21 @@ def runs_in(
     "Has `cb` a method for the event?"
     return event_name in vars(cb) or hasattr(type(cb), event_name)
 
+def _refuse_two(learn, fitting):
+    "`ValueError` for a callback that is on `learn` twice, and in a fit for two where only one can be"
+    ours = [cb for cb in learn.cbs if isinstance(cb, ExtCallback)]
+    for cb,other in combinations(ours, 2):
+        if cb is other:
+            raise ValueError(f'{cb.name}: the same callback is on the learner twice; expected once. One that '
+                             'the learner has is not passed to fit(cbs=) too')
+        if fitting and cb.single and type(cb) is type(other):
+            raise ValueError(f'{cb.name}: two callbacks {type(cb).__name__} are on the learner; expected one. '
+                             'Take one off, or do not pass another to fit(cbs=)')
+
 class ExtCallback(Callback):
     "A fastai `Callback` that acts in real fits only, has a state, and cleans up however the fit ends"
     run_before,run_after = (),()  # a callback class, or several
+    single = False                # can there be only one of the class in a fit?
     run_outside = False           # act in `validate`, `get_preds`, `predict` and `lr_find` too?
     fit_state = {}                # attributes with which a fit begins; they survive a restart
     state_attrs = ()              # other attributes that must survive a restart
@@ -228,6 +246,7 @@ class ExtCallback(Callback):
         scope.callback(end.forget, scope)
         end.open.append(scope)
         self._scopes.append(scope)
+        _refuse_two(self.learn, scope.fitting)      # before anything is begun anew
         if scope.fitting and self.reset_on_fit: vars(self).update(deepcopy(self.fit_state))
 
     def _close_scope(self, scope=None):
