@@ -181,8 +181,8 @@ def _refuse_two(learn, fitting):
             raise ValueError(f'{cb.name}: the same callback is on the learner twice; expected once. One that '
                              'the learner has is not passed to fit(cbs=) too')
         if fitting and cb.single and type(cb) is type(other):
-            raise ValueError(f'{cb.name}: two callbacks {type(cb).__name__} are on the learner; expected one. '
-                             'Take one off, or do not pass another to fit(cbs=)')
+            raise ValueError(f'{cb.name}: two callbacks {type(cb).__name__} are on the learner; expected '
+                             'one. Take one off, or do not pass another to fit(cbs=)')
 
 class ExtCallback(Callback):
     "A fastai `Callback` that acts in real fits only, has a state, and cleans up however the fit ends"
