@@ -87,6 +87,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                     'fastai_callbacks_ext/accumulation.py'),
                                                    'fastai_callbacks_ext.accumulation._leave_out': ( 'accumulation.html#_leave_out',
                                                                                                      'fastai_callbacks_ext/accumulation.py'),
+                                                   'fastai_callbacks_ext.accumulation._masks': ( 'accumulation.html#_masks',
+                                                                                                 'fastai_callbacks_ext/accumulation.py'),
                                                    'fastai_callbacks_ext.accumulation._not_zero': ( 'accumulation.html#_not_zero',
                                                                                                     'fastai_callbacks_ext/accumulation.py'),
                                                    'fastai_callbacks_ext.accumulation._rows': ( 'accumulation.html#_rows',

@@ -45,6 +45,7 @@ def _counted(c):
 
 def _targets(c): return c.target.numel()
 def _rows(c): return c.rows
+def _masks(c): return len(c.pred)*c.pred.shape[1]       # one an item and class, whatever its size
 def _sequences(c): return c.pred.shape[1] if c.pred.ndim==3 else 1
 
 # `binary_cross_entropy` has weights too, but divides by the elements
@@ -62,8 +63,8 @@ _means = {
             F.multilabel_soft_margin_loss, nn.MultiLabelSoftMarginLoss,
             F.cosine_embedding_loss, nn.CosineEmbeddingLoss,
             F.triplet_margin_loss, nn.TripletMarginLoss,
-            F.triplet_margin_with_distance_loss, nn.TripletMarginWithDistanceLoss,
-            losses.DiceLoss),
+            F.triplet_margin_with_distance_loss, nn.TripletMarginWithDistanceLoss),
+    _masks: (losses.DiceLoss,),
     _sequences: (F.ctc_loss, nn.CTCLoss),
     _targets: (losses.FocalLoss, losses.LabelSmoothingCrossEntropy)}
 
