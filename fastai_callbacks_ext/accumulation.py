@@ -45,6 +45,7 @@ def _counted(c):
 
 def _targets(c): return c.target.numel()
 def _rows(c): return c.rows
+def _masks(c): return len(c.pred)*c.pred.shape[1]       # one an item and class, whatever its size
 def _sequences(c): return c.pred.shape[1] if c.pred.ndim==3 else 1
 
 # `binary_cross_entropy` has weights too, but divides by the elements
@@ -62,8 +63,8 @@ _means = {
             F.multilabel_soft_margin_loss, nn.MultiLabelSoftMarginLoss,
             F.cosine_embedding_loss, nn.CosineEmbeddingLoss,
             F.triplet_margin_loss, nn.TripletMarginLoss,
-            F.triplet_margin_with_distance_loss, nn.TripletMarginWithDistanceLoss,
-            losses.DiceLoss),
+            F.triplet_margin_with_distance_loss, nn.TripletMarginWithDistanceLoss),
+    _masks: (losses.DiceLoss,),
     _sequences: (F.ctc_loss, nn.CTCLoss),
     _targets: (losses.FocalLoss, losses.LabelSmoothingCrossEntropy)}
 
@@ -182,8 +183,9 @@ def _assumed(call):
 # %% ../nbs/14_accumulation.ipynb #c82fb7ea
 class GradientAccumulation(ExtCallback):
     "A step for every `n_acc` items, equal to that of one batch of all of them"
-    order,run_valid = 6,False    # as fastai's: before `MixedPrecision` and clipping
+    order,run_valid,single = 6,False,True    # as fastai's: before `MixedPrecision` and clipping
     fit_state = dict(_window=None, _steps=0, _rate=None)
+    transient = dict(_window=None, _batch=None, _lent=[])
     def __init__(self,
         # Items to a step, or more if the batches do not divide them; or a function of the epoch and of the
         # steps taken in this fit, asked when a window opens

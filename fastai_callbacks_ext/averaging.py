@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 
 import torch
+from fastai.callback.core import Callback
 from fastcore.basics import patch
 from fastcore.foundation import L
 from torch import Tensor
@@ -18,7 +19,7 @@ from .base.model import (buffer_marks, norm_places, statistic_places, tensor_pla
                                              weight_places)
 from .base.passes import refresh_batchnorm
 from .base.state import load_random_state, random_state
-from .base.step import all_finite, overlaps
+from .base.step import all_finite, norms, overlaps
 
 # %% ../nbs/09_averaging.ipynb #f3434176
 def _lerp(average, tensors, part):
@@ -34,11 +35,14 @@ def _clone(t):
 class _Averager(ExtCallback):
     "Lends averaged weights to the model for validation, and leaves it with those of `final`"
     order,average_name = 52,'ema'       # after the recorder, before those that look at its rows
-    # steps, updates, averages by name of the tensor; the trained tensors while the model has averaged ones;
-    # statistics that were refreshed
-    fit_state = dict(_t=0, _n=0, _kept=[], raw=None, _stats=None)
+    # steps, updates, averages by name of the tensor; shapes of all weights that were trained so far; the
+    # trained tensors while the model has averaged ones; statistics that were refreshed
+    fit_state = dict(_t=0, _n=0, _kept=[], _shapes={}, raw=None, _stats=None)
+    # an export has the weights in use, and no others
+    transient = dict(_learner=None, _peers=(), _places=None, _frozen=(), _loose=(), _marks={}, _left=None,
+                     _kept=[], _n=0, raw=None, _stats=None)
     _learner,_peers,_shown,_done,_left,_added = None,(),None,False,None,0
-    _places,_shapes,_norm,_loose,_half,_shapeless,_marks = None,{},(),(),False,frozenset(),{}
+    _places,_frozen,_norm,_loose,_half,_shapeless,_marks = None,(),(),(),False,frozenset(),{}
 
     def _choose(self, validate, buffers, final):
         names = self.average_name,'raw','both'
@@ -73,6 +77,10 @@ class _Averager(ExtCallback):
         if self._n: self._heal(self._now())
         self._places = None
 
+    def before_step(self):
+        "Weights that are trained from now on join with the values that they had until now"
+        if self._places is None or any(d[k].requires_grad for d,k in self._frozen): self._gather()
+
     def step_taken(self):
         "Count the steps"
         self._t += 1
@@ -91,7 +99,7 @@ class _Averager(ExtCallback):
             self.tell('left the averaged weights in the model', f'final={self.final!r}. To get the trained '
                       f"ones, keep the callback, as in avg = {type(self).__name__}(), and call "
                       "avg.use('raw')")
-        self._done,self._left = True,self._versions()
+        self._done,self._left = True,self._marks_of_weights()
 
     def _leave(self):
         "The fit is over, or the callback was taken off"
@@ -104,10 +112,6 @@ class _Averager(ExtCallback):
         super().load_state_dict(state)
         self._places,self._marks = None,buffer_marks(self._learner.model) if self._learner else {}
 
-    def __getstate__(self):     # an export has the weights in use, and no others
-        gone = dict(_learner=None, _peers=(), _places=None, _loose=(), _marks={}, _left=None)
-        return super().__getstate__() | gone | dict(_kept=[], _n=0, raw=None, _stats=None)
-
 # %% ../nbs/09_averaging.ipynb #02110259
 @patch
 def _gather(self:_Averager):
@@ -119,8 +123,10 @@ def _gather(self:_Averager):
     self._loose = [(n, d, k, d[k].shape) for n,(d,k) in others.items()]
     self._norm = list(norm) if self.buffers=='average' else []
     if self.buffers=='copy': others = {}
-    weights = weight_places(model, known)
-    self._shapes = {n: d[k].shape for n,(d,k) in weights.items()}
+    weights = weight_places(model, known.union(self._shapes))
+    self._shapes = {n: tuple(d[k].shape) for n,(d,k) in weights.items()}
+    params = weight_places(model, tensor_places(model))     # all of them
+    self._frozen = [params[n] for n in params.keys()-weights.keys()]
     self._places = weights | others | {n: norm[n] for n in self._norm}
     now = {n: d[k] for n,(d,k) in self._places.items()}
     self._half = any(t.dtype!=_dtype(t) for t in now.values())
@@ -137,7 +143,7 @@ def _tensors(self:_Averager):
     # a buffer that changes its shape has no mean
     if changed := [n for n,d,k,shape in self._loose if not _takes(d.get(k), shape)]:
         self._places,self._shapeless = None,self._shapeless.union(changed)
-    if self._places is None: self._gather()
+    if self._places is None or not self._kept: self._gather()
     return [d[k] for d,k in self._places.values()]
 
 @patch
@@ -213,9 +219,10 @@ def _put(self:_Averager, values):
     if names: torch._foreach_copy_([now[n] for n in names], [values[n] for n in names])
 
 @patch
-def _versions(self:_Averager):
-    "Changes when a weight does"
-    return [d[k]._version for d,k in weight_places(self._learner.model).values()]
+def _marks_of_weights(self:_Averager):
+    "Other ones for other weights, in less memory than a copy"
+    weights = [d[k].detach() for d,k in weight_places(self._learner.model, self._shapes).values()]
+    return [str(n.item()) for n in norms(weights)] if weights else []      # as text, NaN is equal to itself
 
 # %% ../nbs/09_averaging.ipynb #14653bf7
 @patch
@@ -293,6 +300,7 @@ def _validate_others(self:_Averager):
 class _Helper(ExtCallback):
     "Does a part of the work of `averager`, in another place among the callbacks"
     def __init__(self, averager): self.averager = averager
+    def __reduce_ex__(self, protocol): return Callback,()      # in an export it does nothing
 
     def before_fit(self):
         "Be there until the fit ends, also if the average is taken off"
@@ -336,7 +344,7 @@ class _AfterAll(_Helper):
     def after_fit(self):
         "Say whose weights are in the model"
         cb = self.averager
-        if cb._done and cb._left!=cb._versions():
+        if cb._done and cb._left!=cb._marks_of_weights():
             cb.tell('was followed by a callback that loaded other weights', f'they are in the model now, '
                     f'not those of final={cb.final!r}')
 
@@ -446,7 +454,7 @@ class _Every(_Averager):
 class SWA(_Every):
     "Mean of the weights from a point of the fit on"
     average_name,fit_state = 'swa',_Every.fit_state | dict(_ratios=None)
-    _borrowed = None
+    _borrowed,single = None,property(lambda self: self.lr is not None)      # of two rates one is wrong
     def __init__(self,
         start:float=0.75, # Share of the fit, 0 to 1, after which it begins
         every:int=None, # Take the weights every n-th step; None for at the end of each epoch
@@ -467,6 +475,8 @@ class SWA(_Every):
 
     def before_step(self):
         "Borrow the learning rates"
+        super().before_step()
+        self._return_lr()       # a step that was left has not
         if self.lr is None or self.pct_train<self.start: return
         lrs = [h['lr'] for h in self.opt.hypers]
         if self._ratios is None: self._ratios = [float(o/lrs[-1]) if lrs[-1] else 1. for o in lrs]

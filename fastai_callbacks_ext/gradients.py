@@ -151,7 +151,8 @@ def plot(self:GradientClip,
 # %% ../nbs/10_gradients.ipynb #6d0b3e2b
 class SAM(ExtCallback):
     "Sharpness-aware minimization: steps by the gradient at the worst weights nearby, in twice the time"
-    order,run_valid = 45,False      # after all that prepares a batch
+    order,run_valid,single = 45,False,True      # after all that prepares a batch
+    transient = dict(_moved=[], _kept=[], _undo=None, _loss=None)
     def __init__(self,
         rho:float=0.05, # How far away: the 2-norm of the way. With `adaptive`, 10 to 40 times as much
         adaptive:bool=False, # Measure the way relative to the size of each weight?
@@ -305,7 +306,7 @@ class LookaheadWeights(ExtCallback):
 
     A fit ends with the forward weights, unless its number of steps is a multiple of `k`."""
     order,run_valid = 44,False
-    fit_state = dict(_slow=None, _t=0)
+    fit_state,transient = dict(_slow=None, _t=0),dict(_slow=None)
     def __init__(self,
         k:int=5, # Steps forward
         alpha:float=0.5 # Share of the way that is kept

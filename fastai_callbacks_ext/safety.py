@@ -30,7 +30,7 @@ from .base.step import all_finite, generators, skip_record, step_numbers
 # %% ../nbs/02_safety.ipynb #a45f7456
 class TerminateOnNaN(Guard):
     "Stops the fit before a step on a loss or gradient that is not finite, and says where it began"
-    order = -9
+    order,transient = -9,dict(_looks=[])
     def __init__(self,
         every:int=1, # Look every n-th batch, at all since the last look; the others never wait
         valid:bool=False, # Stop also for a loss in validation?
@@ -162,6 +162,7 @@ class SpikeGuard(Guard):
     fit_state = dict(history={'loss':[], 'grad_norm':[]}, rollbacks=0, _in_a_row=0, _last=-2,
                      _factor=1., _until=inf, _lrs=None)
     state_attrs = ('_due',)
+    single = property(lambda self: self.lr_factor<1)     # two would return each other's learning rates
     _n_copies = 2     # the newer may be damaged already; after the older, `snapshot` batches were ordinary
     def __init__(self,
         window:int=100, # Batches that say what is ordinary

@@ -54,7 +54,7 @@ class EarlyStopping(Monitor, _Timed):
     "Stops the fit when a metric no longer improves, is good enough or hopeless; can restore the best weights"
     order,run_valid = 63,False      # as fastai's: after those that save the model
     fit_state = dict(best=None, best_epoch=None, _weights=None, _mean=0., _values=0)
-    state_attrs = '_reason','_mark','_epochs'
+    state_attrs,transient = ('_reason','_mark','_epochs'),dict(_weights=None)
     def __init__(self,
         monitor:str='valid_loss', # Name in the epoch table of the loss or metric to watch
         comp:Callable=None, # `np.less` if smaller is better, `np.greater` if larger; None looks it up

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 import cloudpickle, torch
 import fastai.callback.all   # for what it adds to `Learner`: `fit_one_cycle`, `lr_find`, `no_bar`, ...
 import fastai_callbacks_ext.all as ext
+from fastai.callback.core import Callback
 from fastai_callbacks_ext.base.core import ExtCallback
 from fastai_callbacks_ext.test_utils import digits_learner, text_learner
 
@@ -61,6 +62,19 @@ def exit_code(f, new=False):
     code = 'import conftest, pickle, sys; pickle.load(sys.stdin.buffer)()'
     env = os.environ|dict(PYTHONPATH=os.pathsep.join([os.path.dirname(__file__), *sys.path]))
     return subprocess.run([sys.executable, '-c', code], input=cloudpickle.dumps(f), env=env).returncode
+
+class Exports(Callback):
+    "Exports in mid-fit: after some batch, and after the first epoch"
+    order,run_valid = 90,False
+    def __reduce_ex__(self, protocol): return Callback,()      # it is not in the file itself
+    def before_fit(self): self.weights = {}
+    def _export(self, name):
+        self.weights[name] = {k: v.clone() for k,v in self.learn.model.state_dict().items()}
+        self.learn.export(name)
+    def after_batch(self):
+        if self.train_iter==3: self._export('batch.pkl')
+    def after_epoch(self):
+        if self.epoch==0: self._export('epoch.pkl')
 
 def finite(learn): return all(p.isfinite().all() for p in learn.model.parameters())
 

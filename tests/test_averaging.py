@@ -271,6 +271,40 @@ def test_only_weights_and_statistics_are_averaged(make):
     assert_equal(got, {k: last[k] for k in constant if k!='cache'})
     cb.use('raw'); assert_equal(state(learn), {k: v for k,v in last.items() if k!='cache'})
 
+class Thaw(Callback):
+    "A GAN's turns: now the one half is trained, now the other; or the body from some batch on"
+    order,run_valid = -50,False
+    def __init__(self, on): self.on = on
+    def before_fit(self): self.model[0].requires_grad_(False)
+    def before_batch(self):
+        for i,p in enumerate(self.model.children()): p.requires_grad_(self.on(i, self.train_iter))
+
+trained = {'turns': lambda i,t: (i==0)==(t%5 in (1,2)), 'body later': lambda i,t: i>0 or t>=5}
+@pytest.mark.parametrize('on', trained.values(), ids=trained)
+@pytest.mark.parametrize('stop', [None, 9])
+@pytest.mark.parametrize('make', [everywhere['EMA'], everywhere['SWA'], lambda **kw: LAWA(12, 1, **kw)],
+                         ids=everywhere)
+def test_weights_that_are_trained_later(make, stop, on, tmp_path):
+    "The average is of all weights along the way, of those too that are frozen at first; also after a restart"
+    class Stop(Callback):
+        order = 3000
+        def after_batch(self):
+            if self.train_iter==stop: raise KeyboardInterrupt
+    def go(*cbs, path):
+        cbs = make(final='raw'),Thaw(on),Checkpoint(path, steps=1, background=False),*cbs
+        learn = numbers(nn.Sequential(nn.Linear(5,8), nn.Linear(8,1)), cbs, lr=.1)
+        with quiet(learn): learn.fit(2)
+        return learn
+    learn = go(path=tmp_path/'a')
+    states,n = learn.steps.steps,len(learn.steps.steps)
+    assert n==16 and not torch.equal(states[0]['0.weight'], states[-1]['0.weight'])
+    if stop:
+        with pytest.raises(KeyboardInterrupt): go(Stop(), path=tmp_path/'b')
+        learn = go(path=tmp_path/'b')
+    cb = next(o for o in learn.cbs if hasattr(o, 'average_name'))
+    shares = dict(ema=[0.8**(n-1-i) for i in range(n)], swa=[1]*n, lawa=[0]*(n-12)+[1]*12)[cb.average_name]
+    with cb.using(cb.average_name): assert_close(state(learn), mean(states, shares))
+
 @pytest.mark.parametrize('wrap', [nn.utils.parametrizations.weight_norm,
                                   nn.utils.parametrizations.spectral_norm, nn.utils.spectral_norm])
 def test_parametrized_weights(wrap):
@@ -870,7 +904,8 @@ def test_taken_off_in_mid_fit(make, event):
 
 @pytest.mark.parametrize('final', ['ema','raw'])
 def test_what_is_loaded_at_the_end_is_left(final, capsys):
-    learn = run(cb := EMA(0.8, final=final), SaveModelCallback('accuracy', fname='best'), epochs=3)
+    worst = SaveModelCallback('accuracy', np.less, fname='best')
+    learn = run(cb := EMA(0.8, final=final), worst, epochs=3)
     left = state(learn)
     device = next(learn.model.parameters()).device
     assert_equal(left, torch.load(learn.path/learn.model_dir/'best.pth', map_location=device))
@@ -878,8 +913,18 @@ def test_what_is_loaded_at_the_end_is_left(final, capsys):
     want = mean(learn.steps.steps, [0.8**i for i in range(21)][::-1])
     with cb.using('ema'): assert_close(state(learn), want)
     assert_equal(state(learn), left)
-    with cb.using('raw'): assert_equal(state(learn), learn.steps.steps[-1] if final=='ema' else left)
+    counts = {k: v for k,v in left.items() if 'num_' in k}      # they are not averaged
+    with cb.using('raw'):
+        assert_equal(state(learn), learn.steps.steps[-1] | counts if final=='ema' else left)
     assert_equal(state(learn), left)
+
+@pytest.mark.parametrize('final', ['ema','raw'])
+def test_the_same_weights_loaded_again_are_no_others(final, capsys):
+    class Load(Callback):
+        order,run_valid = 70,False
+        def after_fit(self): self.model.load_state_dict(state(self.learn))
+    run(EMA(.8, final=final), Load(), epochs=1)
+    assert 'was followed by' not in capsys.readouterr().out
 
 def test_another_model_is_not_given_weights():
     learn = run(cb := EMA(0.8))
@@ -913,6 +958,17 @@ def test_learning_rates_of_groups_keep_their_proportion_and_are_returned():
     assert rates.lrs[:half]==[[1e-3,1e-2]]*half
     assert np.allclose(rates.lrs[half:], [1e-2,1e-1])
     assert rates.after==[[1e-3,1e-2]]*2*half and learn.recorder.lrs[half:]==[0.1]*half
+
+@pytest.mark.parametrize('event', ['after_step','after_batch'])
+def test_learning_rates_are_returned_after_a_step_that_was_left(event):
+    class Leave(Callback):
+        order,run_valid = 45,False
+        def leave(self):
+            if self.iter==1: raise CancelEpochException
+    setattr(Leave, event, Leave.leave)
+    learn = numbers(nn.Linear(5,1), [SWA(0., lr=.5), Leave()])
+    fit(learn, 3, lr=1e-2)
+    assert [h['lr'] for h in learn.opt.hypers]==[1e-2]
 
 # Soup
 

@@ -3,6 +3,7 @@
 With digits each callback meets everything; settings and pairs are sampled (all: `make soak-contract`)."""
 import inspect, random
 from functools import cache
+from pathlib import Path
 
 import pytest, torch
 from fastai.callback.all import (BnFreeze, CSVLogger, EarlyStoppingCallback, GradientAccumulation,
@@ -14,7 +15,8 @@ from fastai.torch_core import set_seed
 from fastcore.docments import docments
 import contract
 import fastai_callbacks_ext.all as ext
-from common import EXACT, NEEDS, ExtCallback, finite, fit, learner, make, public_callbacks, quiet, traces
+from common import (EXACT, NEEDS, Exports, ExtCallback, finite, fit, learner, make, public_callbacks, quiet,
+                    traces)
 
 callbacks = public_callbacks()
 each = pytest.mark.parametrize('cls', callbacks, ids=lambda o: o.__name__)
@@ -117,6 +119,27 @@ def test_export(cls, tmp_path):
     with quiet(loaded): torch.testing.assert_close(loaded.get_preds(dl=dl)[0], want)
     fit(learn)
 
+def exported(cls, *cbs):
+    "Exports in mid-fit load, with the weights of then; their sizes"
+    learn = learner(cls, cbs=[*cbs, exports := Exports()], path='.')
+    dl = learn.dls.valid
+    fit(learn)
+    for name,weights in exports.weights.items():
+        loaded = load_learner(name, cpu=not torch.cuda.is_available())
+        for k,v in loaded.model.state_dict().items(): assert torch.equal(v, weights[k]), k
+        with quiet(loaded): assert loaded.get_preds(dl=dl)[0].isfinite().all()
+    return [Path(name).stat().st_size for name in ('batch.pkl','epoch.pkl')]
+
+@cache
+def exported_without(needs): return exported(ext.RNNCallback, RNNCallback()) if needs else exported(None)
+
+@each
+def test_export_in_mid_fit(cls):
+    "It has nothing of the running fit: no data, no weights but those in use"
+    kwargs = dict(restore_best=True) if cls is ext.EarlyStopping else {}
+    sizes = exported(cls, make(cls, **kwargs))
+    for size,plain in zip(sizes, exported_without(cls in NEEDS)): assert size<plain+4096
+
 class Start(Callback):
     "Fails when all others have started"
     order = 100
@@ -162,6 +185,34 @@ def test_state(cls):
     other.load_state_dict(state)
     assert plain(other.state_dict())==plain(state)
     with pytest.raises(ValueError, match=cb.name): other.load_state_dict({'nonsense': 1})
+
+@each
+def test_the_same_callback_twice(cls):
+    "Refused at the start of the fit, in one line; the fit before and the callbacks are as they were"
+    learn = fit(learner(cls, cbs=[cb := make(cls)]))
+    n,before,state = len(learn.cbs),traces(learn),plain(cb.state_dict())
+    for cbs in cb,[Leave(OSError()), cb]:
+        match = f'^{cb.name}: the same callback is on the learner twice; expected once.*fit.cbs'
+        with pytest.raises(ValueError, match=match): fit(learn, cbs=cbs)
+        assert getattr(learn, cb.name) is cb and cb.learn is learn and not cb._scopes
+        assert cb in learn.cbs and len(learn.cbs)==n
+        assert plain(cb.state_dict())==state and traces(learn)==before
+    assert finite(fit(learn))
+
+singles = {'SAM': ext.SAM, 'GradientAccumulation': ext.GradientAccumulation, 'SWA': lambda: ext.SWA(lr=.1),
+           'SpikeGuard': lambda: ext.SpikeGuard(lr_factor=.5)}
+@pytest.mark.parametrize('name', singles)
+def test_two_that_cannot_both_be(name):
+    "Refused in one line, before others begin; outside of a fit, and one by one, they are right"
+    cb,other = singles[name](),singles[name]()
+    learn = fit(learner(cbs=[cb, ema := ext.EMA(validate='raw', final='raw')]))
+    with pytest.raises(ValueError, match=f'^{cb.name}: two callbacks {name} are on the learner; expected'):
+        fit(learn, cbs=other)
+    assert getattr(learn, cb.name) is cb and cb.learn is learn
+    assert other.learn is None and other not in learn.cbs
+    with ema.using('ema'), quiet(learn): learn.validate(cbs=other)
+    learn.remove_cb(cb)
+    assert finite(fit(learn, cbs=other))
 
 @each
 def test_bf16(cls): assert finite(fit(learner(cls).to_bf16()))

@@ -5,7 +5,7 @@ import pytest, torch
 from fastai.learner import load_learner
 from fastai.torch_core import to_cpu
 import fastai_callbacks_ext.all as ext
-from common import NEEDS, fit, learner, public_callbacks, quiet
+from common import NEEDS, Exports, fit, learner, make, public_callbacks, quiet
 
 code = '''
 import inspect, json, sys, warnings
@@ -85,7 +85,7 @@ assert not any(o.startswith('fastai_callbacks_ext') for o in sys.modules)
 """
 
 def test_export_loads_without_the_package(tmp_path, monkeypatch):
-    "With every public callback; an AWD-LSTM still gets its output taken apart"
+    "With every public callback, in mid-fit too; an AWD-LSTM still gets its output taken apart"
     monkeypatch.chdir(tmp_path)
     kinds = public_callbacks()
     groups = [[cls] for cls in kinds if cls in NEEDS or cls in (ext.Checkpoint, ext.GradientAccumulation)]
@@ -104,6 +104,12 @@ def test_export_loads_without_the_package(tmp_path, monkeypatch):
         if classes[0] in (ext.RNNCallback, ext.Checkpoint):      # with the package, they are what they were
             loaded = load_learner(learn.path/'export.pkl')
             assert [type(cb) for cb in loaded.cbs]==[type(cb) for cb in learn.cbs]
+    fit(learner(cbs=[Exports(), *map(make, groups[-1])], path=tmp_path))
+    folders.append(tmp_path/'mid_fit')
+    folders[-1].mkdir()
+    loaded = load_learner((tmp_path/'epoch.pkl').rename(folders[-1]/'export.pkl'))
+    with quiet(loaded): want = loaded.get_preds(dl=[batch])[0]
+    torch.save((*batch, want), folders[-1]/'want.pt')
     command = [sys.executable, '-c', missing, *folders]
     res = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert res.returncode==0, res.stderr[-2000:]

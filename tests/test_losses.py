@@ -101,6 +101,42 @@ def test_known_losses(kind, model, loss, capsys):
     assert learn.grads.losses[0]==pytest.approx(value.item(), rel=1e-4) and len(learn.grads.grads)==1
     assert capsys.readouterr().out==''
 
+class Sized(nn.Module):
+    "Images of another size for each batch: predictions of item, class, pixel"
+    def __init__(self, axis=1):
+        super().__init__()
+        self.linear,self.axis = nn.Linear(5, 4),axis
+    def forward(self, x):
+        out = self.linear(x)[:,:,None]*torch.linspace(-1, 1, len(x)%3+2, device=x.device)
+        return out.movedim(1, self.axis)
+
+fastais = {'classes': [ce, FocalLossFlat, LabelSmoothingCrossEntropyFlat],
+           'classes first': [nn.CrossEntropyLoss, FocalLoss, LabelSmoothingCrossEntropy, DiceLoss],
+           'numbers': [MSELossFlat, L1LossFlat, BCEWithLogitsLossFlat, BCELossFlat]}
+
+@pytest.mark.parametrize('reduction', ['mean', 'sum', 'none'])
+@pytest.mark.parametrize('kind,cls', [(k, o) for k,os in fastais.items() for o in os],
+                         ids=lambda o: getattr(o, '__name__', o))
+def test_fastais_losses_of_images_of_several_sizes(kind, cls, reduction, capsys):
+    "The step is that of all terms of the window together"
+    axis = -1 if kind=='classes' else 1
+    def model(): return nn.Sequential(Sized(axis), *[nn.Sigmoid()]*(cls is BCELossFlat)).to(device)
+    set_seed(0)
+    net,xs = model(),x.split(sizes)
+    shapes = [net(o).shape for o in xs]     # of item, class, pixel, or with the class last
+    if kind=='numbers': ys = [drawn(torch.rand, *s) for s in shapes]
+    else: ys = [drawn(torch.randint, 0, 4, (s[0], s.numel()//s[0]//4)) for s in shapes]
+    set_seed(0)
+    learn = learner(Batches(zip(xs, ys)), model(), cls(reduction=reduction), GradientAccumulation(N), lr=0.)
+    with quiet(learn): learn.fit(1)
+    apart = cls(reduction='none')
+    terms = torch.cat([apart(net(a), b).flatten() for a,b in zip(xs, ys)])
+    value = terms.sum() if reduction=='sum' else terms.mean()
+    want = torch.autograd.grad(value, list(net.parameters()))
+    want = torch.cat([o.flatten() for o in want])
+    torch.testing.assert_close(learn.grads.grads[0], want, rtol=1e-4, atol=1e-6)
+    assert capsys.readouterr().out==''
+
 @pytest.mark.parametrize('loss', [partial(F.cross_entropy, reduction='none'), nn.MSELoss(reduction='none'),
                                   FocalLossFlat(reduction='none')])
 def test_unreduced(loss):

@@ -9,8 +9,8 @@ from fastai.basics import (Adam, Callback, CancelBatchException, CancelFitExcept
                            OptimWrapper, SkipItemException, Tensor, default_device)
 from fastai.callback.all import MixUp, ModelResetter, PartialDL, RNNCallback, WeightedDL
 from torch import nn
-from fastai_callbacks_ext.all import GradientClip, SkipNonFinite
-from fastai_callbacks_ext.base.step import BatchUndo, ItemWatch, step_numbers
+from fastai_callbacks_ext.all import GradientClip, SkipNonFinite, TerminateOnNaN
+from fastai_callbacks_ext.base.step import BatchUndo, ItemWatch, StepNumbers, step_numbers
 from fastai_callbacks_ext.test_utils import digits_learner, text_learner
 from common import fit
 
@@ -43,6 +43,43 @@ def test_numbers_are_of_these_gradients():
     seen,learn = [],digits_learner(See(), n=40, bs=32, opt_func=torch_sgd)
     for _ in range(10): fit(learn)
     assert len(seen)==10 and all(seen)
+
+class Writes(Callback):
+    "Changes gradients as PyTorch does not count it"
+    order,run_valid = 5,False
+    def __init__(self, factor): self.factor = factor
+    def before_step(self):
+        for p in self.model.parameters(): p.grad.data.mul_(self.factor)
+
+@pytest.mark.parametrize('guard', [TerminateOnNaN, SkipNonFinite])
+def test_numbers_after_code_of_others(guard):
+    "What it did to the gradients is seen by whoever asks next"
+    def norms(*cbs): return fit(digits_learner([*cbs, GradientClip(.1)], n=40, bs=32)).gradient_clip.norms
+    plain,scaled = norms(),norms(guard(), Writes(100))
+    assert scaled==pytest.approx([100*o for o in plain], rel=1e-4)
+    learn = fit(digits_learner([guard(), Writes(nan), GradientClip()], n=40, bs=32))
+    assert learn.gradient_clip.skipped==1
+
+def test_numbers_are_shared(monkeypatch):
+    "Computed once in a step, unless code of others may have changed them"
+    made,first = [],StepNumbers.__init__
+    monkeypatch.setattr(StepNumbers, '__init__', lambda self, *args: (made.append(1), first(self, *args))[0])
+    for others,want in ([], 1), ([Writes(1)], 2):
+        made.clear()
+        fit(digits_learner([TerminateOnNaN(), GradientClip(1e9), *others], n=40, bs=32))
+        assert len(made)==want
+
+def test_numbers_of_a_loss_that_was_changed():
+    class Add(Callback):
+        order,run_valid = 5,False
+        def before_step(self):
+            numbers = StepNumbers(self.loss)
+            seen.append(numbers.are_of(self.loss))
+            self.learn.loss.add_(1)
+            seen.append(numbers.are_of(self.loss))
+    seen = []
+    fit(digits_learner(Add(), n=40, bs=32))
+    assert seen==[True, False]
 
 # Undo
 class Config:

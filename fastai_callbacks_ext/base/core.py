@@ -16,6 +16,7 @@ from copyreg import _reconstructor
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from functools import partial
+from itertools import combinations
 from math import inf, prod
 from numbers import Real
 from pydoc import locate
@@ -122,7 +123,8 @@ class _FitEnd:
     @classmethod
     def of(cls, learn):
         "The one of `learn`, made if need be"
-        return vars(learn).setdefault('remove_cbs', cls(learn))
+        if not isinstance(vars(learn).get('remove_cbs'), cls): vars(learn)['remove_cbs'] = cls(learn)
+        return vars(learn)['remove_cbs']
 
     def forget(self, scope):
         "`scope` is closed"
@@ -136,11 +138,16 @@ class _FitEnd:
                 if not scope.running: closing.callback(scope.cb._close_scope, scope)
 
     def __call__(self, cbs=None):
-        "As `Learner.remove_cbs`"
+        "As `Learner.remove_cbs`; a callback of ours that is on the learner still goes on belonging to it"
         self.sweep()
-        return type(self.learn).remove_cbs(self.learn, cbs)
+        res = type(self.learn).remove_cbs(self.learn, cbs)
+        for cb in self.learn.cbs:
+            if isinstance(cb, ExtCallback) and cb.name not in vars(self.learn):
+                cb.learn = self.learn
+                setattr(self.learn, cb.name, cb)
+        return res
 
-    def __getstate__(self): return dict(learn=self.learn, open=[])     # a copy of the learner is in no fit
+    def __reduce__(self): return getattr,(self.learn, 'remove_cbs')     # a copy of the learner is in no fit
 
 # %% ../../nbs/base/core.ipynb #d7c585ed
 @dataclass(frozen=True)
@@ -166,18 +173,32 @@ def runs_in(
     "Has `cb` a method for the event?"
     return event_name in vars(cb) or hasattr(type(cb), event_name)
 
+def _refuse_two(learn, fitting):
+    "`ValueError` for a callback that is on `learn` twice, and in a fit for two where only one can be"
+    ours = [cb for cb in learn.cbs if isinstance(cb, ExtCallback)]
+    for cb,other in combinations(ours, 2):
+        if cb is other:
+            raise ValueError(f'{cb.name}: the same callback is on the learner twice; expected once. One that '
+                             'the learner has is not passed to fit(cbs=) too')
+        if fitting and cb.single and type(cb) is type(other):
+            raise ValueError(f'{cb.name}: two callbacks {type(cb).__name__} are on the learner; expected '
+                             'one. Take one off, or do not pass another to fit(cbs=)')
+
 class ExtCallback(Callback):
     "A fastai `Callback` that acts in real fits only, has a state, and cleans up however the fit ends"
     run_before,run_after = (),()  # a callback class, or several
+    single = False                # can there be only one of the class in a fit?
     run_outside = False           # act in `validate`, `get_preds`, `predict` and `lr_find` too?
     fit_state = {}                # attributes with which a fit begins; they survive a restart
     state_attrs = ()              # other attributes that must survive a restart
+    transient = {}                # attributes of the running fit, as they are in a copy or an export
     reset_on_fit = True           # does a fit begin with `fit_state`, or with what the one before has left?
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         cls.order = resolve_order(cls)
-        cls.fit_state = {k:v for c in cls.__mro__[::-1] for k,v in vars(c).get('fit_state', {}).items()}
+        for o in ('fit_state','transient'):
+            setattr(cls, o, {k:v for c in cls.__mro__[::-1] for k,v in vars(c).get(o, {}).items()})
         if hasattr(cls, 'step_taken'): _send_step_taken(cls)
 
     def __new__(cls, *args, **kwargs):
@@ -187,7 +208,8 @@ class ExtCallback(Callback):
 
     def __getstate__(self):
         own = '_scopes','_given'      # the arguments need not be picklable
-        return {k:v for k,v in super().__getstate__().items() if k not in own}
+        state = {k:v for k,v in super().__getstate__().items() if k not in own}
+        return state | deepcopy(self.transient)
 
     def __setattr__(self, name, value):
         if name=='learn' and value is None: self._close_scopes()     # taken off, maybe in mid-fit
@@ -225,6 +247,7 @@ class ExtCallback(Callback):
         scope.callback(end.forget, scope)
         end.open.append(scope)
         self._scopes.append(scope)
+        _refuse_two(self.learn, scope.fitting)      # before anything is begun anew
         if scope.fitting and self.reset_on_fit: vars(self).update(deepcopy(self.fit_state))
 
     def _close_scope(self, scope=None):

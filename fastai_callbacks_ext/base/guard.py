@@ -12,7 +12,7 @@ from functools import partial
 from math import inf
 
 import torch
-from fastai.callback.core import CancelFitException
+from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.tracker import SaveModelCallback
 from fastai.learner import Learner
@@ -32,10 +32,12 @@ class _Keeper(ExtCallback):
     "Lets `guard` keep what a batch changes before any other callback sees the batch"
     order,run_outside,run_valid = -10**6,True,False
     def __init__(self, guard): self.guard = guard
+    def __reduce_ex__(self, protocol): return Callback,()      # in an export it does nothing
     def before_batch(self): self.guard._keep_batch()
 
 class Guard(ExtCallback):
     "Keeps what a batch changes and, every `snapshot` batches, a copy of model and optimizer"
+    transient = dict(_undo=None, _watch=None, _copies=())
     _undo,_watch,_copies,_n_copies = None,None,(),1
 
     def before_fit(self):

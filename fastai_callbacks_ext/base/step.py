@@ -27,6 +27,7 @@ from fastai.optimizer import Optimizer
 from fastai.text.data import LMDataLoader
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from .core import runs_in
 from .model import modules_own, unwrap_model
 
 # %% ../../nbs/base/step.ipynb #a219797b
@@ -87,7 +88,7 @@ class StepNumbers:
         grads:list=() # Gradients; they are not kept alive
     ):
         self._values = None
-        self._of = ref(loss),[(ref(g), g._version) for g in grads]
+        self._of = [(ref(t), t._version) for t in (loss, *grads)]
         grads = [g.coalesce().values() if g.is_sparse else g for g in grads]
         loss = loss.as_subclass(Tensor).detach()     # fastai's tensors are slow
         self._parts = [loss.mean() if loss.ndim else loss, *norms(grads)]
@@ -97,9 +98,8 @@ class StepNumbers:
         grads:list=() # Gradients
     )->bool:
         "Are these the numbers of `loss` and `grads`, as they are now?"
-        mine,refs = self._of
-        same = lambda g,r,version: r() is g and g._version==version
-        return mine() is loss and len(refs)==len(grads) and all(same(g, *o) for g,o in zip(grads, refs))
+        same = lambda t,r,version: r() is t and t._version==version
+        return len(self._of)==1+len(grads) and all(same(t, *o) for t,o in zip((loss, *grads), self._of))
 
     @property
     def tensor(self)->Tensor:
@@ -125,7 +125,7 @@ class StepNumbers:
     def finite(self)->bool:
         "Are loss and gradients finite?"
         if all(map(isfinite, self._looked())): return True      # else a norm may have overflowed: look closer
-        grads = [r() for r,_ in self._of[1]]
+        grads = [r() for r,_ in self._of[1:]]
         return isfinite(self.loss) and all(g is not None for g in grads) and all_finite(grads)
 
 def _read(numbers):
@@ -133,16 +133,21 @@ def _read(numbers):
     return [o.item() for o in numbers] if numbers[0].is_cpu else _stack(numbers).tolist()
 
 # %% ../../nbs/base/step.ipynb #ff38f0e6
-_last = WeakKeyDictionary()
+_last,_asked_in = WeakKeyDictionary(),('before_step','after_cancel_step','after_cancel_batch')
+
+def _others_act(learn):
+    "Is there code of others between those who ask? It may change numbers through `data`, unseen by PyTorch"
+    return any(runs_in(cb, o) for cb in learn.cbs if not _fastais(type(cb)) for o in _asked_in)
 
 def step_numbers(
     learn:Learner, # In `before_step`
     grads:bool=True # Look at the gradients too?
 )->StepNumbers:
-    "Loss and norm of the gradient of the step that `learn` is about to take, computed once for all who ask"
+    "Loss and norm of the gradient of the step that `learn` is about to take; ours and fastai's share them"
     gs = [p.grad for p in opt_params(learn.opt) if p.grad is not None] if grads else []
     last = _last.get(learn)
-    if last is None or not last.are_of(learn.loss, gs): last = _last[learn] = StepNumbers(learn.loss, gs)
+    shared = last is not None and last.are_of(learn.loss, gs) and not _others_act(learn)
+    if not shared: last = _last[learn] = StepNumbers(learn.loss, gs)
     return last
 
 # %% ../../nbs/base/step.ipynb #7afbd046
@@ -423,7 +428,7 @@ class _Noted:
         if res is None: self.left_out.fill_(1)
         return res
 
-def _fastais(o): return type(o).__module__.startswith(('fastai.','fastai_callbacks_ext.'))
+def _fastais(cls): return cls.__module__.startswith(('fastai.','fastai_callbacks_ext.'))
 
 _reads = '__iter__','create_batches','sample','chunkify','create_item','create_batch','do_item','do_batch'
 
@@ -436,7 +441,7 @@ def _by_index(dl):
     if not (dl.indexed and dl.bs) or dl.fake_l.persistent_workers: return False     # begun earlier
     fastais = lambda o: getattr(type(dl), o).__module__.startswith('fastai.') and _noted(dl, o)
     tfms = [f for o in ('before_batch','after_batch') for f in getattr(vars(dl).get(o), 'fs', ())]
-    return all(map(fastais, _reads)) and all(map(_fastais, tfms))
+    return all(map(fastais, _reads)) and all(map(_fastais, map(type, tfms)))
 
 class _Rows:
     "The rows of a tensor as they are now; what is done to its `data` is not counted by its version"
