@@ -311,9 +311,16 @@ WORDS = dict(model='model: 0.weight', seed='seed: 1, and there 42', n='training 
              epochs='epochs: 3, and there 2', how='schedule: ', opt='optimizer: ', torch='optimizer: AdamW',
              wd="'wd': 0.3", groups='parameter groups: ')
 
+@pytest.fixture(scope='module')
+def begun(tmp_path_factory):
+    "The folder of a run that was stopped"
+    folder = tmp_path_factory.mktemp('begun')/'run'
+    run(digits(), Checkpoint(folder, steps=2), stop=60)
+    return folder
+
 @pytest.mark.parametrize('what', WRONG)
-def test_refuses_another_run(what):
-    run(digits(), Checkpoint('run', steps=2), stop=60)
+def test_refuses_another_run(what, begun):
+    shutil.copytree(begun, 'run')
     kwargs = dict(WRONG[what])
     if 'model' in kwargs: kwargs['model'] = kwargs['model']()
     if what=='torch': want = r'optimizer: AdamW\('
@@ -322,8 +329,11 @@ def test_refuses_another_run(what):
     for o in (WORDS[what], 'has the checkpoint of another run', 'Use another path, or resume=False'):
         assert o in str(e.value)
     assert sorted(Path('run').rglob('*'))==before
-    run(digits(**kwargs), Checkpoint('run', steps=2, resume=False), stop=60)
-    assert 'went on' in run(digits(**kwargs), Checkpoint('run', steps=2))[1]
+
+def test_another_run_begins_anew(begun):
+    shutil.copytree(begun, 'run')
+    run(digits(n=300), Checkpoint('run', steps=2, resume=False), stop=60)
+    assert 'went on' in run(digits(n=300), Checkpoint('run', steps=2))[1]
 
 def test_batch_size_and_lr():
     def case(bs, lr):
@@ -355,7 +365,7 @@ def test_fit_of_another_run_is_not_used():
 def test_extend():
     longer = digits(how='fit', epochs=4)
     want = run(longer)[0]
-    for stop in (None, 60, 120):
+    for stop in some((60, None, 120), 2):
         path = f'run{stop}'
         run(digits(how='fit', epochs=2), Checkpoint(path, steps=3), stop=stop)
         with pytest.raises(ValueError, match='epochs: 4, and there 2'): run(longer, Checkpoint(path))

@@ -1,6 +1,7 @@
 "The main job, in small, and its bad input"
 import os, runpy, subprocess, sys
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import pytest
 
@@ -8,8 +9,9 @@ root = Path(__file__).parent.parent
 script = root/'examples'/'language_model.py'
 def test_small_run(tmp_path):
     "As a process of its own"
-    fig = tmp_path/'figure.png'
-    cmd = [sys.executable, script, '--size', 'tiny', '--epochs', '1', '--out', fig]
+    fig,corpus = tmp_path/'figure.png',tmp_path/'corpus'
+    corpus.write_text(' '.join(topics[k] for k in sorted(topics)[:25]))
+    cmd = [sys.executable, script, corpus, '--size', 'tiny', '--epochs', '1', '--out', fig]
     env = os.environ|{'PYTHONWARNINGS':'ignore'}
     res = subprocess.run(cmd, cwd=root, capture_output=True, text=True, env=env, timeout=300)
     assert res.returncode==0, res.stderr[-3000:]

@@ -31,7 +31,10 @@ def pages(built):
     return res
 
 @pytest.fixture(scope='session')
-def ids(pages): return {f: {o['id'] for o in page.find_all(id=True)} for f,page in pages.items()}
+def tags(pages): return {f: page.find_all(True) for f,page in pages.items()}
+
+@pytest.fixture(scope='session')
+def ids(tags): return {f: {o['id']: o for o in os if 'id' in o.attrs} for f,os in tags.items()}
 
 def test_builds(built, pages):
     assert built[1].returncode==0, built[1].stdout+built[1].stderr
@@ -50,9 +53,8 @@ def _dead(file, url, ids):
     f = (file.parent/unquote(u.path)).resolve() if u.path else file
     return not f.is_file() or (u.fragment and f in ids and unquote(u.fragment) not in ids[f])
 
-def test_no_dead_links(pages, ids):
-    urls = [(f, o[a]) for f,page in pages.items() for o in page.find_all(True) for a in ('href','src')
-            if a in o.attrs]
+def test_no_dead_links(tags, ids):
+    urls = [(f, o[a]) for f,os in tags.items() for o in os for a in ('href','src') if a in o.attrs]
     assert not [(f.name, u) for f,u in urls if not u or u!='#' and not _outside(u) and _dead(f, u, ids)]
 
 def test_no_dead_links_in_markdown(built, ids):
@@ -63,26 +65,27 @@ def test_no_dead_links_in_markdown(built, ids):
             f = base/f.name if base==root else f
             assert not [u for u in urls if u[0]!='#' and not _outside(u) and _dead(f, u, ids)], f
 
-def test_no_network(built, pages):
-    loads = [o.get('src') or o['href'] for p in pages.values()
-             for o in p.select('[src], link[href]:not([rel=canonical])')]
+def test_no_network(built, tags):
+    def loads_of(o):
+        if 'src' in o.attrs or o.name=='link' and o['rel']!=['canonical']: yield o.get('src') or o['href']
+    loads = [url for os in tags.values() for o in os for url in loads_of(o)]
     assert loads and not [u for u in loads if _outside(u)]
     assert not [f for f in (built[0]/'site'/'html').rglob('*.css')
                 if re.search(r'(url\(|@import)\s*["\']?(https?:)?//', f.read_text())]
 
-def _section(page, anchor):
-    o = page.find(id=anchor)
+def _section(ids, anchor):
+    o = ids.get(anchor)
     return o and (o if o.name=='section' else o.find_parent('section'))
 
 def _letters(s): return re.sub(r'\W', '', s)
 
 @pytest.mark.parametrize('mod', d['syms'])
-def test_symbols_documented(built, pages, mod):
+def test_symbols_documented(built, ids, mod):
     m = import_module(mod)
     for sym in {o for n in m.__all__ if callable(o := getattr(m, n))}:
         name = sym.__name__         # one for all its aliases
         path,_,anchor = d['syms'][mod][f'{mod}.{name}'][0].partition('#')
-        sec = _section(pages[built[0]/'site'/'html'/path], anchor)
+        sec = _section(ids[built[0]/'site'/'html'/path], anchor)
         assert sec, f'{name}: no anchor'
         assert name in sec.select_one('.highlight').text, f'{name}: no signature'
         assert sec.find('a', string='[source]'), f'{name}: no source link'
@@ -92,9 +95,11 @@ def test_symbols_documented(built, pages, mod):
                    and not table & {p,f'*{p}',f'**{p}'}]
         assert not missing, f'{name}: not in the table: {missing}'
 
-def test_source_links(pages):
-    for f,a in [(f, a) for f,p in pages.items() for a in p.select('a.external') if a.text=='[source]']:
+def test_source_links(tags, ids):
+    links = [(f, o) for f,os in tags.items() for o in os if o.name=='a' and o.text=='[source]']
+    assert links
+    for f,a in links:
         u = urlsplit(a['href'])
-        line = pages[(f.parent/u.path).resolve()].find(id=u.fragment).text
+        line = ids[(f.parent/u.path).resolve()][u.fragment].text
         name = a.find_parent('section').find(re.compile('h[1-6]')).text.strip('¶').rpartition('.')[2]
         assert re.search(rf'(def|class) {name}\b', line), f'{name}: {line}'

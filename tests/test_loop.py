@@ -138,7 +138,7 @@ beside = dict(
     unreduced=small(Mean, loss_func=CrossEntropyLossFlat(reduction='none')),
     metrics=small(metrics=[accuracy, AvgMetric(number)]), no_recorder=lambda: bare_learner())
 
-@pytest.mark.parametrize('name', beside)
+@pytest.mark.parametrize('name', some(beside, 12))
 def test_beside_fastai(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     res = same(beside[name], fit2)

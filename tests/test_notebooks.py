@@ -29,6 +29,7 @@ def name(fn): return fn.relative_to(cfg.nbs_path).as_posix()
 def test_notebook(fn, monkeypatch):
     monkeypatch.setenv('IN_TEST', '1')
     shell = CaptureShell(fn, profile=False)
+    shell.run_line_magic('config', 'InlineBackend.figure_formats = set()')     # nobody looks at its figures
     try:
         with working_directory(fn.parent): run(shell, fn, module_of(fn))
     finally:
