@@ -1,5 +1,5 @@
 "Runs that go on, as people run them: bars, loaders, losses, callbacks that own things, folders"
-import contextlib, io, itertools, json, os, random, re, signal, subprocess, sys, time
+import contextlib, io, itertools, json, os, random, re, signal, subprocess, time
 from collections import defaultdict, deque
 from copy import deepcopy
 from functools import partial
@@ -128,30 +128,23 @@ def test_an_interrupted_fit_goes_on_in_the_same_process():
     learn,out = train(small, fits, Checkpoint('run'), forget=False)
     assert 'went on in epoch 1, batch 2' in out and crash.digests(learn)==crash.digests(train(small, fits)[0])
 
-SECOND = '''
-import sys; from pathlib import Path
-from fastai.basics import *
-from fastai_callbacks_ext.all import Checkpoint, PreemptionGuard, SkipNonFinite
-from fastai_callbacks_ext.base import files
-from fastai_callbacks_ext.base.files import load_state
-from fastai_callbacks_ext.test_utils import digits_learner
-learn = digits_learner(n=160, bs=32)
-try:
-    with learn.no_bar(): learn.fit(1, cbs=Checkpoint('run'))
-except ValueError as e: print('SAID', e)
-'''
+def a_second_run():
+    learn = digits_learner(n=160, bs=32)
+    try:
+        with learn.no_bar(): learn.fit(1, cbs=Checkpoint('run'))
+    except ValueError as e: Path('said').write_text(str(e))
+
 def test_two_processes_in_one_folder():
     "The second is refused in a line, the first does not notice; a process that was killed holds nothing"
-    said = []
     class Other(Callback):
         def after_batch(self):
             if self.training and self.train_iter==2:
                 before = sorted(Path('run').rglob('*'))
-                cmd = [sys.executable, '-c', SECOND]
-                said.append(subprocess.run(cmd, capture_output=True, text=True).stdout)
+                assert exit_code(a_second_run)==0
                 assert sorted(Path('run').rglob('*'))==before
     learn,_ = train(lambda: small([Other()]), fit(), Checkpoint('run'))
-    assert f'run is in use by process {os.getpid()} on ' in said[0] and 'Use another path' in said[0]
+    assert f'run is in use by process {os.getpid()} on ' in (said := Path('said').read_text())
+    assert 'Use another path' in said
     assert crash.digests(learn)==crash.digests(train(small, fit())[0])
     assert not Path('run/.checkpoint.lock').exists()
     class Die(Callback):
