@@ -1,5 +1,5 @@
 "How tests are spread over workers; what is read once; what coverage leaves out; the same bits on a GPU"
-import copy, gc, os, random
+import copy, gc, os, random, re
 from functools import cache
 from itertools import groupby
 os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
@@ -54,8 +54,8 @@ def few(cases):
         cases.remove(best)
         yield best
 
-# Coverage slows a test down by half. It sees the notebooks, and, of files whose modules these do not
-# exhaust, the first case of each test but of long ones
+# Coverage slows a test down by half. Of these files it sees the first case of each test, but of long ones,
+# and of all other modules their notebooks
 TRACED = """
 test_best test_checkpoint test_files test_gradients test_identity test_losses test_loop test_resume test_step
 test_upgrade""".split()
@@ -66,15 +66,16 @@ test_each_exception_in_each_event test_beside_ours test_beside_fastai test_in_an
 def traced(tests):
     "Those of the cases of a test that coverage sees"
     file = tests[0].path.stem
-    if file=='test_notebooks': return tests
-    return tests[:1] if file in TRACED and tests[0].originalname not in LONG else []
+    if file!='test_notebooks': return tests[:1] if file in TRACED and tests[0].originalname not in LONG else []
+    module = lambda o: re.search(r'([a-z]\w*)\.ipynb', o.name)[1]
+    return [o for o in tests if f'test_{module(o)}' not in TRACED]
 
 def pytest_collection_modifyitems(items):
     kept = []
     for _,tests in groupby(items, lambda o: o.nodeid.split('[')[0]):
         tests = list(tests)
         if len(tests)>1 and not every_case: tests = sorted(few(tests), key=items.index)
-        for o in tests[len(traced(tests)):]: o.add_marker('no_cover')
+        for o in {*tests}-{*traced(tests)}: o.add_marker('no_cover')
         kept += tests
     if left := [o for o in items if o not in kept]: items[0].config.hook.pytest_deselected(items=left)
     items[:] = kept

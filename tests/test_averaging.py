@@ -535,7 +535,7 @@ times = [('after_batch',False), ('after_batch',True), ('after_step',False), ('be
          ('after_epoch',False)]
 late = [lambda **kw: SWA(0., **kw), lambda **kw: SWA(0., 1, **kw), lambda **kw: LAWA(3, 1, **kw)]
 @pytest.mark.parametrize('make,event,caught',
-                         [(averagers['EMA'], *o) for o in times] + [(o, *times[1]) for o in late])
+                         some([(averagers['EMA'], *o) for o in times] + [(o, *times[1]) for o in late], 5))
 def test_a_validation_in_mid_epoch_leaves_the_training_alone(make, event, caught):
     "Bit by bit, and the average is of trained weights"
     def go(*cbs): return run(*cbs, Elsewhere(event, caught, 200 if event=='after_epoch' else 0))

@@ -220,7 +220,7 @@ LOADERS = dict(
     one_at_a_time=lambda o: plain([(x[None],y[None]) for x,y in o[:12]], bs=None),
     workers=lambda o: TfmdDL(o, bs=32, shuffle=True, num_workers=2))
 
-@pytest.mark.parametrize('name', LOADERS)
+@pytest.mark.parametrize('name', some(LOADERS, 6))
 def test_loaders(name):
     case = digits(n=170, dls=loaders(LOADERS[name]))        # 4 batches an epoch, and the rest
     want,_,events = run(case)

@@ -29,6 +29,7 @@ from fastai_callbacks_ext.base import identity
 from fastai_callbacks_ext.base.identity import (facts_differences, facts_unknown, fingerprint,
                                                 model_differences, note_changes, run_facts)
 from fastai_callbacks_ext.test_utils import digits_learner
+from cases import some
 from common import make, public_callbacks, quiet
 from settings import SETTINGS
 
@@ -213,7 +214,7 @@ def test_what_may_change(first):
     learn.dls.loaders[1].bs = 7
     assert facts_differences(facts(learn), first)==[]
 
-@pytest.mark.parametrize('name', SETTINGS)
+@pytest.mark.parametrize('name', some(SETTINGS, 5))
 def test_a_fit_changes_nothing_of_it(name):
     "The second fit of a script asks after the first has run, or after it was found finished"
     learn = SETTINGS[name]()
