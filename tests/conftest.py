@@ -1,5 +1,5 @@
 "How tests are spread over workers; what is read once; what coverage leaves out; the same bits on a GPU"
-import copy, gc, os, random, re
+import copy, gc, os, random
 from functools import cache
 from itertools import groupby
 os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
@@ -54,21 +54,20 @@ def few(cases):
         cases.remove(best)
         yield best
 
-# Coverage slows a test down by half. Of these files it sees the first case of each test, but of long ones,
-# and of all other modules their notebooks
+# Coverage slows a test down by half. It sees the notebooks, and of these files the first case of each test,
+# but of long ones
 TRACED = """
 test_best test_checkpoint test_files test_gradients test_identity test_losses test_loop test_resume test_step
 test_upgrade""".split()
 LONG = """
-test_goes_on_from_anywhere test_damaged_files test_when_to_save test_loaders test_any_callbacks
-test_each_exception_in_each_event test_beside_ours test_beside_fastai test_in_another_process""".split()
+test_goes_on_from_anywhere test_damaged_files test_any_callbacks test_each_exception_in_each_event
+test_in_another_process""".split()
 
 def traced(tests):
     "Those of the cases of a test that coverage sees"
     file,first = tests[0].path.stem,tests[0]
-    if file in TRACED: return [] if first.originalname in LONG else [first]
-    module = lambda o: re.search(r'([a-z]\w*)\.ipynb', o.name)[1]
-    return [o for o in tests if file=='test_notebooks' and f'test_{module(o)}' not in TRACED]
+    if file=='test_notebooks': return tests
+    return [first] if file in TRACED and first.originalname not in LONG else []
 
 def pytest_collection_modifyitems(items):
     kept = []
