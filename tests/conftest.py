@@ -24,6 +24,11 @@ def autocast_is_left():
     for o in left: torch.set_autocast_enabled(o, False)
     assert not left, f'autocast is still on: {left}'
 
+def pytest_configure(config):
+    "In a worker pytest-cov starts twice, and `no_cover` pauses the second only"
+    cov = config.pluginmanager.get_plugin('_cov')
+    if hasattr(config, 'workerinput') and cov and cov.cov_controller: cov.cov_controller.cov.stop()
+
 class ByFile(LoadScopeScheduling):
     """A file on one worker, so that what its tests share is started once
 

@@ -734,8 +734,12 @@ def test_what_changes_is_put_back(name):
 
 def test_workers_that_live_on():
     "Between epochs: the first one draws a random number more"
-    make = lambda: tiny(dls=loader_with(batch_size=6, shuffle=True, num_workers=1, persistent_workers=True))
+    made = []
+    def make():
+        made.append(loader_with(batch_size=6, shuffle=True, num_workers=1, persistent_workers=True))
+        return tiny(dls=made[-1])
     goes_on(make, fit(), [(1,1), (2,1)], steps=None, numbers=weights)
+    for dls in made: dls.train._iterator._shutdown_workers()      # collected as garbage, each takes 5 s
 
 def test_one_that_fails_is_named_and_the_rest_is_saved():
     class Bad:
