@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from enum import Enum
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from io import IOBase
 from itertools import chain
 from operator import is_
@@ -58,7 +58,11 @@ def _is_near(o, package):
 
 _learners = {'model','opt','dls','cbs','loss_func'}            # of a learner that belongs to a callback
 _optimizers = {'state','hypers','param_lists','frozen_idx'}    # see `opt_state`
-_torchs = {*vars(torch.optim.SGD([nn.Parameter(torch.zeros(1))])), 'step'}     # a scheduler wraps `step`
+
+@cache
+def _torchs():
+    "What each optimizer of PyTorch's has. Made late: it imports `torch._dynamo`, which takes 2 s"
+    return {*vars(torch.optim.SGD([nn.Parameter(torch.zeros(1))])), 'step'}     # a scheduler wraps `step`
 
 def _attributes(o):
     "The attributes of `o` that a run may change, but for what is kept elsewhere"
@@ -70,7 +74,7 @@ def _attributes(o):
     but = {'learn'} if isinstance(o, Callback) else set()
     if isinstance(o, nn.Module): but |= modules_own
     if isinstance(o, (Optimizer,OptimWrapper)): but |= _optimizers
-    if isinstance(o, torch.optim.Optimizer): but |= _torchs
+    if isinstance(o, torch.optim.Optimizer): but |= _torchs()
     # in PyTorch's own classes, what is more than a value is made from the weights
     few = type(o).__module__.startswith('torch.')
     return {k: v for k,v in res.items() if k not in but and not (few and _is_more(v))}

@@ -149,7 +149,6 @@ def _load_tensor(t, s):
     if t.shape==s.shape and t.dtype==s.dtype and not overlaps(t): t.copy_(s)
     else: t.data = s
 
-
 @torch.no_grad()
 def _load_trained(o, value, grad): o.copy_(value).grad = grad
 
