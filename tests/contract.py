@@ -157,7 +157,7 @@ def goes_on(cls, setting, how='interrupt'):
 
 def holds_in_ranks(cls):
     "Under `distrib_ctx`: the same weights everywhere; an interrupted run goes on to the same bits"
-    setting = 'digits' if cls not in IS_RNN else 'text_classifier'
+    setting = usual(cls)
     path = Path.cwd()/cls.__name__      # one folder for all
     want = _run(cls, setting, path/'whole', ranks=True)
     with contextlib.suppress(KeyboardInterrupt): _run(cls, setting, path/'in_parts', 3, ranks=True)
@@ -188,6 +188,8 @@ def sample_pairs(seed=0, steps=(1,)):
     table = random.Random(seed).sample(callbacks, len(callbacks))
     return [(cls, table[(i+k)%len(table)]) for i,cls in enumerate(table) for k in steps]
 
+def usual(cls): return 'text_classifier' if cls in IS_RNN else 'digits'
+
 # --- in a notebook ------------------------------------------------------------------------------
 def in_notebook(names, folder, *more, seconds=600):
     "A notebook that ran `trains` and `goes_on` for the callbacks called `names`, then `more`, in a kernel"
@@ -195,7 +197,8 @@ def in_notebook(names, folder, *more, seconds=600):
     from nbclient import NotebookClient
     here = str(Path(__file__).parent)
     start = f'import sys; sys.path.insert(0, {here!r})\nimport contract\nfrom contract import ext'
-    each = [f"contract.trains(ext.{o}, 'digits'); contract.goes_on(ext.{o}, 'digits')" for o in names]
+    calls = [f'(ext.{o}, {usual(getattr(ext, o))!r})' for o in names]
+    each = [f'contract.{check}{call}' for call in calls for check in ('trains','goes_on')]
     cells = [nbformat.v4.new_code_cell(o) for o in (start, *each, *more)]
     nb = nbformat.v4.new_notebook(cells=cells)
     resources = {'metadata': {'path': str(folder)}}
