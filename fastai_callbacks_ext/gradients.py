@@ -68,7 +68,7 @@ class GradientClip(ExtCallback):
 
     def _look(self):
         norm = self._norm()
-        if not isfinite(norm): self._skip(norm)
+        if self.any_rank(not isfinite(norm)): self._skip(norm)
         limit = self._usual(norm) if self.by=='auto' else self.limit
         if norm>limit: self._clip(limit, norm)
         if not self.fitting: return
@@ -84,7 +84,8 @@ class GradientClip(ExtCallback):
     def _skip(self, norm):
         if self.fitting:
             self.skipped += 1
-            self.tell('skipped a step', f'the norm of the gradient is {norm}')
+            whose,norm = ('',norm) if not isfinite(norm) else (' of another process','not finite')
+            self.tell('skipped a step', f'the norm of the gradient{whose} is {norm}')
         raise CancelStepException
 
     @property

@@ -11,7 +11,7 @@ from distributed_safety import check
 from ranks import launch
 
 names = [o.__name__ for o in public_callbacks()]
-seeds = range(1000, 1002)
+seeds = 79,1000,1001      # in 79, `GradientClip` alone looks at each step
 together = {*random.Random(0).sample(names, 2), 'Checkpoint'}       # all of them in the soak
 
 @pytest.fixture(scope='session')
