@@ -1,6 +1,7 @@
 "nbdev notebooks -> MyST pages, Markdown pages, README.md, by nbdev's processors; no notebook is executed"
-import os, re, sys
+import os, re, shutil, sys
 from base64 import b64decode
+from functools import partial
 from importlib import import_module
 from inspect import Parameter
 from pathlib import Path
@@ -58,26 +59,29 @@ def _table(rows):
     cell = lambda o: o.replace('|', r'\|').replace('\n', ' ')
     return '\n'.join('| ' + ' | '.join(map(cell, r)) + ' |' for r in zip(*cols))
 
-def show_doc(sym):
-    "Name and full name of `sym`, and its source link, signature, summary and parameter table"
+def show_doc(sym, in_guide=False):
+    "Name and full name of `sym`; its source link, signature, summary and parameter table, in the guide the table"
     r = ShowDocRenderer(sym)
     d = docments(r.sym, full=True, args_kwargs=True)
     hidden = {'self','return',*vars(event)}     # every fastai callback takes the events
     params = [_row(k, p) for k,p in d.items() if k not in hidden]
     ret = _row('', d['return']) if 'return' in d else ('',)*4
+    rows = [(_code(n), t and f'`{t}`', _code(v), doc) for n,t,v,doc in params]
+    source = f'[[source]]({lookup.code(r.nm)})'
+    if in_guide: return r.nm, r.fn, f'{_table(rows)}\n\n{source}'
+    if ret[3]: rows.append(('**returns**', ret[1] and f'`{ret[1]}`', '', ret[3]))
     start = 'class ' if isinstance(r.sym, type) else 'property ' if isinstance(sym, property) else ''
     signature = f'```python\n{_signature(start+r.nm, params, ret[1])}\n```'
-    parts = [f'[[source]]({lookup.code(r.nm)})', signature, r.docs]
-    if any(o[3] for o in [*params, ret]):
-        rows = [(_code(n), t and f'`{t}`', _code(v), doc) for n,t,v,doc in params]
-        parts.append(_table(rows + [('**returns**', ret[1] and f'`{ret[1]}`', '', ret[3])]*any(ret)))
-    return r.nm, r.fn, '\n\n'.join(parts)
+    table = [_table(rows)]*any(o[3] for o in rows)
+    return r.nm, r.fn, '\n\n'.join([source, signature, r.docs, *table])
+
+def _only_fastai_calls(name): return '.' in name and name.rpartition('.')[2] in vars(event)
 
 class render_show_docs(Processor):
     "Turn `show_doc` cells into Markdown, each under a heading unless the text has just given it one"
     def begin(self):
         self.ns = {name:getattr(m, name) for m in map(import_module, modules) for name in m.__all__}
-        self.ns['show_doc'] = show_doc
+        self.ns['show_doc'] = partial(show_doc, in_guide=self.nb.in_guide_)
         # full names by anchor; level of the last heading, and of the symbols below it
         self.nb.symbols_,self.level,self.here = {},1,{}
 
@@ -88,10 +92,11 @@ class render_show_docs(Processor):
             cell.update(mk_cell('', 'markdown'))
         elif cell.source.startswith('show_doc('):
             name,full,md = eval(cell.source, self.ns)
-            if name not in self.here:
+            if _only_fastai_calls(name): md = ''
+            elif name not in self.here:
                 self.here[name] = self.here.get(name.rpartition('.')[0], self.level) + 1
                 md = f"{'#'*self.here[name]} " + name.replace('_', r'\_') + f'\n\n{md}'
-            self.nb.symbols_[name.lower()] = full
+            if md: self.nb.symbols_[name.lower()] = full
             cell.clear()
             cell.update(mk_cell(md, 'markdown'))
 
@@ -105,13 +110,22 @@ procs = [FrontmatterProc, add_show_docs, strip_ansi, hide_line, filter_stream_, 
          mv_exports]
 
 # --- Pages --------------------------------------------------------------------------------------
-# Quarto's options in myst-nb
-tags = {('echo','false'):'remove-input', ('output','false'):'remove-output', ('code-fold',''):'hide-input'}
+# Quarto's options in myst-nb; the package's own code is folded
+tags = {('echo','false'):'remove-input', ('output','false'):'remove-output', ('code-fold',''):'hide-input',
+        ('exports',''):'hide-input'}
+
+def in_guide(fn): return cfg.nbs_path/'guide' in Path(fn).parents
+
+def sections(fn):
+    "The public names that the notebook `fn` has a section of its own for"
+    text = '\n'.join(c.source for c in read_nb(fn).cells if c.cell_type=='markdown')
+    return [o for o in re.findall(r'^## `?(\w+)`?$', text, re.M) if o in lookup.syms]
 
 class Page:
     "A processed notebook"
     def __init__(self, fn):
         self.nb = read_nb(fn)
+        self.nb.in_guide_ = in_guide(fn)
         NBProcessor(nb=self.nb, procs=procs).process()
         fm = self.nb.frontmatter_
         self.rel = Path(fn).resolve().relative_to(cfg.nbs_path)
@@ -126,10 +140,16 @@ class Page:
                 # a progress bar overwrites itself
                 if o.output_type=='stream': o.text = re.sub(r'.*\r', '', o.text)
 
-pages = {}
+pages,guided = {},{}        # pages by address; names that are explained in the guide, by its pages
 def load():
-    "Fill `pages`, by address"
-    for p in map(Page, nbglob(cfg.nbs_path).sorted()): pages[p.html] = p
+    "Fill `pages` and `guided`"
+    fns = nbglob(cfg.nbs_path).sorted()
+    for fn in filter(in_guide, fns):
+        html = nbpath2html(Path(fn).relative_to(cfg.nbs_path)).as_posix()
+        guided[html] = sections(fn)
+        for name in guided[html]:
+            lookup.syms[name] = f'own:{html}#{name.lower()}',*lookup.syms[name][1:]
+    for p in map(Page, fns): pages[p.html] = p
 
 # --- Links --------------------------------------------------------------------------------------
 files = set()                       # of the repository, that pages link to
@@ -191,6 +211,7 @@ def stage(dst):
         f.parent.mkdir(parents=True, exist_ok=True)
         p.nb.cells = p.cells
         write_nb(p.nb, f)
+    shutil.copy(root/'CHANGELOG.md', dst/'changelog.md')
 
 def _output_md(page, o, link, img):
     data = o.get('data', {})

@@ -187,13 +187,13 @@ class GradientAccumulation(ExtCallback):
     fit_state = dict(_window=None, _steps=0, _rate=None)
     transient = dict(_window=None, _batch=None, _lent=[])
     def __init__(self,
-        # Items to a step, or more if the batches do not divide them; or a function of the epoch and of the
-        # steps taken in this fit, asked when a window opens
+        # Items for one optimizer step; more if the batch size does not divide it. Or a function of the epoch
+        # and of the steps so far in this fit, which returns it
         n_acc:int|Callable=32,
-        # What is left at the end of an epoch: 'flush' takes a step with it, 'drop' forgets it
+        # The batches left at the end of an epoch: 'flush' makes a smaller step of them, 'drop' drops them
         last:str='flush',
-        # Over how many terms is the loss of a batch a mean: 'items', 'targets', or a function of the learner.
-        # As it comes, the losses of PyTorch and fastai are known, others count for means over the targets
+        # What the loss is a mean over: 'items', 'targets' (words, pixels), or a function of the learner that
+        # returns how many. By default known for losses of PyTorch and fastai; others: 'targets'
         weight:str|Callable=loss_weight
     ):
         if not callable(n_acc): check_number('n_acc', n_acc, low=1, integer=True)

@@ -364,15 +364,15 @@ def _tell_nothing(self:_Averager):
 class EMA(_Averager):
     "Exponential moving average of the weights"
     def __init__(self,
-        # Share of the average kept at each step, 0 to 1. None: larger in longer fits. A list makes several
-        # averages; the first is the one to validate with
+        # How much of the old average is kept at each step, 0 to 1. None: the memory grows with the fit.
+        # A list makes several averages; the first is used for validation
         decay:float|Sequence=None,
-        half_life:float|Sequence=None, # Instead of `decay`: steps after which a weight counts half
-        every:int=1, # Move the average every n-th step, n times as far
-        warmup:bool=True, # Correct for the start, as Adam does? False: the untrained weights are in it
+        half_life:float|Sequence=None, # Instead of `decay`: steps after which old weights count half as much
+        every:int=1, # Update the average only every n-th step, and then n times as much
+        warmup:bool=True, # Leave the untrained weights out of the average? False keeps them in it
         start:int=0, # Steps to take before the average begins
         validate:str='ema', # Validate with the average, 'ema', the trained weights, 'raw', or 'both'
-        buffers:str='average', # Batch norm's statistics: 'average', 'copy' (the latest), 'refresh' (a pass)
+        buffers:str='average', # Batch norm's statistics: 'average', 'copy' the latest, 'refresh' by a pass
         final:str='ema' # Weights of the model after the fit: 'ema' or 'raw'
     ):
         def checked(o): return o if o is None else check_number('decay', o, low=0, high=1)
@@ -456,11 +456,11 @@ class SWA(_Every):
     average_name,fit_state = 'swa',_Every.fit_state | dict(_ratios=None)
     _borrowed,single = None,property(lambda self: self.lr is not None)      # of two rates one is wrong
     def __init__(self,
-        start:float=0.75, # Share of the fit, 0 to 1, after which it begins
+        start:float=0.75, # The mean begins after this share of the fit, 0 to 1
         every:int=None, # Take the weights every n-th step; None for at the end of each epoch
         lr:float=None, # Learning rate from then on, of the last group of parameters; None: the schedule's
         validate:str='swa', # Validate with the mean, 'swa', the trained weights, 'raw', or 'both'
-        buffers:str='refresh', # Batch norm's statistics: 'refresh' (a pass), 'average', 'copy' (the latest)
+        buffers:str='refresh', # Batch norm's statistics: 'refresh' by a pass, 'average', 'copy' the latest
         final:str='swa' # Weights of the model after the fit: 'swa' or 'raw'
     ):
         self.start = check_number('start', start, low=0, high=1)
@@ -519,10 +519,10 @@ class LAWA(_Every):
     "Mean of the latest `k` sets of weights"
     average_name,fit_state = 'lawa',_Every.fit_state | dict(_at=[])
     def __init__(self,
-        k:int=5, # Sets of weights, at most
+        k:int=5, # How many sets of weights to keep
         every:int=None, # Take the weights every n-th step; None: spread over the latest tenth of the steps
         validate:str='lawa', # Validate with the mean, 'lawa', the trained weights, 'raw', or 'both'
-        buffers:str='average', # Batch norm's statistics: 'average', 'copy' (the latest), 'refresh' (a pass)
+        buffers:str='average', # Batch norm's statistics: 'average', 'copy' the latest, 'refresh' by a pass
         final:str='lawa' # Weights of the model after the fit: 'lawa' or 'raw'
     ):
         self.k = check_number('k', k, low=1, integer=True)

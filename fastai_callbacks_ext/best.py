@@ -44,7 +44,7 @@ class SaveTopK(Monitor):
         min_delta:float=0., # A model replaces one that is kept if it is better by more than this
         fname:str='model', # The best is `{fname}.pth` in the learner's models, all are in a folder `fname`
         with_opt:bool=False, # Save, and load, the optimizer's state too?
-        reset_on_fit:bool=True, # Forget the models of the fit before when one begins?
+        reset_on_fit:bool=True, # Start each fit without the best models of the fit before?
         load_best:bool=True # Load the best model when the fit ends?
     ):
         super().__init__(monitor, comp)
@@ -194,7 +194,7 @@ def soup(
     files:list, # Saved models, compiled or not: paths, or names in the learner's `path/model_dir`
     greedy:bool=True, # Take in only what does no harm on the validation set?
     monitor:str='valid_loss', # Name of the loss or metric that decides
-    maximize:bool=None # Is larger better? None for what the name says
+    maximize:bool=None # Is larger better? None looks it up by the name
 )->list: # The files that are in the mean, best first
     """Load the mean of the weights of models that `learn.save`, `SaveModelCallback` or `SaveTopK` have saved;
     batch norm gets the statistics of the training set under that mean"""

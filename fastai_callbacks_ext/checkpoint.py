@@ -35,7 +35,7 @@ from .base.state import FitStart, learner_state, load_learner_state
 
 # %% ../nbs/06_checkpoint.ipynb #7b2f4560
 class Checkpoint(ExtCallback):
-    "Saves the whole state of a fit; when the same script runs again, it goes on from there to the same bits"
+    "Saves the whole state of a fit; the same script run again goes on from there, to the very same numbers"
     order,run_valid = 2000,False     # after all others
     _finished = {}                   # runs that have finished in this process: the process, and the callback
     _ended = {}                      # fits that a signal has ended, by folder: the same two, why, the path
@@ -43,13 +43,13 @@ class Checkpoint(ExtCallback):
         path:str|Path, # Folder for the checkpoints of this run, made if need be
         epochs:int=1, # Save after every n-th epoch; None for never
         steps:int=None, # Save after every n-th training batch; None for never
-        minutes:float=None, # Save when this many minutes have passed; None for never
-        keep:int=2, # Checkpoints to keep of each fit
+        minutes:float=None, # Save when this many minutes have passed since the last save; None for never
+        keep:int=2, # How many checkpoints of each fit to keep
         resume:bool=True, # Go on from the newest intact checkpoint? False starts anew
         background:bool=True, # Write in a thread, while the training goes on? Needs memory for a copy
         on_error:str='continue', # If one cannot be saved: 'continue' says so, 'stop' raises the error
-        extend:bool=False, # Accept a checkpoint of a fit of fewer epochs, if it had no schedule?
-        seed_items:bool=False # Workers: seed each item by epoch and index, to go on exactly in mid-epoch?
+        extend:bool=False, # Go on with more epochs than the saved fit had? Only without a schedule
+        seed_items:bool=False # Seed each item, to resume exactly in mid-epoch with data workers?
     ):
         self.path = Path(check_type('path', path, str, Path))
         if file := next((o for o in (self.path, *self.path.parents) if o.is_file()), None):

@@ -29,14 +29,14 @@ class GradientClip(ExtCallback):
     order,run_valid,run_outside = 11,False,True      # as fastai's: after `MixedPrecision`
     fit_state = dict(norms=[], limits=[], clipped=0, skipped=0)
     def __init__(self,
-        max_norm:float=None, # Largest norm of the whole gradient; 1 if no limit is given, as fastai's
-        norm_type:float=2., # The p of that norm; `inf` for the largest absolute value
-        max_value:float=None, # Largest absolute value of an element
-        # Largest norm of a unit's gradient over that of its weights: 0.01 for large batches, 0.16 for small
+        max_norm:float=None, # Clip the whole gradient to this norm; 1 if you give no limit, as in fastai
+        norm_type:float=2., # Kind of norm for `max_norm`: 2 as usual, or `inf` for the largest absolute value
+        max_value:float=None, # Clip each number of the gradient to this absolute value
+        # Clip each unit's gradient to this share of the norm of its weights: 0.01 for large batches, or 0.16
         adaptive:float=None,
-        auto:float=None, # Largest norm is this percentile of those of the last steps: 10 in the paper
+        auto:float=None, # Clip to this percentile, 0 to 100, of the norms of the last steps; 10 in the paper
         window:int=1000, # Number of steps that `auto` looks at
-        # Names of parameters, or beginnings of names, that `adaptive` leaves alone: the head of the model
+        # Parameters that `adaptive` does not clip, by name or beginning of it; usually the head of the model
         exclude:str|tuple=()
     ):
         given = dict(max_norm=max_norm, max_value=max_value, adaptive=adaptive, auto=auto)
@@ -151,12 +151,13 @@ def plot(self:GradientClip,
 
 # %% ../nbs/10_gradients.ipynb #6d0b3e2b
 class SAM(ExtCallback):
-    "Sharpness-aware minimization: steps by the gradient at the worst weights nearby, in twice the time"
+    "Sharpness-aware minimization: steps by the gradient at the worst weights nearby; takes twice the time"
     order,run_valid,single = 45,False,True      # after all that prepares a batch
     transient = dict(_moved=[], _kept=[], _undo=None, _loss=None)
     def __init__(self,
-        rho:float=0.05, # How far away: the 2-norm of the way. With `adaptive`, 10 to 40 times as much
-        adaptive:bool=False, # Measure the way relative to the size of each weight?
+        # How far to move the weights for the second pass (2-norm); with `adaptive`, 10 to 40 times as much
+        rho:float=0.05,
+        adaptive:bool=False, # Move each weight in proportion to its size (ASAM)?
         eta:float=0.01 # With `adaptive`: added to the size of each weight
     ):
         self.rho,self.eta = check_number('rho', rho, low=0),check_number('eta', eta, low=0)
@@ -257,10 +258,10 @@ def _move_back(self:SAM):
 
 # %% ../nbs/10_gradients.ipynb #1e82b368
 class GradientCentralization(ExtCallback):
-    "Subtracts from the gradient of each unit of a weight its mean"
+    "Gradient centralization: subtracts the mean from the gradient of each filter or row of a weight"
     order,run_valid = 12,False      # after clipping
     def __init__(self,
-        conv_only:bool=False # Leave linear layers alone, and do convolutions only?
+        conv_only:bool=False # Convolutions only, and no linear layers?
     ): self.least = 3 if check_type('conv_only', conv_only, bool) else 2
 
     def before_step(self):
@@ -277,7 +278,7 @@ class GradientNoise(ExtCallback):
     def __init__(self,
         eta:float=0.01, # Variance in the first step; the paper has 0.01, 0.3 and 1
         gamma:float=0.55, # In step t, from 0, the variance is eta/(1+t)**gamma
-        seed:int=0 # Of the noise
+        seed:int=0 # Seed of the noise
     ):
         self.eta,self.gamma = check_number('eta', eta, low=0),check_number('gamma', gamma, low=0)
         self.seed = check_number('seed', seed, low=0, integer=True)
@@ -303,14 +304,14 @@ class GradientNoise(ExtCallback):
 
 # %% ../nbs/10_gradients.ipynb #21e12092
 class LookaheadWeights(ExtCallback):
-    """Takes `k` steps forward and goes a part of the way back.
+    """Lookahead: after every `k` steps, the weights go a part of the way back.
 
     A fit ends with the forward weights, unless its number of steps is a multiple of `k`."""
     order,run_valid = 44,False
     fit_state,transient = dict(_slow=None, _t=0),dict(_slow=None)
     def __init__(self,
-        k:int=5, # Steps forward
-        alpha:float=0.5 # Share of the way that is kept
+        k:int=5, # Number of steps between two steps back
+        alpha:float=0.5 # How much of the last `k` steps is kept, 0 to 1; 1 changes nothing
     ):
         self.k = check_number('k', k, low=1, integer=True)
         self.alpha = check_number('alpha', alpha, low=0, high=1)

@@ -26,8 +26,8 @@ class ModelResetter(ExtCallback):
     `ValueError` if no module of the model has a method `reset`."""
     run_outside,stand_in = True,fastai_rnn.ModelResetter
     def __init__(self,
-        detach:bool=False, # Keep the values of the hidden state and cut only its graph?
-        missing_ok:bool=False # Do nothing for a model that has nothing to reset?
+        detach:bool=False, # Keep the hidden state, and stop gradients from flowing into the batch before?
+        missing_ok:bool=False # Accept a model without a hidden state, and do nothing? False: a ValueError
     ):
         self.detach = check_type('detach', detach, bool)
         self.missing_ok = check_type('missing_ok', missing_ok, bool)
@@ -127,8 +127,8 @@ class RNNRegularizer(ExtCallback):
     run_after,run_valid,run_outside = RNNCallback,False,True
     fit_state = dict(_n=0, _sums={})
     def __init__(self,
-        alpha:float=0., # Weight of AR; 2 in the paper
-        beta:float=0., # Weight of TAR; 1 in the paper
+        alpha:float=0., # Weight of the penalty on large activations (AR); 2 in the paper, 0 for none
+        beta:float=0., # Weight of the penalty on changes from step to step (TAR); 1 in the paper, 0 for none
         module:str=None, # Regularise the output of this submodule: 'rnn'; None for what `RNNCallback` keeps
         mask:Callable=None, # Function of the inputs: which positions are not padding, bool `(bs, seq)`
         lengths:Callable=None # Function of the inputs: the length of each sequence, `(bs,)`
@@ -233,7 +233,7 @@ def _positions(lengths, h):
 
 # %% ../nbs/01_rnn.ipynb #7b2f4108
 def rnn_cbs(
-    alpha:float=0., # Weight of AR, see `RNNRegularizer`
+    alpha:float=0., # Weight of the penalty on large activations, see `RNNRegularizer`
     beta:float=0. # Weight of TAR
 )->list: # `ModelResetter`, `RNNCallback` and, if a weight is not 0, `RNNRegularizer`
     "The callbacks that an AWD-LSTM needs"

@@ -32,10 +32,11 @@ class TerminateOnNaN(Guard):
     "Stops the fit before a step on a loss or gradient that is not finite, and says where it began"
     order,transient = -9,dict(_looks=[])
     def __init__(self,
-        every:int=1, # Look every n-th batch, at all since the last look; the others never wait
-        valid:bool=False, # Stop also for a loss in validation?
-        snapshot:int=500, # Copy model and optimizer every n batches, for lost weights; None for no copy
-        save:str|Path=None # File for a report (batch, model, optimizer), for `load_state`; None for no report
+        every:int=1, # Look in every n-th batch, at all since the last look; others do not wait for the GPU
+        valid:bool=False, # Also stop when a loss in validation is NaN or infinite?
+        snapshot:int=500, # Copy model and optimizer every n batches, to mend NaN in weights; None: no copy
+        # File for a report of cause, batch, model and optimizer, for `load_state`; only with `every=1`
+        save:str|Path=None
     ):
         self.every = check_number('every', every, low=1, integer=True)
         self.valid = check_type('valid', valid, bool)
@@ -103,13 +104,13 @@ def _look_back(self:TerminateOnNaN):
 
 # %% ../nbs/02_safety.ipynb #4d16a071
 class SkipNonFinite(Guard):
-    "Drops a batch whose loss or gradient is not finite, as if it were not in the data; stops past a limit"
+    "Skips a batch whose loss or gradient is NaN or infinite, as if it were not in the data; ends if many are"
     run_after,run_before = TrainEvalCallback,TerminateOnNaN
     fit_state = dict(skipped=0, _in_a_row=0, _last=-2)
     def __init__(self,
         max_consecutive:int=5, # Batches to skip in a row; one more stops the fit
         max_total:int=None, # Batches to skip in a fit; one more stops it. None for any number
-        snapshot:int=500 # Copy model and optimizer every n batches, for lost weights; None for no copy
+        snapshot:int=500 # Copy model and optimizer every n batches, to mend NaN in weights; None: no copy
     ):
         whole = lambda k,v,low: None if v is None else check_number(k, v, low=low, integer=True)
         self.max_consecutive = check_number('max_consecutive', max_consecutive, low=0, integer=True)
@@ -157,7 +158,7 @@ def _above(values, threshold, beyond):
 
 # %% ../nbs/02_safety.ipynb #dddc9a24
 class SpikeGuard(Guard):
-    "Finds a loss or gradient far out of the ordinary before the step; skips it, clips it, or goes back"
+    "Finds a spike of loss or gradient before the step; skips the batch, clips its gradient, or goes back"
     run_after,run_before = MixedPrecision,GradientClip
     fit_state = dict(history={'loss':[], 'grad_norm':[]}, rollbacks=0, _in_a_row=0, _last=-2,
                      _factor=1., _until=inf, _lrs=None)
@@ -165,15 +166,16 @@ class SpikeGuard(Guard):
     single = property(lambda self: self.lr_factor<1)     # two would return each other's learning rates
     _n_copies = 2     # the newer may be damaged already; after the older, `snapshot` batches were ordinary
     def __init__(self,
-        window:int=100, # Batches that say what is ordinary
-        threshold:float=8., # A spike is this many robust standard deviations above the median of the window,
-        factor:float=10., # and this many times its third largest value
+        window:int=100, # How many of the last batches a value is compared with
+        threshold:float=8., # A spike is this many robust standard deviations above the median of the window
+        factor:float=10., # A spike is also this many times the third largest value of the window
         watch:str|tuple='grad_norm', # 'loss', 'grad_norm', or both
         action:str='skip', # 'skip' the batch, 'clip' its gradient to the median norm, or 'rollback' to a copy
-        warmup:int=20, # Batches before it acts; on what is not finite it acts at once
-        max_consecutive:int=10, # Spikes in a row to act on; the next is ordinary, or ends the fit if NaN
+        warmup:int=20, # Batches before it acts on spikes; on NaN or infinity it acts from the first batch
+        # Spikes in a row to act on; the next one is taken for normal, or ends the fit if it is NaN
+        max_consecutive:int=10,
         snapshot:int=50, # Copy model and optimizer every n batches, to go back to
-        max_rollbacks:int=20, # The next one stops the fit
+        max_rollbacks:int=20, # How often to go back in a fit; once more stops the fit
         lr_factor:float=1., # For 'rollback': multiply the learning rate by this each time
         lr_batches:int=None # Batches that `lr_factor` holds for; None for the rest of the fit
     ):

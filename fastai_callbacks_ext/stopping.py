@@ -58,15 +58,15 @@ class EarlyStopping(Monitor, _Timed):
     def __init__(self,
         monitor:str='valid_loss', # Name in the epoch table of the loss or metric to watch
         comp:Callable=None, # `np.less` if smaller is better, `np.greater` if larger; None looks it up
-        min_delta:float=0., # What is better by no more than this is no improvement
+        min_delta:float=0., # A smaller improvement than this does not count
         patience:float=1, # Stop after so many `unit`s without an improvement
         reset_on_fit:bool=True, # Forget the best value of the fit before when one begins?
         unit:str='epochs', # Unit of `patience`: 'epochs', 'steps' (training batches) or 'minutes'
-        relative:bool=False, # Is `min_delta` a share of the best value?
-        threshold:float=None, # Good enough: stop when this value is reached; None for never
-        divergence:float=None, # Hopeless: stop when the value is worse than this, or NaN; None for never
+        relative:bool=False, # Is `min_delta` a share of the best value, as 0.01 for 1 %?
+        threshold:float=None, # Stop when this value is reached: good enough; None for never
+        divergence:float=None, # Stop when the value is worse than this or NaN: hopeless; None for never
         warmup:int=0, # Epochs at the start of the fit in which it does not stop, nor lose patience
-        smooth:float=0., # Weight of the past, 0 to 1, in a moving average that stands for the metric
+        smooth:float=0., # Follow a moving average of the metric: how much of the old average is kept, 0 to 1
         restore_best:bool=False # Keep the best weights in memory, and load them however the fit ends?
     ):
         super().__init__(monitor, comp)

@@ -142,25 +142,31 @@ def _lines(item, depth=0):
 def plot(self:EventTrace,
     ax:plt.Axes=None # Axes to draw on; None makes a figure
 )->plt.Axes:
-    "Draw the phases as nested bars over the number of the event; red lines are Cancel exceptions"
-    if ax is None: _,ax = plt.subplots(figsize=(9,3))
-    n = 0
-    for o in self.spans[0].items: n += _draw(ax, o, n, 0)
-    ax.set(xlabel='event', yticks=[], xlim=(0,n))
-    ax.invert_yaxis()
+    "Draw the phases as nested bars, the first event at the top; red lines are Cancel exceptions"
+    own,events = ax is None,[]
+    if own: _,ax = plt.subplots(figsize=(6.5,5), layout='constrained')
+    for o in self.spans[0].items: _draw(ax, o, events, 0)
+    n = len(events)
+    ax.set(xticks=[], yticks=[], ylim=(n,0))
+    ax.spines[:].set_visible(False)
+    if own and n<=60:       # each with its name
+        ax.figure.set_figheight(max(2, 0.22*n))
+        ax.set_yticks([i+0.5 for i in range(n)], events, fontsize=11)
+        ax.tick_params(length=0)
+    room = ax.get_window_extent().height*72/ax.figure.dpi/max(n, 1)     # points for an event
+    for bar,text in zip(ax.patches, ax.texts): text.set_visible(bar.get_height()*room>11)
     return ax
 
 # %% ../nbs/11_tracing.ipynb #e32e925e
 _colors = dict(zip(_phases, plt.cm.Pastel1.colors))
 
-def _draw(ax, item, x, depth):
-    "Draw `item` from event number `x` on; its number of events"
+def _draw(ax, item, events, depth):
+    "Draw `item` below the `events` so far, and add its own to them"
+    start = len(events)
     if not isinstance(item, Phase):
-        if 'cancel' in item[0]: ax.axvline(x, color='red', ls='--', lw=1)
-        return 1
-    n = 0
-    for o in item.items: n += _draw(ax, o, x+n, depth+1)
-    ax.barh(depth, n, left=x, height=0.9, color=_colors[item.name], edgecolor='white')
-    size,angle = (7,0) if n>4 else (6,90)
-    ax.text(x+n/2, depth, item.name, ha='center', va='center', fontsize=size, rotation=angle)
-    return n
+        if 'cancel' in item[0]: ax.axhline(start, color='red', ls='--', lw=1.5)
+        return events.append(item[0])
+    for o in item.items: _draw(ax, o, events, depth+1)
+    n = len(events)-start
+    ax.bar(depth, n-0.2, 0.95, start+0.1, color=_colors[item.name])
+    ax.text(depth, start+n/2, item.name, ha='center', va='center', fontsize=11, color='#222')

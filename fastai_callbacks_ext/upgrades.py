@@ -43,7 +43,7 @@ def _same_job(a, b):
 
 # %% ../nbs/13_upgrade.ipynb #a19ff6bf
 def upgrade(
-    learn:Learner # Its callbacks are looked at; callbacks that are passed to `fit` are not on it
+    learn:Learner # Learner whose callbacks are swapped; those passed to `fit(cbs=)` are not seen
 )->Learner: # `learn`
     """Swap fastai's callbacks on `learn` for ours of the same job, with their arguments.
 

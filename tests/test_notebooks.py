@@ -14,7 +14,7 @@ from nbdev.process import NBProcessor
 from nbdev.test import nb_test_cells
 
 cfg = get_config(Path(__file__).parent)
-notebooks = nbglob(cfg.nbs_path, as_path=True).sorted()
+notebooks = nbglob(cfg.nbs_path, as_path=True).sorted().filter(lambda o: o.parent.name!='guide')
 exported = {'export', 'exports', 'exporti'}
 
 def module_of(fn):

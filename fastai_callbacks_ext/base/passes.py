@@ -77,7 +77,7 @@ def refresh_batchnorm(
     learn:Learner, # Its training set is read once, if the model has batch norm
     inner:bool=False # Is this in a fit of `learn`?
 ):
-    "Compute the running statistics of batch norm anew, for the weights as they are, and change nothing else"
+    "Compute the running statistics of batch norm anew by a pass over the training set; nothing else changes"
     if not norm_layers(learn.model): return
     with leaving_no_trace(learn), learn.no_bar() if not inner else nullcontext():
         with learn.validation_context(cbs=_ExtraPass(), inner=inner): _pass(learn)

@@ -1,0 +1,72 @@
+"The guide: each public callback has a section with all its parts; each example runs as pasted into a script"
+import ast, re
+from pathlib import Path
+
+import pytest
+import fastai_callbacks_ext.all as ext
+from fastai.callback import schedule
+from fastai_callbacks_ext.test_utils import digits_learner
+from fastcore.nbio import read_nb
+from common import public_callbacks
+
+guide = Path(__file__).parent.parent/'nbs'/'guide'
+pages = {f.stem: read_nb(f).cells for f in sorted(guide.glob('*.ipynb'))}
+parts = [f'**{o}**' for o in ('Use it when', 'Not for', 'What to set.', 'What it costs.', 'Beside others.',
+                               'Evidence.')]
+
+def sections(cells):
+    "Cells of each section of the second level, by its heading"
+    res,here = {},[]
+    for c in cells:
+        head = c.cell_type=='markdown' and re.match(r'## (.+)', c.source)
+        if head: here = res.setdefault(head[1].strip('`'), [])
+        here.append(c)
+    return res
+
+explained = {name: cells for page in pages.values() for name,cells in sections(page).items()}
+
+def is_example(c): return c.cell_type=='code' and c.source[:2]!='#|' and not c.source.startswith('show_doc(')
+
+@pytest.mark.parametrize('name', [cls.__name__ for cls in public_callbacks()])
+def test_section(name):
+    "What it does, when, how, what to set, cost, neighbours, evidence: in this order"
+    assert name in explained
+    cells = explained[name]
+    at = [next((i,o.source.index(p)) for i,o in enumerate(cells) if o.cell_type=='markdown' and p in o.source)
+          for p in parts]
+    assert at==sorted(at)
+    example = next(i for i,o in enumerate(cells) if is_example(o))
+    table = next(i for i,o in enumerate(cells) if o.source==f'show_doc({name})')
+    assert at[1][0]<example<at[2][0]<table<at[3][0]
+    what = cells[0].source.split('\n', 1)[1].split('**')[0]
+    assert 20<len(what)<300 and cells[0].source.count('\n')<12
+
+def imports(cells): return next(c.source for c in cells if c.cell_type=='code' and 'all import *' in c.source)
+
+def examples():
+    "Those of the pages, each with the imports of its page before it"
+    for page,cells in pages.items():
+        for name,part in sections(cells).items():
+            for n,c in enumerate(filter(is_example, part)):
+                script = c.source if 'import *' in c.source else f'{imports(cells)}\n{c.source}'
+                yield pytest.param(script, id=f'{page}-{name}-{n}')
+
+@pytest.mark.parametrize('script', examples())
+def test_example(script, tmp_path, monkeypatch):
+    "With fastai's progress bar on"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr('matplotlib.pyplot.show', lambda: None)
+    exec(compile(ast.parse(script), 'example', 'exec'), {'__name__':'__main__'})
+
+choose = '\n'.join(c.source for c in pages['choose'])
+fences = [o for o in re.findall(r'^```python\n(.*?)^```', choose, re.M|re.S) if 'import' not in o]
+
+@pytest.mark.parametrize('lines', fences)
+def test_lines_of_the_chooser(lines, tmp_path, monkeypatch):
+    "With a learner at hand"
+    monkeypatch.chdir(tmp_path)
+    learn = digits_learner(n=100, path=tmp_path)
+    exec(lines, {**vars(ext), 'learn':learn})
+    assert 'fit' not in lines or learn.recorder.values
+
+def test_chooser_has_all(): assert not [o.__name__ for o in public_callbacks() if f'`{o.__name__}`' not in choose]
