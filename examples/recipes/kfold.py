@@ -19,7 +19,7 @@ def score(preds, targs): return np.sqrt(np.mean((preds-targs)**2))
 def main(
     path:Path='runs/kfold', # Folder for the folds and the predictions
     folds:int=3, # Into how many parts to cut the data
-    epochs:int=8, # For each fold
+    epochs:int=5, # For each fold
 ):
     df = load_diabetes(as_frame=True).frame.astype('float32')
     oof = np.zeros(len(df))     # out of fold: by the model that has not seen the row
@@ -27,7 +27,7 @@ def main(
     for i,(_,valid) in enumerate(splits):
         set_seed(i)
         learn = fold_learner(df, valid)
-        learn.fit_one_cycle(epochs, 1e-2, cbs=Checkpoint(path/f'fold_{i}'))
+        learn.fit_one_cycle(epochs, 2e-2, cbs=Checkpoint(path/f'fold_{i}'))
         oof[valid] = learn.get_preds()[0].squeeze().numpy()
         print(f'fold {i}: RMSE {score(oof[valid], df.target[valid]):.2f}')
     np.save(path/'oof.npy', oof)

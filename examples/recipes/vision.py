@@ -9,7 +9,7 @@ from fastai_callbacks_ext.all import *
 from sklearn.datasets import load_digits
 
 # small and untrained; on a GPU: resnet34,True, which downloads pretrained weights
-ARCH,PRETRAINED = partial(xresnet18, widen=0.25),False
+ARCH,WEIGHTS = partial(xresnet18, widen=0.25),False
 
 def digits(folder):
     "Some of scikit-learn's digits as files, in a folder for each class"
@@ -30,8 +30,7 @@ def main(
     dls = ImageDataLoaders.from_folder(data or digits(Path(tempfile.mkdtemp())),
         item_tfms=Resize(size), batch_tfms=aug_transforms(do_flip=False), bs=32,
         valid_pct=0.2, seed=42)
-    learn = vision_learner(dls, ARCH, metrics=accuracy, pretrained=PRETRAINED)
-    learn.path = path
+    learn = vision_learner(dls, ARCH, path=path, pretrained=WEIGHTS, metrics=accuracy)
     learn.fine_tune(epochs, 1e-2, cbs=[
         Checkpoint(path/'checkpoints', minutes=10, seed_items=True), PreemptionGuard(),
         SpikeGuard(), GradientClip(1.),     # NaN is a spike too: no `SkipNonFinite`
