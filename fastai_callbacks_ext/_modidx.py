@@ -1029,6 +1029,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                  'fastai_callbacks_ext/base/state.py'),
                                                  'fastai_callbacks_ext.base.state._grads': ( 'base/state.html#_grads',
                                                                                              'fastai_callbacks_ext/base/state.py'),
+                                                 'fastai_callbacks_ext.base.state._has_more': ( 'base/state.html#_has_more',
+                                                                                                'fastai_callbacks_ext/base/state.py'),
                                                  'fastai_callbacks_ext.base.state._has_states': ( 'base/state.html#_has_states',
                                                                                                   'fastai_callbacks_ext/base/state.py'),
                                                  'fastai_callbacks_ext.base.state._kept': ( 'base/state.html#_kept',

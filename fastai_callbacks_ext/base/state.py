@@ -7,6 +7,7 @@ __all__ = ['model_state', 'load_model_state', 'opt_state', 'load_opt_state', 'Fi
 
 # %% ../../nbs/base/state.ipynb #e73d8e47
 from collections import Counter
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from fastai.learner import Learner, Recorder
 from fastai.optimizer import Optimizer, OptimWrapper
 from torch import Tensor, nn
 from torch.utils.data import DataLoader as TorchLoader
+from .core import ExtCallback
 from .files import map_state
 from .look import Look
 from .model import modules_own, stateful_modules, unwrap_model
@@ -169,9 +171,15 @@ def _entries(state):
     if isinstance(state, dict): return dict(state)
     raise NotPlain(f'state_dict: {type(state).__qualname__}')
 
+def _has_more(cb):
+    "Is the state of `cb` that of `ExtCallback` alone, which knows what it was told of? It may own a model, too"
+    classes = [*takewhile(lambda c: c is not ExtCallback, type(cb).__mro__)]
+    ours = __package__.partition('.')[0]
+    return all(c.__module__.partition('.')[0]!=ours and 'state_dict' not in vars(c) for c in classes)
+
 def _way_of(o, covered):
     "How the state of `o` is got, and put back in place; None if that is what its attributes are"
-    if isinstance(o, Callback) and _has_states(o): return _states
+    if isinstance(o, Callback) and _has_states(o): return _states[:2] if _has_more(o) else _states
     if isinstance(o, Recorder): return (lambda o,*_: _recorder_state(o)),_load_recorder_state
     if isinstance(o, CSVLogger): return (lambda o,*_: _lines(o)),_write_lines
     if way := kind_of(o, _generators): return way
@@ -234,6 +242,9 @@ _recorders = {'losses','lrs','start_epoch','loss','smooth_loss'}      # long one
 def _that_count(o, attributes):
     "Those attributes of a callback, or of the learner, that are state and are not kept elsewhere"
     if isinstance(o, Recorder): return {k: v for k,v in attributes.items() if k not in _recorders}
+    if isinstance(o, ExtCallback):
+        known = {'records','_scopes','_given','_cancelled_at', *o.fit_state, *o.state_attrs, *o.transient}
+        return {k: v for k,v in attributes.items() if k not in known}
     if not isinstance(o, Learner): return attributes
     method = lambda k: callable(getattr(type(o), k, None))      # that another one stands in for
     return {k: v for k,v in vars(o).items() if not (k in _no_state or method(k) or isinstance(v, Callback))}
