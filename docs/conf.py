@@ -39,7 +39,8 @@ def anchors(app, doctree):
         anchor = name.lower()
         if anchor not in symbols: continue
         if anchor not in s['ids']: s['ids'].append(anchor)
-        if name in lookup.syms and not lookup.syms[name][0].startswith(f'own:{html}'): continue     # guide has it
+        page = lookup.syms.get(name, [f'own:{html}'])[0]
+        if not page.startswith(f'own:{html}'): continue       # the guide has it
         kind = 'method' if '.' in name else 'class' if name[0].isupper() else 'function'
         app.env.get_domain('py').note_object(symbols[anchor], kind, anchor, location=s)
 
@@ -67,8 +68,8 @@ def names_in_sidebar(app, pagename, templatename, context, doctree):
         link = tree.find('a', href=url)
         if not link or not names: continue
         start = '' if url=='#' else url
-        items = ''.join(f'<li class="toctree-l2"><a class="reference internal" href="{start}#{o.lower()}">{o}</a></li>'
-                        for o in names)
+        item = '<li class="toctree-l2"><a class="reference internal" href="{}#{}">{}</a></li>'
+        items = ''.join(item.format(start, o.lower(), o) for o in names)
         link.parent.append(BeautifulSoup(f'<ul>{items}</ul>', 'html.parser'))
     context['furo_navigation_tree'] = str(tree)
 

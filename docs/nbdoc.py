@@ -60,7 +60,7 @@ def _table(rows):
     return '\n'.join('| ' + ' | '.join(map(cell, r)) + ' |' for r in zip(*cols))
 
 def show_doc(sym, in_guide=False):
-    "Name and full name of `sym`; its source link, signature, summary and parameter table, in the guide the table"
+    "Name and full name of `sym`; its source link, signature, summary and parameters, in the guide those alone"
     r = ShowDocRenderer(sym)
     d = docments(r.sym, full=True, args_kwargs=True)
     hidden = {'self','return',*vars(event)}     # every fastai callback takes the events

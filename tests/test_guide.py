@@ -69,4 +69,5 @@ def test_lines_of_the_chooser(lines, tmp_path, monkeypatch):
     exec(lines, {**vars(ext), 'learn':learn})
     assert 'fit' not in lines or learn.recorder.values
 
-def test_chooser_has_all(): assert not [o.__name__ for o in public_callbacks() if f'`{o.__name__}`' not in choose]
+def test_chooser_has_all():
+    assert not [o.__name__ for o in public_callbacks() if f'`{o.__name__}`' not in choose]

@@ -1,5 +1,5 @@
 "The recipes as users run them, and the page that shows them"
-import ast, os, re, runpy, signal, subprocess, sys, threading, time
+import ast, os, re, runpy, signal, socket, sys, threading, time
 from functools import partial
 from pathlib import Path
 
@@ -32,7 +32,7 @@ def run_and_die(name, *args, folder, after, sig):
 def newest(folder): return max((int(f.stem) for f in folder.glob('*.json')), default=0)
 
 def rows(out, column):
-    "That column of the table that was printed, and what its header is"
+    "A column of the table that was printed, and the names of all columns"
     lines = [l.split('\r')[-1].split() for l in out.splitlines()]
     header = next(l for l in lines if l[:1]==['epoch'])
     return [float(l[header.index(column)]) for l in lines if len(l)==len(header) and l[0].isdigit()],header
@@ -68,7 +68,7 @@ def test_spot_instance(tmp_path, capfd):
 
 def test_vision(tmp_path, capfd):
     "The best of the averaged models is exported; nothing complains"
-    run('vision', '--path', tmp_path, '--epochs', 1)
+    run('vision', '--path', tmp_path, '--epochs', 1, '--size', 16)
     out = capfd.readouterr().out
     told = {l.split(':')[0] for l in out.splitlines() if re.match(r'[a-z_]+: ', l)}
     assert told=={'ema'} and out.count('ema: left the averaged weights in the model')==2
@@ -95,16 +95,27 @@ def test_tabular(tmp_path, capfd):
     assert 'early_stopping: loaded the best weights' in out
     assert f'RMSE of the best epoch: {min(errors):.2f}' in out and (tmp_path/'model.pkl').exists()
 
-def test_two_gpus(tmp_path):
-    "Two processes on the CPU: each has half of the data, one prints, both are in the checkpoint"
+def rank(i, port, *args):
+    "What `torchrun` starts"
+    env = dict(RANK=i, LOCAL_RANK=i, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2, MASTER_ADDR='localhost',
+               MASTER_PORT=port)
+    os.environ |= {k: str(v) for k,v in env.items()}
+    run('two_gpus', *args)
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(('localhost', 0))
+        return s.getsockname()[1]
+
+def test_two_gpus(tmp_path, monkeypatch, capfd):
+    "Two processes on the CPU: one prints and writes, both are in the checkpoint"
     pytest.importorskip('accelerate')
-    env = os.environ | {'ACCELERATE_USE_CPU':'1', 'CUDA_VISIBLE_DEVICES':'', 'OMP_NUM_THREADS':'1',
-                        'PYTHONPATH':os.pathsep.join([str(root), *sys.path])}
-    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
-    cmd = [*torchrun, recipes['two_gpus'], '--path', tmp_path, '--epochs', '2']
-    res = subprocess.run(cmd, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert res.returncode==0, res.stderr[-3000:]
-    assert len(rows(res.stdout, 'accuracy')[0])==2 and res.stdout.count('valid_loss')==1
+    for k,v in dict(ACCELERATE_USE_CPU='1', CUDA_VISIBLE_DEVICES='').items(): monkeypatch.setenv(k, v)
+    how = 'spawn' if torch.cuda.is_available() else 'fork'
+    args = free_port(),'--path',tmp_path,'--epochs',2
+    torch.multiprocessing.start_processes(rank, args, nprocs=2, start_method=how)     # raises what they raise
+    out = capfd.readouterr().out
+    assert len(rows(out, 'accuracy')[0])==2 and out.count('valid_loss')==1
     state,about = StateFiles(tmp_path/'checkpoints'/'fit_0').load(print)
     assert len(state['own'])==2 and about['at']['epoch']==2
     assert len(list((tmp_path/'models'/'model').glob('*.pth')))==2 and (tmp_path/'model.pkl').exists()

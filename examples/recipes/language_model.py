@@ -16,7 +16,7 @@ def main(
     epochs:int=3, # How often to go through the text
 ):
     set_seed(42)
-    text = text.read_text() if text else ' '.join(topics.values())[:100_000]
+    text = text.read_text('utf-8') if text else ' '.join(topics.values())[:100_000]
     df = pd.DataFrame({'text': [' '.join(o) for o in chunked(text.split(), 500)]})
     dls = TextDataLoaders.from_df(df, text_col='text', is_lm=True, seed=42,
                                   bs=8, seq_len=32)
