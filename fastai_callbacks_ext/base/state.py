@@ -172,7 +172,7 @@ def _entries(state):
     raise NotPlain(f'state_dict: {type(state).__qualname__}')
 
 def _has_more(cb):
-    "Is the state of `cb` that of `ExtCallback` alone, which knows what it was told of? It may own a model, too"
+    "Is the state of `cb` that of `ExtCallback`, which knows what it was told of? It may own a model, too"
     classes = [*takewhile(lambda c: c is not ExtCallback, type(cb).__mro__)]
     ours = __package__.partition('.')[0]
     return all(c.__module__.partition('.')[0]!=ours and 'state_dict' not in vars(c) for c in classes)
