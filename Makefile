@@ -4,7 +4,7 @@ BIN = .venv/bin
 # notebooks' stored outputs and test runs are free of other packages' warnings; one thread per process is fastest for small models
 RUN = PYTHONWARNINGS=ignore $(BIN)
 
-.PHONY: help demo test docs bench techniques soak-contract soak-tests soak-loop soak-crash soak-ranks notebooks clean
+.PHONY: help demo test docs docs-test bench techniques soak-contract soak-tests soak-loop soak-crash soak-ranks notebooks clean
 
 help:          ## Show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,6 +24,13 @@ test: .venv/ready  ## Run all tests, with coverage
 docs: .venv/ready  ## Write README.md and build the site into docs/_build/html, warnings as errors
 	$(RUN)/python docs/build.py --readme
 	$(RUN)/python docs/build.py
+
+.venv/browser-ready: .venv/ready
+	$(BIN)/pip install -q -e '.[browser]'
+	@touch $@
+
+docs-test: .venv/browser-ready docs ## Look at the site in a browser (needs chromium): screens of two widths, search, first screens (3 minutes)
+	$(RUN)/pytest -n 2 tests/browser.py
 
 .venv/bench-ready: .venv/ready
 	$(BIN)/pip install -q -e '.[bench]'

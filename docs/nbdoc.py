@@ -54,13 +54,14 @@ def _signature(start, params, ret):
     return line if len(line)<=80 else f'{start}(\n    ' + ',\n    '.join(args) + f'\n){end}'
 
 def _table(rows):
-    "Markdown table of `rows`, without empty columns"
+    "Markdown table of `rows`, without empty columns; none without rows"
+    if not rows: return ''
     cols = [c for c in zip(('Parameter','Type','Default','Description'), ('---',)*4, *rows) if any(c[2:])]
     cell = lambda o: o.replace('|', r'\|').replace('\n', ' ')
     return '\n'.join('| ' + ' | '.join(map(cell, r)) + ' |' for r in zip(*cols))
 
 def show_doc(sym, in_guide=False):
-    "Name and full name of `sym`; its source link, signature, summary and parameters, in the guide those alone"
+    "Name and full name of `sym`; its source link, signature, summary and parameters; in the guide less"
     r = ShowDocRenderer(sym)
     d = docments(r.sym, full=True, args_kwargs=True)
     hidden = {'self','return',*vars(event)}     # every fastai callback takes the events

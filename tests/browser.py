@@ -70,24 +70,25 @@ def test_first_screen(name, site, desktop):
     height = desktop.evaluate("""id => {
         const section = document.getElementById(id).closest('section')
         const top = o => o.getBoundingClientRect().top
-        return top(section.querySelector('table.docutils'))-top(section) }""", name.lower())
+        const source = [...section.querySelectorAll('a')].find(o => o.innerText=='[source]')
+        return top(section.querySelector('table.docutils') ?? source)-top(section) }""", name.lower())
     assert 0<height<900
 
+# what people type, and the page of the guide that answers; the page of symptoms always does
 PHRASES = {
-    'loss spike':'spikeguard', 'nan':'safety', 'early stopping':'earlystopping', 'resume':'checkpoint',
-    'exponential moving average':'averaging', 'gradient clipping':'gradientclip', 'out of memory':'',
-    'stochastic weight averaging':'swa', 'best model':'best', 'spot instance':'', 'time limit':'timelimit',
-    'gradient accumulation':'accumulation', 'sharpness':'sam', 'lookahead':'lookahead', 'hidden state':'rnn',
-    'preemption':'', 'deadline':'timelimit', 'slow loop':'', 'order of callbacks':'', 'model soup':'soup'}
+    'loss spike':'safety', 'nan':'safety', 'early stopping':'stopping', 'resume':'checkpoint',
+    'exponential moving average':'averaging', 'gradient clipping':'gradients', 'out of memory':'accumulation',
+    'stochastic weight averaging':'averaging', 'best model':'best', 'spot instance':'checkpoint',
+    'time limit':'stopping', 'gradient accumulation':'accumulation', 'sharpness':'gradients',
+    'lookahead':'gradients', 'hidden state':'rnn', 'preemption':'checkpoint', 'deadline':'stopping',
+    'slow loop':'loop', 'order of callbacks':'tools', 'model soup':'best'}
 
 @pytest.mark.parametrize('phrase', PHRASES)
 def test_search(phrase, site, desktop):
-    "A page of the guide comes first"
     desktop.goto(f'{site}/search.html?q={phrase.replace(" ", "+")}')
     first = desktop.locator('ul.search li a').first
     first.wait_for(timeout=5000)
-    url = first.get_attribute('href').lower()
-    assert url.startswith('guide/') and PHRASES[phrase] in url, url
+    assert first.get_attribute('href').split('.')[0] in (f'guide/{PHRASES[phrase]}','guide/choose')
 
 def test_contents_are_in_sight(site, desktop):
     "Those of the page, beside it"
