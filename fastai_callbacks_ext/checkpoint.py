@@ -410,6 +410,7 @@ def _failed(self:Checkpoint, e):
 class PreemptionGuard(ExtCallback):
     "Ends the fit at the next batch when a signal announces the end of the machine; the next run goes on"
     run_after,run_valid = Checkpoint,False
+    transient = dict(_got=None, _in_batch=False, _ended=False)
     def __init__(self,
         signals:tuple=None # Signals to listen to; None for SIGTERM and, where there is one, SIGUSR1
     ):
