@@ -1,5 +1,7 @@
 "The guide: each public callback has a section with all its parts; each example runs as pasted into a script"
 import ast, re
+from base64 import b64decode
+from io import BytesIO
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,7 @@ import fastai_callbacks_ext.all as ext
 from fastai.callback import schedule
 from fastai_callbacks_ext.test_utils import digits_learner
 from fastcore.nbio import read_nb
+from PIL import Image
 from common import public_callbacks
 
 guide = Path(__file__).parent.parent/'nbs'/'guide'
@@ -71,3 +74,13 @@ def test_lines_of_the_chooser(lines, tmp_path, monkeypatch):
 
 def test_chooser_has_all():
     assert not [o.__name__ for o in public_callbacks() if f'`{o.__name__}`' not in choose]
+
+shown = [*guide.glob('*.ipynb'), *guide.parent.glob('tutorials/*.ipynb'), guide.parent/'index.ipynb']
+
+@pytest.mark.parametrize('fn', sorted(shown), ids=lambda o: o.stem)
+def test_figures_suit_a_dark_page(fn):
+    "They are transparent"
+    for c in read_nb(fn).cells:
+        for o in c.get('outputs', []):
+            png = o.get('data', {}).get('image/png')
+            if png: assert Image.open(BytesIO(b64decode(png))).convert('RGBA').getpixel((0,0))[3]==0, c.source
