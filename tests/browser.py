@@ -78,7 +78,7 @@ def test_first_screen(name, site, desktop):
 PHRASES = {
     'loss spike':'safety', 'nan':'safety', 'early stopping':'stopping', 'resume':'checkpoint',
     'exponential moving average':'averaging', 'gradient clipping':'gradients', 'out of memory':'accumulation',
-    'stochastic weight averaging':'averaging', 'best model':'best', 'spot instance':'checkpoint',
+    'stochastic weight averaging':'averaging', 'best model':'best', 'spot instance':'recipes',
     'time limit':'stopping', 'gradient accumulation':'accumulation', 'sharpness':'gradients',
     'lookahead':'gradients', 'hidden state':'rnn', 'preemption':'checkpoint', 'deadline':'stopping',
     'slow loop':'loop', 'order of callbacks':'tools', 'model soup':'best'}
