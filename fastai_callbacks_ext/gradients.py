@@ -68,7 +68,8 @@ class GradientClip(ExtCallback):
 
     def _look(self):
         norm = self._norm()
-        if self.any_rank(not isfinite(norm)): self._skip(norm)
+        bad = not isfinite(norm)
+        if self.any_rank(bad) if self.fitting else bad: self._skip(norm)   # `lr_find` may be alone
         limit = self._usual(norm) if self.by=='auto' else self.limit
         if norm>limit: self._clip(limit, norm)
         if not self.fitting: return

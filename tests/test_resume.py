@@ -1,5 +1,5 @@
 "Runs that go on, as people run them: bars, loaders, losses, callbacks that own things, folders"
-import contextlib, copy, io, itertools, json, os, random, re, signal, subprocess, time
+import contextlib, io, itertools, json, os, random, re, signal, subprocess, time
 from collections import defaultdict, deque
 from copy import deepcopy
 from functools import partial
@@ -616,7 +616,7 @@ class Teaches(ExtCallback):
         for t,p in zip(self.teacher.parameters(), self.model.parameters()): t.lerp_(p, .1)
 def teaches():
     learn = tiny()
-    learn.add_cb(Teaches(copy.deepcopy(learn.model)))
+    learn.add_cb(Teaches(deepcopy(learn.model)))
     return learn
 
 class OwnsLoader(Callback):
