@@ -68,8 +68,7 @@ class GradientClip(ExtCallback):
 
     def _look(self):
         norm = self._norm()
-        bad = not isfinite(norm)
-        if self.any_rank(bad) if self.fitting else bad: self._skip(norm)   # `lr_find` may be alone
+        if self.any_rank(not isfinite(norm)): self._skip(norm)
         limit = self._usual(norm) if self.by=='auto' else self.limit
         if norm>limit: self._clip(limit, norm)
         if not self.fitting: return
