@@ -401,6 +401,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                   'fastai_callbacks_ext/base/core.py'),
                                                 'fastai_callbacks_ext.base.core.n_ranks': ( 'base/core.html#n_ranks',
                                                                                             'fastai_callbacks_ext/base/core.py'),
+                                                'fastai_callbacks_ext.base.core.own_names': ( 'base/core.html#own_names',
+                                                                                              'fastai_callbacks_ext/base/core.py'),
                                                 'fastai_callbacks_ext.base.core.rank_mean': ( 'base/core.html#rank_mean',
                                                                                               'fastai_callbacks_ext/base/core.py'),
                                                 'fastai_callbacks_ext.base.core.resolve_order': ( 'base/core.html#resolve_order',

@@ -42,6 +42,9 @@ class TerminateOnNaN(Guard):
         self.valid = check_type('valid', valid, bool)
         self.snapshot = None if snapshot is None else check_number('snapshot', snapshot, low=1, integer=True)
         self.save = check_type('save', save, str, Path, type(None))
+        if save and every>1:
+            raise ValueError(f'save={str(save)!r}, every={every}: expected every=1; a batch that is looked '
+                             'at later is no longer there to be saved')
         self._looks = []
 
     def before_train(self):

@@ -523,6 +523,8 @@ def test_wrong_arguments():
         with pytest.raises((ValueError,TypeError), match=match): SpikeGuard(**kwargs)
     with pytest.raises(ValueError, match='max_consecutive=-1'): SkipNonFinite(max_consecutive=-1)
     with pytest.raises(TypeError, match='save=3'): TerminateOnNaN(save=3)
+    match = "save='a.pt', every=2: expected every=1"
+    with pytest.raises(ValueError, match=match): TerminateOnNaN(2, save='a.pt')
 
 def test_shared_numbers(monkeypatch):
     "All guards together look at the gradients once a batch"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['resolve_order', 'check_type', 'check_number', 'Record', 'runs_in', 'ExtCallback', 'smaller_is_better',
-           'interventions', 'n_ranks', 'from_first', 'from_all', 'rank_mean']
+           'interventions', 'own_names', 'n_ranks', 'from_first', 'from_all', 'rank_mean']
 
 # %% ../../nbs/base/core.ipynb #5a541d45
 import re
@@ -414,6 +414,12 @@ def state_dict(self:ExtCallback)->dict: # Copies; plain Python values and tensor
     return deepcopy({'records': [asdict(r) for r in self.records]} | own)
 
 def _state_names(cb): return dict.fromkeys((*cb.fit_state, *cb.state_attrs))
+
+def own_names(
+    cb:ExtCallback # A callback
+)->set: # Names
+    "Attributes of `cb` that are in its `state_dict`, belong to the running fit, or are `ExtCallback`'s"
+    return {'records','_scopes','_given','_cancelled_at', *_state_names(cb), *cb.transient}
 
 # %% ../../nbs/base/core.ipynb #87a23d10
 @patch

@@ -19,7 +19,7 @@ from fastai.learner import Learner, Recorder
 from fastai.optimizer import Optimizer, OptimWrapper
 from torch import Tensor, nn
 from torch.utils.data import DataLoader as TorchLoader
-from .core import ExtCallback
+from .core import ExtCallback, own_names
 from .files import map_state
 from .look import Look
 from .model import modules_own, stateful_modules, unwrap_model
@@ -172,7 +172,7 @@ def _entries(state):
     raise NotPlain(f'state_dict: {type(state).__qualname__}')
 
 def _has_more(cb):
-    "Is the state of `cb` that of `ExtCallback`, which knows what it was told of? It may own a model, too"
+    "Is `cb` a user's whose `state_dict` is `ExtCallback`'s, which has what the class names? It may own more"
     classes = [*takewhile(lambda c: c is not ExtCallback, type(cb).__mro__)]
     ours = __package__.partition('.')[0]
     return all(c.__module__.partition('.')[0]!=ours and 'state_dict' not in vars(c) for c in classes)
@@ -242,9 +242,7 @@ _recorders = {'losses','lrs','start_epoch','loss','smooth_loss'}      # long one
 def _that_count(o, attributes):
     "Those attributes of a callback, or of the learner, that are state and are not kept elsewhere"
     if isinstance(o, Recorder): return {k: v for k,v in attributes.items() if k not in _recorders}
-    if isinstance(o, ExtCallback):
-        known = {'records','_scopes','_given','_cancelled_at', *o.fit_state, *o.state_attrs, *o.transient}
-        return {k: v for k,v in attributes.items() if k not in known}
+    if isinstance(o, ExtCallback): return {k: v for k,v in attributes.items() if k not in own_names(o)}
     if not isinstance(o, Learner): return attributes
     method = lambda k: callable(getattr(type(o), k, None))      # that another one stands in for
     return {k: v for k,v in vars(o).items() if not (k in _no_state or method(k) or isinstance(v, Callback))}
