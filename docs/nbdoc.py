@@ -4,13 +4,18 @@ from base64 import b64decode
 from functools import partial
 from importlib import import_module
 from inspect import Parameter
+from io import BufferedWriter
 from pathlib import Path
+from types import UnionType
+from typing import get_args
 
+import torch
 from fastai.callback.core import event
 from fastcore.basics import exec_local
 from fastcore.docments import ShowDocRenderer, docments, empty
 from fastcore.nbio import mk_cell, read_nb, write_nb
 from fastcore.xtras import Config
+from matplotlib.axes import Axes
 from nbdev.config import get_config, nbpath2html
 from nbdev.doclinks import NbdevLookup, nbglob
 from nbdev.frontmatter import FrontmatterProc
@@ -35,20 +40,38 @@ for mod,syms in modules.items():
             else: lookup.syms.pop(k, None)
 
 # --- show_doc -----------------------------------------------------------------------------------
-def _type(o):
-    if o is empty or o is type(None): return ''
-    return o.__name__ if isinstance(o, type) else str(o).replace('typing.', '')
+def _types(anno):
+    "The types that an annotation consists of"
+    if anno is empty or anno is type(None): return ()
+    return get_args(anno) if isinstance(anno, UnionType) else (anno,)
 
+def _name(t): return 'None' if t is type(None) else getattr(t, '__name__', None) or str(t)
 def _default(o): return '' if o is empty else getattr(o, '__name__', None) or repr(o)
-def _code(s): return f'`` {s} ``' if s else ''        # single backticks become links, here only types
+def _code(s): return f'`` {s} ``' if s else ''        # single backticks become links
+
+docs_of = {'python':'https://docs.python.org/3/library/', 'torch':'https://docs.pytorch.org/docs/stable/',
+           'matplotlib':'https://matplotlib.org/stable/api/_as_gen/'}
+elsewhere = {torch.Tensor: docs_of['torch']+'tensors.html', BufferedWriter: docs_of['python']+'io.html#io.BufferedWriter',
+             torch.nn.Module: docs_of['torch']+'generated/torch.nn.Module.html',
+             torch.nn.Parameter: docs_of['torch']+'generated/torch.nn.parameter.Parameter.html',
+             Axes: docs_of['matplotlib']+'matplotlib.axes.Axes.html'}
+
+def _linked(t):
+    "The type `t` as code, with a link to the pages that explain it: of Python, PyTorch, fastai, or these"
+    name,mod = _name(t),getattr(t, '__module__', '')
+    url = elsewhere.get(t)
+    if mod in ('collections.abc','datetime','pathlib'): url = f"{docs_of['python']}{mod}.html#{mod}.{name}"
+    return f'[{_code(name)}]({url})' if url else f'`{name}`'
 
 def _row(name, p):
-    "Name, type, default and description of a parameter"
+    "Name, types, default and description of a parameter"
     star = {Parameter.VAR_POSITIONAL:'*', Parameter.VAR_KEYWORD:'**'}.get(p.get('kind'), '')
-    return star+name, _type(p['anno']), _default(p.get('default', empty)), p['docment'] or ''
+    return star+name, _types(p['anno']), _default(p.get('default', empty)), p['docment'] or ''
 
-def _signature(start, params, ret):
-    args = [n + (f':{t}' if t else '') + (f'={d}' if d else '') for n,t,d,_ in params]
+def _signature(start, params, types):
+    union = lambda types: ' | '.join(map(_name, types))
+    args = [n + (f':{union(t)}' if t else '') + (f'={d}' if d else '') for n,t,d,_ in params]
+    ret = union(types)
     end = f' -> {ret}' if ret else ''
     line = f"{start}({', '.join(args)}){end}"
     return line if len(line)<=80 else f'{start}(\n    ' + ',\n    '.join(args) + f'\n){end}'
@@ -67,10 +90,11 @@ def show_doc(sym, in_guide=False):
     hidden = {'self','return',*vars(event)}     # every fastai callback takes the events
     params = [_row(k, p) for k,p in d.items() if k not in hidden]
     ret = _row('', d['return']) if 'return' in d else ('',)*4
-    rows = [(_code(n), t and f'`{t}`', _code(v), doc) for n,t,v,doc in params]
+    linked = lambda types: ' | '.join(map(_linked, types))
+    rows = [(_code(n), linked(t), _code(v), doc) for n,t,v,doc in params]
     source = f'[[source]]({lookup.code(r.nm)})'
     if in_guide: return r.nm, r.fn, f'{_table(rows)}\n\n{source}'
-    if ret[3]: rows.append(('**returns**', ret[1] and f'`{ret[1]}`', '', ret[3]))
+    if ret[3]: rows.append(('**returns**', linked(ret[1]), '', ret[3]))
     start = 'class ' if isinstance(r.sym, type) else 'property ' if isinstance(sym, property) else ''
     signature = f'```python\n{_signature(start+r.nm, params, ret[1])}\n```'
     table = [_table(rows)]*any(o[3] for o in rows)

@@ -1,5 +1,5 @@
 "The docs site builds without a warning or a dead link and has every symbol; README.md is nbs/index.ipynb"
-import gc, re, subprocess, sys
+import builtins, gc, re, subprocess, sys
 from importlib import import_module
 from inspect import getdoc
 from pathlib import Path
@@ -94,6 +94,19 @@ def test_symbols_documented(built, ids, mod):
         missing = [p for p,doc in docments(sym, args_kwargs=True).items() if doc and p!='return'
                    and not table & {p,f'*{p}',f'**{p}'}]
         assert not missing, f'{name}: not in the table: {missing}'
+
+def test_types_are_links(pages):
+    "In tables of parameters, each type that is not built into Python leads to its page, and is short"
+    seen = set()
+    for f,page in pages.items():
+        for table in page('table'):
+            head = [o.text for o in table('th')]
+            if 'Type' not in head: continue
+            for row in table('tr')[1:]:
+                for code in row('td')[head.index('Type')]('code'):
+                    seen.add(code.text)
+                    assert hasattr(builtins, code.text) or code.find_parent('a'), (f.name,code.text)
+    assert {'int','Path','Learner','Tensor','None'} <= seen
 
 def test_source_links(tags, ids):
     links = [(f, o) for f,os in tags.items() for o in os if o.name=='a' and o.text=='[source]']
