@@ -51,9 +51,10 @@ def _code(s): return f'`` {s} ``' if s else ''        # single backticks become 
 
 docs_of = {'python':'https://docs.python.org/3/library/', 'torch':'https://docs.pytorch.org/docs/stable/',
            'matplotlib':'https://matplotlib.org/stable/api/_as_gen/'}
-elsewhere = {torch.Tensor: docs_of['torch']+'tensors.html', BufferedWriter: docs_of['python']+'io.html#io.BufferedWriter',
+elsewhere = {torch.Tensor: docs_of['torch']+'tensors.html',
              torch.nn.Module: docs_of['torch']+'generated/torch.nn.Module.html',
              torch.nn.Parameter: docs_of['torch']+'generated/torch.nn.parameter.Parameter.html',
+             BufferedWriter: docs_of['python']+'io.html#io.BufferedWriter',
              Axes: docs_of['matplotlib']+'matplotlib.axes.Axes.html'}
 
 def _linked(t):

@@ -4,6 +4,7 @@ from base64 import b64decode
 from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import pytest
 import fastai_callbacks_ext.all as ext
 from fastai.callback import schedule
@@ -75,12 +76,30 @@ def test_lines_of_the_chooser(lines, tmp_path, monkeypatch):
 def test_chooser_has_all():
     assert not [o.__name__ for o in public_callbacks() if f'`{o.__name__}`' not in choose]
 
-shown = [*guide.glob('*.ipynb'), *guide.parent.glob('tutorials/*.ipynb'), guide.parent/'index.ipynb']
+def figures(fn):
+    "Figures of the notebook `fn`, as arrays of red, green, blue and opacity"
+    pngs = [o.data['image/png'] for c in read_nb(fn).cells for o in c.get('outputs', [])
+            if 'image/png' in o.get('data', {})]
+    return [np.array(Image.open(BytesIO(b64decode(png))).convert('RGBA')) for png in pngs]
 
+shown = [*guide.glob('*.ipynb'), guide.parent/'index.ipynb']
+with_figures = [*shown, *guide.parent.glob('tutorials/*.ipynb')]
+
+@pytest.mark.parametrize('fn', sorted(with_figures), ids=lambda o: o.stem)
+def test_figures_are_transparent(fn):
+    for fig in figures(fn): assert fig[0,0,3]==0
+
+def luminance(rgb):
+    "Relative luminance of colors from 0 to 255, by WCAG 2"
+    c = np.asarray(rgb)/255
+    return np.where(c<=.04045, c/12.92, ((c+.055)/1.055)**2.4) @ [.2126,.7152,.0722]
+
+@pytest.mark.parametrize('page', [(255,255,255), (19,20,22)], ids=['light','dark'])
 @pytest.mark.parametrize('fn', sorted(shown), ids=lambda o: o.stem)
-def test_figures_suit_a_dark_page(fn):
-    "They are transparent"
-    for c in read_nb(fn).cells:
-        for o in c.get('outputs', []):
-            png = o.get('data', {}).get('image/png')
-            if png: assert Image.open(BytesIO(b64decode(png))).convert('RGBA').getpixel((0,0))[3]==0, c.source
+def test_figures_have_contrast(fn, page):
+    "WCAG 2.1 asks for 3:1 in graphics; here all opaque colors that fill a thousandth of the figure have it"
+    for fig in figures(fn):
+        colors,counts = np.unique(fig[fig[...,3]==255][:,:3], axis=0, return_counts=True)
+        light = luminance(colors[counts>fig[...,3].size/1000])
+        low,high = np.minimum(light, luminance(page)),np.maximum(light, luminance(page))
+        assert ((high+.05)/(low+.05)>=3).all()
