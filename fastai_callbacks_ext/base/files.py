@@ -125,7 +125,7 @@ def _reading(file):
     except Exception as e:      # PyTorch's messages are long, and advise to run the code
         code = re.search(r'GLOBAL (\S+)', str(e))
         problem = f'incomplete, or not a state ({type(e).__name__})'
-        if code: problem = f'it asks for {code[1]}, and no code in a file is run'
+        if code: problem = f'reading it would run {code[1]}; code in a file is never run'
     else: return
     raise DamagedFile(f'{file}: {problem}')
 
@@ -193,7 +193,7 @@ class StateFiles:
 
     def _load(self, n):
         if not self._file(n, 'json').exists():
-            raise DamagedFile(f'{self._file(n)}: it has no manifest, as when a save is cut off')
+            raise DamagedFile(f'{self._file(n)}: it has no manifest, as after an interrupted save')
         with _reading(self._file(n, 'json')):
             manifest = json.loads(self._file(n, 'json').read_bytes())
             facts = dict(size=int(manifest['size']), sha256=str(manifest['sha256']))
@@ -252,7 +252,7 @@ class FolderLock:
                 raise
             if _is_at(fd, self.file): break
             os.close(fd)       # the process that had the lock has removed the file
-            if last: raise OSError(f'{self.file.name} is another file each time')
+            if last: raise OSError(f'{self.file.name} was removed each time before it was locked')
         self._fd = fd
         self._ours = os.read(fd, 8) in (b'', b'process ')
         if not self._ours: return FolderLock._held.add(self._key)

@@ -66,7 +66,7 @@ class Guard(ExtCallback):
         self._watch.note()
         self._undo.keep_all()
         refused = self._undo.refused
-        if refused: self.tell('cannot undo for a skipped batch', _listed(refused), once=True)
+        if refused: self.tell('cannot undo all changes of a skipped batch', _listed(refused), once=True)
 
     def after_step(self):
         "No accumulated gradients are left"

@@ -42,7 +42,7 @@ class Monitor(ExtCallback):
     def _forget(self):
         "Reset: the best value belonged to another model"
         vars(self).update(deepcopy(self.fit_state))
-        self.tell('forgot the best of the fit before', 'it is of another model')
+        self.tell('forgot the best value of the previous fit', 'that was another model')
 
     def before_epoch(self):
         "Reset the metrics: a metric that is not computed in this epoch has no value"
@@ -57,7 +57,7 @@ class Monitor(ExtCallback):
         "Value of this epoch, mean over all processes; None if not computed. Every process must call this"
         value = self.metric(self.monitor) if self._whole else None
         if value is not None and not isinstance(value, Real):
-            why = f'{self.monitor} is of type {type(value).__name__}, and no number'
+            why = f'{self.monitor} is of type {type(value).__name__}, expected a number'
             self.tell('follows nothing', why, once=True)
             value = None
         return rank_mean(value)
