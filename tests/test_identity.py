@@ -98,6 +98,20 @@ def test_labels_of_a_function_of_this_module(monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], 'scale', 2)
     assert fingerprint(of_this_module)!=before
 
+BODY = 'y = [o for o in (x, {}) if o not in {{1,2}}]\n    return [lambda: y, f(x)]'
+SAME = [o+BODY.format(3) for o in ('"""What it does"""\n    ', '"""More"""\n    ', '\n\n    # moved\n    ')]
+
+def defined(body):
+    exec(f'def label(x, f=abs):\n    {body}', found := {})
+    return found['label']
+
+def test_docs_of_a_function_do_not_count():
+    one = fingerprint(defined(BODY.format(3)))
+    assert {fingerprint(defined(o)) for o in SAME}=={one}
+    changed = [BODY.format(3).replace(*o) for o in (('f(x)','f(y)'), ('1,2','1,5'))]
+    others = [BODY.format(4), BODY.format('"a"'), *changed]
+    assert len({one, *(fingerprint(defined(o)) for o in others)})==5
+
 def test_nothing_is_read_and_nothing_drawn():
     states = lambda: (torch.get_rng_state().tolist(), np.random.get_state()[1].tolist())
     before = states()

@@ -97,10 +97,11 @@ def _stable(o):
 _installed = tuple({sysconfig.get_paths()[o] for o in ('stdlib','platstdlib','purelib','platlib')})
 
 def _code(code):
-    "What `code` does, not where it is"
-    yield code.co_code
-    yield repr((code.co_names, code.co_varnames)).encode()
-    for o in code.co_consts:
+    "What `code` does, not where it is, nor how it is documented"
+    yield repr(code.co_varnames).encode()
+    for op in dis.get_instructions(code):
+        yield op.opname.encode()
+        o = op.argval
         if isinstance(o, CodeType): yield from _code(o)
         else: yield repr(sorted(map(repr, o)) if isinstance(o, frozenset) else o).encode()
 
