@@ -641,6 +641,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                    'fastai_callbacks_ext/base/identity.py'),
                                                     'fastai_callbacks_ext.base.identity._has_paths': ( 'base/identity.html#_has_paths',
                                                                                                        'fastai_callbacks_ext/base/identity.py'),
+                                                    'fastai_callbacks_ext.base.identity._here_and_there': ( 'base/identity.html#_here_and_there',
+                                                                                                            'fastai_callbacks_ext/base/identity.py'),
                                                     'fastai_callbacks_ext.base.identity._hypers': ( 'base/identity.html#_hypers',
                                                                                                     'fastai_callbacks_ext/base/identity.py'),
                                                     'fastai_callbacks_ext.base.identity._in_order': ( 'base/identity.html#_in_order',

@@ -307,8 +307,9 @@ WRONG = dict(model=dict(model=lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 
              n=dict(n=300), epochs=dict(epochs=3), how=dict(how='fit'),
              opt=dict(opt_func=RMSProp), torch=dict(opt_func=partial(OptimWrapper, opt=torch.optim.AdamW)),
              wd=dict(wd=0.3), groups=dict(splitter=lambda m: [params(m[:3]), params(m[3:])]))
-WORDS = dict(model='model: 0.weight', seed='seed: 1, and there 42', n='training items: 240, and there 200',
-             epochs='epochs: 3, and there 2', how='schedule: ', opt='optimizer: ', torch='optimizer: AdamW',
+WORDS = dict(model='model: 0.weight', seed='seed: 1 here, 42 in', n='training items: 240 here, 200 in',
+             epochs='epochs: 3 here, 2 in the checkpoint', how='schedule: ', opt='optimizer: ',
+             torch='optimizer: AdamW',
              wd="'wd': 0.3", groups='parameter groups: ')
 
 @pytest.fixture(scope='module')
@@ -342,7 +343,7 @@ def test_batch_size_and_lr():
             return learn,lambda cb: learn.fit_one_cycle(2, lr, cbs=cb)
         return make
     run(case(32, 1e-2), Checkpoint('run'), stop=90)
-    for bs,lr,word in ((16, 1e-2, 'batch size: 16, and there 32'), (32, 1e-3, 'schedule: ')):
+    for bs,lr,word in ((16, 1e-2, 'batch size: 16 here, 32 in the checkpoint'), (32, 1e-3, 'schedule: ')):
         with pytest.raises(ValueError, match=word): run(case(bs, lr), Checkpoint('run'))
 
 def test_resume_false_starts_anew():
@@ -368,14 +369,14 @@ def test_extend():
     for stop in some((60, None, 120), 2):
         path = f'run{stop}'
         run(digits(how='fit', epochs=2), Checkpoint(path, steps=3), stop=stop)
-        with pytest.raises(ValueError, match='epochs: 4, and there 2'): run(longer, Checkpoint(path))
+        with pytest.raises(ValueError, match='epochs: 4 here, 2 in'): run(longer, Checkpoint(path))
         got,_,_ = run(longer, Checkpoint(path, extend=True))
         assert got=={**want, 'model': got['model']}==want
     run(digits(), Checkpoint('cycle'))
     with pytest.raises(ValueError, match='extend=True is for more epochs, in fits without a schedule'):
         run(digits(epochs=3), Checkpoint('cycle', extend=True))
     run(digits(how='fit'), Checkpoint('short'))
-    with pytest.raises(ValueError, match='epochs: 1, and there 2'):
+    with pytest.raises(ValueError, match='epochs: 1 here, 2 in the checkpoint'):
         run(digits(how='fit', epochs=1), Checkpoint('short', extend=True))
 
 # Files
@@ -678,7 +679,7 @@ def test_a_fit_that_was_ended_early():
     _,out,_ = run(case, Checkpoint('other'))
     assert 'found the fit finished, after 2 of 9 epochs, where it was ended (resume=False begins anew)' in out
     assert 'after 9 epochs, from run' in run(digits(epochs=9), Checkpoint('run'))[1]
-    with pytest.raises(ValueError, match='epochs: 3, and there 9; extend=True is for more epochs'):
+    with pytest.raises(ValueError, match='epochs: 3 here, 9 in the checkpoint; extend=True is for more'):
         run(digits(epochs=3, how='fit'), Checkpoint('other', extend=True))
 
 def test_a_loop_of_its_own_is_said():

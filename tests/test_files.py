@@ -205,7 +205,7 @@ def test_foreign(tmp_path):
 
 def test_names_the_class(tmp_path):
     torch.save(Custom(), tmp_path/'a')
-    said = f'it asks for {__name__}.Custom, and no code in a file is run'
+    said = f'reading it would run {__name__}.Custom; code in a file is never run'
     assert problem(load_state, tmp_path/'a')==f'{tmp_path}/a: {said}'
 
 def test_unreadable(tmp_path, monkeypatch):
@@ -634,4 +634,4 @@ def test_a_system_without_fcntl(tmp_path, monkeypatch):
 def test_a_lock_that_is_another_file_each_time(tmp_path, monkeypatch):
     "As on a disk that does not know its own files again: it is no lock, and nobody waits for ever"
     monkeypatch.setattr('fastai_callbacks_ext.base.files._is_at', lambda *args: False)
-    with pytest.raises(OSError, match='another file each time'): FolderLock(tmp_path/'run').take()
+    with pytest.raises(OSError, match='removed each time'): FolderLock(tmp_path/'run').take()

@@ -98,6 +98,20 @@ def test_labels_of_a_function_of_this_module(monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], 'scale', 2)
     assert fingerprint(of_this_module)!=before
 
+BODY = 'y = [o for o in (x, {}) if o not in {{1,2}}]\n    return [lambda: y, f(x)]'
+SAME = [o+BODY.format(3) for o in ('"""What it does"""\n    ', '"""More"""\n    ', '\n\n    # moved\n    ')]
+
+def defined(body):
+    exec(f'def label(x, f=abs):\n    {body}', found := {})
+    return found['label']
+
+def test_docs_of_a_function_do_not_count():
+    one = fingerprint(defined(BODY.format(3)))
+    assert {fingerprint(defined(o)) for o in SAME}=={one}
+    changed = [BODY.format(3).replace(*o) for o in (('f(x)','f(y)'), ('1,2','1,5'))]
+    others = [BODY.format(4), BODY.format('"a"'), *changed]
+    assert len({one, *(fingerprint(defined(o)) for o in others)})==5
+
 def test_nothing_is_read_and_nothing_drawn():
     states = lambda: (torch.get_rng_state().tolist(), np.random.get_state()[1].tolist())
     before = states()
@@ -174,18 +188,18 @@ def small(val=range(16), y=None, p=.1, act=nn.ReLU, tfm=None, loss=None, freeze=
 def weighted(o, y, w=1.): return nn.functional.cross_entropy(o, y)*w
 
 others_of_it = dict(
-    fold=(dict(val=range(16, 32)), 'validation items: 16 others'),
-    fewer=(dict(val=range(8)), 'training items: 56, and there 48'),
+    fold=(dict(val=range(16, 32)), 'validation items: 16 as in the checkpoint, but other items'),
+    fewer=(dict(val=range(8)), 'training items: 56 here, 48 in the checkpoint'),
     labels=(dict(y=others[:64]+1), 'training transforms: '),
-    dropout=(dict(p=.5), 'model: 2: Dropout(p=0.5, inplace=False), and there Dropout(p=0.1'),
+    dropout=(dict(p=.5), 'model: 2: Dropout(p=0.5, inplace=False) here, Dropout(p=0.1'),
     activation=(dict(act=nn.GELU), 'model: 1: GELU('),
     augmentation=(dict(tfm=[Rotate(5)]), 'training transforms: [Rotate('),
     loss=(dict(loss=weighted), 'loss: weighted'),
     partial=(dict(loss=partial(weighted, w=2.)), 'loss: weighted'),
     weights=(dict(loss=CrossEntropyLossFlat(weight=torch.ones(5))), 'weight=[1, 1, 1, 1, 1]'),
-    stage=(dict(freeze=True), 'frozen: 0.weight, 0.bias, and there nothing'),
+    stage=(dict(freeze=True), 'frozen: 0.weight, 0.bias here, nothing in the checkpoint'),
     mixup=(dict(cbs=[MixUp(.3)]), 'callbacks: MixUp('),
-    bs=(dict(bs=8), 'batch size: 8, and there 16'),
+    bs=(dict(bs=8), 'batch size: 8 here, 16 in the checkpoint'),
     bn=(dict(train_bn=False), 'learner: '))
 
 @pytest.fixture(scope='module')
@@ -271,7 +285,8 @@ def test_files_of_older_versions(first):
     "Facts that were not kept then are not compared, and named"
     older = {k: v for k,v in first.items() if k not in ('loss','validation items')} | {'training items': 48}
     assert facts_differences(first, older)==[] and facts_unknown(first, older)==['loss','validation items']
-    assert facts_differences(first, older | {'training items': 7})==['training items: 48, and there 7']
+    found = facts_differences(first, older | {'training items': 7})
+    assert found==['training items: 48 here, 7 in the checkpoint']
 
 def test_a_fact_that_fails_is_unknown():
     class Odd(Learner):
@@ -401,7 +416,7 @@ def test_a_seed_that_nobody_chose():
         return {'seed': facts(learn)['seed']}
     drawn,again,chosen = map(seed_of, (torch.seed, torch.seed, lambda: torch.manual_seed(3)))
     assert facts_differences(drawn, again)==[] and drawn['seed']=='not set'
-    assert facts_differences(chosen, drawn)==['seed: 3, and there not set']
+    assert facts_differences(chosen, drawn)==['seed: 3 here, not set in the checkpoint']
 
 def test_what_a_schedule_sets_is_not_compared_twice():
     "A fit that was interrupted leaves it anywhere"
@@ -486,7 +501,8 @@ def test_a_loss_that_keeps_its_argument_under_another_name(kind):
 def test_a_module_that_keeps_its_argument_under_another_name():
     some = [facts(small(act=partial(Scaled, o))) for o in (.1, .1, .2)]
     assert facts_differences(some[0], some[1])==[]
-    assert facts_differences(some[2], some[0])==['model: 1: Scaled(factor=0.2), and there Scaled(factor=0.1)']
+    found = facts_differences(some[2], some[0])
+    assert found==['model: 1: Scaled(factor=0.2) here, Scaled(factor=0.1) in the checkpoint']
 
 # --- callbacks and optimizers -------------------------------------------------------------------
 # Another value of each argument, where it is not the other bool or the next number
@@ -545,7 +561,7 @@ def test_helpers_of_a_callback_are_no_facts():
 
 def test_the_first_epoch():
     some = [facts(small(), start_epoch=o) for o in (0, 1)]
-    assert facts_differences(*some)==['first epoch: 0, and there 1']
+    assert facts_differences(*some)==['first epoch: 0 here, 1 in the checkpoint']
 
 # --- shapes -------------------------------------------------------------------------------------
 class Memory(nn.Module):
@@ -561,6 +577,7 @@ def test_buffers_and_lazy_layers_may_grow():
     mine = nn.Sequential(nn.LazyLinear(2), Memory(), nn.Linear(2, 2))
     assert model_differences(mine, made.state_dict())==model_differences(made, mine.state_dict())==[]
     found = model_differences(nn.Sequential(nn.Linear(4, 2), Memory(), nn.Linear(3, 2)), made.state_dict())
-    assert found==['model: 2.weight has the shape (2, 3), and there (2, 2)']
-    assert 'it is not' in str(model_differences(nn.Linear(4, 2), nn.Linear(4, 2, bias=False).state_dict()))
-    assert 'of nothing' in str(model_differences(nn.Linear(4, 2, bias=False), nn.Linear(4, 2).state_dict()))
+    assert found==['model: 2.weight: shape (2, 3) here, shape (2, 2) in the checkpoint']
+    bare,biased = nn.Linear(4, 2, bias=False),nn.Linear(4, 2)
+    assert 'nothing in the checkpoint' in str(model_differences(biased, bare.state_dict()))
+    assert 'nothing here' in str(model_differences(bare, biased.state_dict()))

@@ -36,8 +36,8 @@ from .step import kind_of, random_kinds
 # %% ../../nbs/base/position.ipynb #d2fb4425
 def random_state(
     dls # `DataLoaders`
-)->dict:
-    "Where all random generators are, also those of loaders, and the order of texts in a language model's"
+)->dict: # Plain values and tensors
+    "State of all random generators, also those in the loaders, and the order of a language model's texts"
     kind,words,*rest = np.random.get_state()
     device_state = lambda o: o.get_rng_state_all() if hasattr(o, 'get_rng_state_all') else o.get_rng_state()
     devices = {o.__name__.rpartition('.')[2]: device_state(o) for o in _accelerators()}
@@ -49,8 +49,8 @@ def load_random_state(
     dls, # `DataLoaders`
     state:dict # From `random_state`
 ):
-    "Set all random generators, and the order of texts"
-    for dl,s in zip(dls.loaders, state['loaders']): begin_workers(dl, s)     # this draws a number
+    "Put back a state from `random_state`"
+    for dl,s in zip(dls.loaders, state['loaders']): begin_workers(dl, s)     # this draws a random number
     random.setstate(_from_words(state['python']))
     np.random.set_state(tuple(o.cpu().numpy() if isinstance(o, Tensor) else o for o in state['numpy']))
     torch.set_rng_state(state['torch'])
@@ -61,12 +61,12 @@ def load_random_state(
 
 def _accelerators(): return [o for o in (torch.cuda, torch.xpu, torch.mps) if o.is_available()]
 
-# a state has 625 numbers: one tensor, not 625 values
+# a state has 625 numbers, stored as one tensor
 def _words(state): return _each(state, lambda o: torch.tensor(o) if isinstance(o, tuple) else o)
 def _from_words(state): return _each(state, lambda o: tuple(o.tolist()) if isinstance(o, Tensor) else o)
 def _each(state, f): return tuple(map(f, state)) if isinstance(state, tuple) else state
 
-# by kind: how to get the state of one in a plain form, and how to set it
+# functions to get the state in plain form and to set it, for each class of random generators
 generator_kinds = {kind: (lambda g,get=get: to_plain(_words(get(g))),
                           lambda g,s,put=put: put(g, _from_words(from_plain(s))))
                    for kind,(get,put) in random_kinds.items()}
@@ -75,22 +75,22 @@ _texts = {ReindexCollection: (lambda o: torch.tensor(list(o.idxs)), lambda o,s: 
 def _fill(o, values): o[:] = values
 
 _of_machine = {'num_workers','pin_memory','timeout','prefetch_factor','persistent_workers','offs','rank',
-               'world_size','split_idx'}       # may be others when a run goes on
+               'world_size','split_idx'}       # may differ in the resumed run
 _of_epoch = {'_DataLoader__idxs'}      # the order is drawn again
-_torchs_own = set(vars(TorchLoader([0])))      # constant, but for a counter of fastai's
+_torchs_own = set(vars(TorchLoader([0])))      # constant, except a counter of fastai's
 _package = __name__.partition('.')[0]
 _data = 'dataset','data_source','items','source'
 _walls = (Tensor, np.ndarray, nn.Module, type, ModuleType, Learner, DataLoaders, Callback, Path, Thread,
           IOBase)
 
 def _parts(dl, most=2000):
-    "All objects inside a loader by path: loaders, samplers, data sets, transforms, functions"
+    "All objects inside a loader, with their paths: loaders, samplers, data sets, transforms, functions"
     seen,todo = set(),deque([('', dl)])
     while todo and len(seen)<most:
         path,o = todo.popleft()
         if type(o) in plain_types or id(o) in seen: continue
         if isinstance(o, _walls) or hasattr(type(o), '__next__'): continue
-        if type(o).__module__.partition('.')[0]==_package: continue     # it takes care of itself
+        if type(o).__module__.partition('.')[0]==_package: continue     # our own objects have their own state
         seen.add(id(o))
         yield path,o
         if kind_of(o, generator_kinds | _texts): continue
@@ -108,7 +108,7 @@ def _inside(o, few=100):
     return {k: v for k,v in getattr(o, '__dict__', {}).items() if k not in ('fake_l','it','_iterator')}
 
 def _read_by(f):
-    "The random generators that a function reads from its module, and what it reads from around it"
+    "Random generators that a function reads from its module, and the variables of its closure"
     names = f.__code__.co_names
     res = {k: v for k in names if kind_of(v := f.__globals__.get(k), generator_kinds)}
     for k,cell in zip(f.__code__.co_freevars, f.__closure__ or ()):
@@ -116,12 +116,12 @@ def _read_by(f):
     return res
 
 def _moving(dl):
-    "What moves on in a loader from epoch to epoch: path, what it is in, key there, kind"
+    "What changes in a loader from epoch to epoch: its path, the object that has it, its key there, its kind"
     for path,o in _parts(dl):
         if kind := kind_of(o, generator_kinds | _texts): yield path,o,None,kind
         if type(o).__name__=='DistributedDL' or not hasattr(o, '__dict__'): continue
         but = _of_machine | _of_epoch | (_torchs_own if isinstance(o, TorchLoader) else set())
-        # what draws the items may keep their order in a list, too
+        # an object that draws the items may keep their order in a list
         draws = isinstance(o, (Sampler,IterableDataset)) or not path
         draws |= path.endswith(('sampler.','dl.','loader.'))
         for k,v in list(vars(o).items()):
@@ -130,7 +130,7 @@ def _moving(dl):
             elif draws and k not in _data and _is_short(v): yield f'{path}{k}',o,k,_in_place
 
 def _is_short(o):
-    "Is it a list or an array that may be kept at each save?"
+    "Is it a list or array, and small enough to store at each save?"
     if isinstance(o, np.ndarray): return o.flags.writeable and o.size<=1e6
     if isinstance(o, Tensor): return o.numel()<=1e6
     if type(o) is not list or len(o)>1e6: return False
@@ -153,8 +153,8 @@ _in_place = _list,_put_list
 
 def loader_state(
     dl # A data loader
-)->dict: # By path
-    "Where the random generators in `dl` are, what it counts, and the order that it keeps"
+)->dict: # Values by path
+    "State of `dl`: its random generators, what it counts, and the order of items that it keeps"
     res = {}
     for path,o,k,kind in _moving(dl):
         v = o if k is None else vars(o)[k]
@@ -162,21 +162,21 @@ def loader_state(
     return res | {'begun': 'workers'} if _lasting_workers(dl) and dl._iterator is not None else res
 
 def load_loader_state(
-    dl, # The same data loader
+    dl, # The data loader, or one built by the same code
     state:dict # From `loader_state`
 ):
-    "Put back what `loader_state` gave, in place"
+    "Put back a state from `loader_state`, in place"
     begin_workers(dl, state)
     state,owners = dict(state),dict(_parts(dl))
     for path,o,k,kind in list(_moving(dl)):
         if path not in state:
-            if not kind and hasattr(type(o), k): del vars(o)[k]     # the class had it then
+            if not kind and hasattr(type(o), k): del vars(o)[k]     # then, only the class had it
             continue
         s,v = state.pop(path),o if k is None else vars(o)[k]
         if not kind: vars(o)[k] = s
         elif kind is _in_place and not _same_kind(v, s): vars(o)[k] = from_plain(s)
         else: kind[1](v, s)
-    for path,s in state.items():      # which came to be in the run
+    for path,s in state.items():      # attributes that appeared during the run
         owner,dot,k = path.rpartition('.')
         if type(s) in (int,float,bool) and owner+dot in owners: _set_number(owners[owner+dot], k, s)
 
@@ -184,7 +184,7 @@ def _set_number(o, k, s):
     if hasattr(o, '__dict__'): vars(o)[k] = s
 
 def _same_kind(v, s):
-    "Can the state `s` be put in the array `v`?"
+    "Can the state `s` be copied into the array `v`?"
     if isinstance(v, list): return True
     s = from_plain(s)
     return type(s) is type(v) and s.shape==v.shape and s.dtype==v.dtype
@@ -194,7 +194,7 @@ def begin_workers(
     dl, # A data loader
     state:dict # From `loader_state`
 ):
-    "PyTorch draws a random number when workers begin, and none in later epochs if they live on"
+    "Start persistent workers if they had started then: at their start PyTorch draws a random number"
     if not _lasting_workers(dl) or ('begun' in state)==(dl._iterator is not None): return
     if 'begun' in state: iter(dl)
     else: dl._iterator = None
@@ -202,17 +202,17 @@ def begin_workers(
 # %% ../../nbs/base/position.ipynb #687d5056
 def skips_exactly(
     dl # A data loader
-)->bool:
-    "Can `batches_from` leave out items of `dl` without reading them?"
+)->bool: # False: `batches_from` must read and drop them
+    "Can `batches_from` skip items of `dl` without reading them?"
     if not isinstance(dl, DataLoader) or type(dl).__iter__ is not DataLoader.__iter__: return False
-    return getattr(vars(dl).get('dl', dl), 'indexed', False)    # the one in a `DistributedDL`
+    return getattr(vars(dl).get('dl', dl), 'indexed', False)    # for a `DistributedDL`, the loader inside
 
 def batches_from(
-    dl, # A data loader, whose random state is that of the start of an epoch
-    n:int, # Batches that were read already
-    ready:Callable # Called when the order of the items is drawn, and before the first random draw for an item
+    dl, # A data loader, with the random state of the start of the epoch
+    n:int, # Number of batches that were read already
+    ready:Callable # Called after the order is drawn, before the first random number for an item
 )->Iterator: # The other batches
-    "The batches of `dl` from the `n`th on. Where `skips_exactly` is false, those before are read and dropped"
+    "The batches of `dl` after the first `n`. If `skips_exactly` is False, those are read and dropped"
     if n>=len(dl): return ready()
     if not skips_exactly(dl):
         it = iter(dl)
@@ -225,10 +225,10 @@ def batches_from(
             yield b
 
 class _Skip:
-    "Stands in for methods of a data loader until its first batch is there"
+    "Replaces methods of a data loader until its first batch has come"
     def __init__(self, dl, n, ready):
         self.dl,self.n,self.ready = dl,n,ready
-        # with workers, the main process draws nothing for an item before `after_batch`
+        # with workers, the main process draws no random number for an item before `after_batch`
         self.draws = 'create_batches' if dl.fake_l.num_workers==0 else 'after_batch'
         self.methods = {o:getattr(dl, o) for o in ('get_idxs',self.draws)}
         self.replaced = {k:v for k,v in vars(dl).items() if k in self.methods}
@@ -238,7 +238,7 @@ class _Skip:
         return self
 
     def __exit__(self, *args): self.restore()
-    def __getstate__(self): return dict(dl=self.dl)     # for workers that are not forked
+    def __getstate__(self): return dict(dl=self.dl)     # for workers that are spawned, not forked
     def restore(self):
         for o in self.methods: vars(self.dl).pop(o, None)
         vars(self.dl).update(self.replaced)
@@ -261,14 +261,14 @@ class _Skip:
 
 # %% ../../nbs/base/position.ipynb #884cc843
 class SeededItems:
-    "A `do_item` for a loader with workers that seeds the random numbers of each item by epoch and index"
+    "A `do_item` for a loader with workers. It seeds the random numbers of each item by epoch and index"
     def __init__(self,
         dl:DataLoader, # The loader
-        seed:int, # Of the run
-        epoch:int # From 0
+        seed:int, # Seed of the run
+        epoch:int # Epoch, from 0
     ):
         own = vars(dl).get('do_item')
-        ours = type(own).__module__.split('.')[0]==__name__.split('.')[0]      # for a while
+        ours = type(own).__module__.split('.')[0]==__name__.split('.')[0]      # there for a while only
         self.dl,self.own,self.seed,self.epoch = dl,None if ours else own,seed,epoch
 
     def __call__(self, i):
@@ -278,7 +278,7 @@ class SeededItems:
         return self.own(i) if self.own else type(self.dl).do_item(self.dl, i)
 
     def take_off(self):
-        "Leave the loader as it was"
+        "Put the loader back as it was"
         vars(self.dl).pop('do_item', None)
         if self.own: self.dl.do_item = self.own
 
@@ -288,7 +288,7 @@ def keep_workers(
     dls, # `DataLoaders`
     signals:list # Signals that another process may send to all processes of a job
 ):
-    "Data workers that are started inside the block are ended by their own process only"
+    "Data workers started inside the block obey these signals only from their own main process"
     with ExitStack() as undo:
         for dl in dls.loaders if hasattr(signal, 'sigwaitinfo') else ():      # not on macOS
             loader = getattr(dl, 'fake_l', dl)

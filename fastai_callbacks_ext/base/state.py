@@ -32,10 +32,10 @@ from .step import opt_params, overlaps, tensors_in
 # %% ../../nbs/base/state.ipynb #e02815b4
 def model_state(
     model:nn.Module, # A model, maybe wrapped (`DataParallel`, `torch.compile`, ...)
-    lost:list=None, # See `to_plain`
-    where:str='model' # See `to_plain`
-)->dict: # Tensors are the model's own, not copies
-    "What the next step of `model` depends on"
+    lost:list=None, # Gets the names of entries that cannot be stored; None raises an error instead
+    where:str='model' # Name of the model in `lost`
+)->dict: # Its tensors are the model's own, not copies
+    "Everything in `model` that its next step depends on"
     model = unwrap_model(model)
     hidden = {n: attributes(m, modules_own) for n,m in stateful_modules(model).items()}
     params,buffers = dict(model.named_parameters()),to_plain(dict(model.named_buffers()), lost, where)
@@ -44,7 +44,7 @@ def model_state(
                 evaluating=[n for n,m in model.named_modules() if not m.training])
 
 def _grads(params):
-    "Gradients by name, None for one whose bits are all zero"
+    "Gradients by name; None for a gradient that is all zero"
     grads = {n:p.grad for n,p in params.items() if p.grad is not None}
     bits = lambda g: g.resolve_conj().resolve_neg().reshape(-1).view(torch.uint8)
     dense = {n: bits(g).any() for n,g in grads.items() if g.layout is torch.strided and type(g) is Tensor}
@@ -55,10 +55,10 @@ def _grads(params):
 
 @torch.no_grad()
 def load_model_state(
-    model:nn.Module, # The same model
+    model:nn.Module, # The model, or one built by the same code
     state:dict # From `model_state`
 ):
-    "Put back what `model_state` gave, in place"
+    "Put back a state from `model_state`, in place"
     model = unwrap_model(model)
     modules = dict(model.named_modules())
     for n,b in state['buffers'].items(): _load_buffer(modules, n, b, n in state['weights'])
@@ -72,7 +72,7 @@ def load_model_state(
         _load_grad(p, state['grads'], n)
 
 def _load_buffer(modules, name, value, persistent):
-    "One that `forward` has made, or that has grown, is made anew"
+    "A buffer that `forward` has made, or that has another size now, is replaced"
     path,_,k = name.rpartition('.')
     if path not in modules: return
     now = modules[path]._buffers.get(k)
@@ -86,10 +86,10 @@ def _load_grad(p, grads, n):
 # %% ../../nbs/base/state.ipynb #0182d6f6
 def opt_state(
     opt:Optimizer, # fastai's optimizer, or an `OptimWrapper`
-    lost:list=None, # See `to_plain`
-    where:str='optimizer' # See `to_plain`
-)->dict: # Tensors are the optimizer's own
-    "State, hyper-parameters and frozen groups of `opt`"
+    lost:list=None, # Gets the names of entries that cannot be stored; None raises an error instead
+    where:str='optimizer' # Name of the optimizer in `lost`
+)->dict: # Its tensors are the optimizer's own, not copies
+    "State, hyper-parameters and number of frozen groups of `opt`"
     if not isinstance(opt, Optimizer):
         return dict(torch=to_plain(dict(opt.state_dict()), lost, where), frozen_idx=opt.frozen_idx)
     each = enumerate(opt_params(opt))
@@ -98,10 +98,10 @@ def opt_state(
     return dict(state=states, hypers=hypers, frozen_idx=opt.frozen_idx)
 
 def load_opt_state(
-    opt:Optimizer, # The same optimizer
-    state:dict # From `opt_state`; its tensors become those of `opt`
+    opt:Optimizer, # The optimizer, or one built by the same code
+    state:dict # From `opt_state`. Its tensors become those of `opt`
 ):
-    "Put back what `opt_state` gave"
+    "Put back a state from `opt_state`"
     if 'torch' in state: _load_torchs(opt, from_plain(state['torch']))
     else:
         for p,s in zip(opt_params(opt), from_plain(state['state'])):
@@ -116,7 +116,7 @@ def _replace(d, content):
     d.update(content)
 
 def _load_torchs(opt, state):
-    "The lists and dicts of groups stay the same objects"
+    "Load PyTorch's state; the list of groups and their dicts stay the same objects"
     inner = opt.opt if isinstance(opt, OptimWrapper) else opt
     groups = inner.param_groups if type(inner.param_groups) is list else []
     opt.load_state_dict(state)
@@ -125,7 +125,7 @@ def _load_torchs(opt, state):
     inner.param_groups = groups
 
 def _others(learn):
-    "Parameters that the optimizer holds and the model does not, by their place"
+    "Parameters that the optimizer holds and the model does not, by their place in the optimizer"
     own = set(unwrap_model(learn.model).parameters())
     return {i:p for i,p in enumerate(opt_params(learn.opt)) if p not in own}
 
@@ -138,7 +138,7 @@ def _others_state(learn, lost):
 def _load_others_state(learn, state):
     for i,p in _others(learn).items():
         if i in state['values']:
-            p.data = p.data.to(state['values'][i].device)     # its owner may move it there later
+            p.data = p.data.to(state['values'][i].device)     # its owner may move it to the device later
             p.copy_(state['values'][i])
         p.requires_grad_(i not in state['frozen'])
         _load_grad(p, state['grads'], i)
@@ -156,7 +156,7 @@ def _load_trained(o, value, grad): o.copy_(value).grad = grad
 
 def _load_array(a, s): a[...] = from_plain(s)
 
-_leaf = True      # it has nothing else
+_leaf = True      # there is nothing else in the object
 _tensor = lambda t,*_: to_plain(t),_load_tensor,_leaf
 _trained = lambda o,*_: [o.detach(), o.grad],lambda o,s: _load_trained(o, *s),_leaf
 _array = lambda a,*_: to_plain(a),_load_array,_leaf
@@ -172,13 +172,13 @@ def _entries(state):
     raise NotPlain(f'state_dict: {type(state).__qualname__}')
 
 def _has_more(cb):
-    "Is `cb` a user's whose `state_dict` is `ExtCallback`'s, which has what the class names? It may own more"
+    "Is `cb` a user's, with the `state_dict` of `ExtCallback`? It may own more than the state that it names"
     classes = [*takewhile(lambda c: c is not ExtCallback, type(cb).__mro__)]
     ours = __package__.partition('.')[0]
     return all(c.__module__.partition('.')[0]!=ours and 'state_dict' not in vars(c) for c in classes)
 
 def _way_of(o, covered):
-    "How the state of `o` is got, and put back in place; None if that is what its attributes are"
+    "Functions to get the state of `o` and put it back in place; None if its attributes are the state"
     if isinstance(o, Callback) and _has_states(o): return _states[:2] if _has_more(o) else _states
     if isinstance(o, Recorder): return (lambda o,*_: _recorder_state(o)),_load_recorder_state
     if isinstance(o, CSVLogger): return (lambda o,*_: _lines(o)),_write_lines
@@ -195,11 +195,11 @@ def _way_of(o, covered):
 def _metrics(rec): return [rec.smooth_loss, rec.loss, *rec.learn.metrics]
 
 def _gathering(learn):
-    "Are metrics gathering values for the table, in mid-epoch?"
+    "Are metrics gathering values for the table now, in the middle of an epoch?"
     return learn.training and any(cb.train_metrics for cb in learn.cbs if isinstance(cb, Recorder))
 
 def _recorder_state(rec):
-    "Metrics that gather are looked into instead"
+    "Losses, learning rates and metrics; metrics that gather values now are stored elsewhere"
     losses,lrs = (vars(rec).get(o, []) for o in ('losses','lrs'))
     metrics = _metrics(rec)[:2 if _gathering(rec.learn) else None]
     losses = torch.stack([o.detach().cpu() for o in losses]) if losses else None
@@ -224,7 +224,7 @@ def _lines(cb):
     return Path(cb.file.name).read_text()
 
 def _write_lines(cb, lines):
-    "Give a `CSVLogger` that is open its lines back"
+    "Write the lines into the open file of a `CSVLogger` again"
     if 'file' not in vars(cb) or cb.file.closed: return
     cb.file.truncate(0)
     cb.file.seek(0)
@@ -233,22 +233,22 @@ def _write_lines(cb, lines):
 
 # %% ../../nbs/base/state.ipynb #c7caca9f
 _attrs = 'epoch','iter','train_iter','pct_train','n_iter','smooth_loss','final_record'
-# of a learner: what is kept elsewhere, of a batch, or of a machine
+# attributes of a learner that are stored elsewhere, or belong to a batch or to the machine
 _no_state = {*_attrs,'model','opt','cbs','_metrics','scaler','training','n_epoch','dl','it','xb','yb','pred',
              'loss','loss_grad','logger','lock','create_mbar','path','model_dir','opt_func','splitter',
              '_with_events','skipped','lr_finder'}
-_recorders = {'losses','lrs','start_epoch','loss','smooth_loss'}      # long ones, a time of day, metrics
+_recorders = {'losses','lrs','start_epoch','loss','smooth_loss'}      # long lists, a time of day, metrics
 
 def _that_count(o, attributes):
-    "Those attributes of a callback, or of the learner, that are state and are not kept elsewhere"
+    "The attributes of a callback or of the learner that are state and are not stored elsewhere"
     if isinstance(o, Recorder): return {k: v for k,v in attributes.items() if k not in _recorders}
     if isinstance(o, ExtCallback): return {k: v for k,v in attributes.items() if k not in own_names(o)}
     if not isinstance(o, Learner): return attributes
-    method = lambda k: callable(getattr(type(o), k, None))      # that another one stands in for
+    method = lambda k: callable(getattr(type(o), k, None))      # a method that was replaced on the learner
     return {k: v for k,v in vars(o).items() if not (k in _no_state or method(k) or isinstance(v, Callback))}
 
 def _by_name(learn, but):
-    "Callbacks by the name of their class, numbered where there are several"
+    "Callbacks by the name of their class, with a number if there are several"
     seen,res = Counter(),{}
     for cb in learn.cbs:
         n = type(cb).__name__
@@ -257,7 +257,7 @@ def _by_name(learn, but):
     return res
 
 def _kept(learn, but):
-    "Objects of the learner that are kept elsewhere, by name"
+    "Objects of the learner that are stored elsewhere, by name"
     model,opt,inner = unwrap_model(learn.model),learn.opt,getattr(learn.opt, 'opt', None)
     res = {'wrapped model': learn.model, 'dls': learn.dls,
            'optimizer.state': opt.state, 'optimizer.hypers': opt.hypers}
@@ -279,9 +279,9 @@ def _kept(learn, but):
 def _named_metrics(learn): return {f'metrics[{i}]': m for i,m in enumerate(learn.metrics)}
 
 class FitStart:
-    "What a learner was like when its fit began: what has changed since is state"
+    "Remembers the learner as it was when its fit began; what has changed since is state"
     def __init__(self,
-        learn:Learner, # In `before_fit`
+        learn:Learner, # A learner, in `before_fit`
         but:tuple=() # Callbacks to leave out
     ):
         roots = {'model': unwrap_model(learn.model), 'optimizer': learn.opt, 'loss function': learn.loss_func,
@@ -293,15 +293,15 @@ class FitStart:
         self.metrics = Look(_named_metrics(learn), self.look.at, way_of, in_metric)
 
 def learner_state(
-    learn:Learner, # In a fit, between two batches or epochs
+    learn:Learner, # A learner in a fit, between two batches or epochs
     but:tuple=(), # Callbacks to leave out
-    start:FitStart=None # Of this fit; None keeps all attributes
-)->dict: # `shared` by all processes of a run, and `own`; plain values and tensors, which are not copied
-    "What the rest of a run depends on, but the position in the data"
+    start:FitStart=None # Made when this fit began; None stores all attributes, also unchanged ones
+)->dict: # `shared`, the same in all processes, and `own`. Plain values and tensors (not copies)
+    "Everything that the rest of a run depends on, except the position in the data"
     lost,every = [],start is None
     start = start or FitStart(learn, but)
     model = model_state(learn.model, lost)
-    model.pop('hidden')      # among the objects
+    model.pop('hidden')      # stored with the objects
     own = dict(model={k: model.pop(k) for k in ('buffers','grads')}, random=random_state(learn.dls),
                learner=attributes(learn, vars(learn).keys()-set(_attrs)),
                objects=start.look.state(lost, every), others=_others_state(learn, lost),
@@ -314,11 +314,11 @@ def learner_state(
     return dict(shared=shared, own=own | dict(devices=devices, lost=lost))
 
 def load_learner_state(
-    learn:Learner, # In a fit of the same run
-    state:dict, # From `learner_state`; some of its tensors become the learner's
-    start:FitStart=None # Of this fit; None if all attributes were kept
+    learn:Learner, # A learner in a fit of the same run
+    state:dict, # From `learner_state`. Some of its tensors become the learner's
+    start:FitStart=None # Made when this fit began; None if the state has all attributes
 ):
-    "Put back what `learner_state` gave; what cannot be put back is added to what is `lost`"
+    "Put back a state from `learner_state`; what cannot be put back is added to its list `lost`"
     shared,own = state['shared'],{k:v for k,v in state['own'].items() if k!='lost'}
     devices = iter(own.pop('devices'))
     own = map_state(own, lambda t: _to(t, next(devices)))
@@ -334,4 +334,4 @@ def load_learner_state(
 
 def _to(t, device):
     try: return t.to(device)
-    except (RuntimeError, AssertionError): return t     # a device that is not here
+    except (RuntimeError, AssertionError): return t     # this machine does not have the device
