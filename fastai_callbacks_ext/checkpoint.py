@@ -8,6 +8,7 @@ __all__ = ['Checkpoint', 'Resuming', 'PreemptionGuard']
 # %% ../nbs/06_checkpoint.ipynb #ca3e3b79
 import os, signal
 from contextlib import ExitStack, suppress
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from threading import current_thread, main_thread
@@ -271,6 +272,7 @@ class Resuming:
         record = Record(cb.name, what, f'from {cb._shown(cb._files.folder)}', at['epoch'], at['batch'] or 0,
                         self.learn.train_iter)
         cb.records.append(record)
+        cb.publish('event', asdict(record))
         if rank_distrib()==0: print(f'{cb.name}: {what}, {record.why}' if self.no_epoch else record)
         if lost := self.own['state']['lost']: cb._tell_lost(lost)
 

@@ -385,7 +385,17 @@ def tell(self:ExtCallback,
     record = Record(self.name, what, why, epoch, batch, iteration)
     self.records.append(record)
     if rank_distrib()==0: print(record)
+    self.publish('event', asdict(record))
     return record
+
+@patch
+def publish(self:ExtCallback,
+    kind:str, # What the row is about: 'event', 'throughput'
+    row:dict # Numbers, text, lists and dicts
+):
+    "Pass a row to callbacks that keep what others find out, such as `RunLog`"
+    for cb in self.learn.cbs:
+        if hasattr(type(cb), 'receive'): cb.receive(kind, row)
 
 # %% ../../nbs/base/core.ipynb #f74f6fdb
 def interventions(

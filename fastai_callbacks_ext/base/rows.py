@@ -12,6 +12,8 @@ from math import isfinite
 from pathlib import Path
 from threading import Event, Thread
 
+from fastcore.imports import noop
+
 # %% ../../nbs/base/rows.ipynb #rows-006
 def _to_json(o):
     if isinstance(o, float) and not isfinite(o): return str(o)
@@ -63,11 +65,12 @@ class RowFeed(Thread):
     def __init__(self,
         path:str|Path, # The file of JSON lines
         take:Callable, # Called with each row that is added from now on
-        failed:Callable, # Called once with the exception, if `take` raises one
+        failed:Callable, # Called once with the exception, if `take` or `closed` raises one
+        closed:Callable=noop, # Called at the end, in the thread too
         every:float=.5, # Seconds between two looks at the file
     ):
         super().__init__(daemon=True)
-        self.path,self.take,self.failed,self.every = path,take,failed,every
+        self.path,self.take,self.failed,self.closed,self.every = path,take,failed,closed,every
         self._at = Path(path).stat().st_size if Path(path).exists() else 0
         self._ending,self._ok = Event(),True
         self.start()
@@ -78,6 +81,7 @@ class RowFeed(Thread):
             while not ending:
                 ending = self._ending.wait(self.every)
                 self._pass_on()
+            self.closed()
         except Exception as e:
             self._ok = False
             self.failed(e)

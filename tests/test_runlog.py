@@ -1,0 +1,215 @@
+"The log of a run: one file over all fits, right after kills, resumes, errors; never in the way"
+import json, os, random, signal, sys, threading, time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest, torch
+from fastai.callback.all import ShortEpochCallback
+from fastai.metrics import AvgMetric
+from fastcore.imports import noop
+from fastai.callback.core import Callback, CancelFitException
+from fastai_callbacks_ext.all import *
+from fastai_callbacks_ext.base.rows import RowFile, read_rows
+from fastai_callbacks_ext.runlog import RunLog, Sink, read_log
+from fastai_callbacks_ext.test_utils import PoisonBatch, digits_learner, text_learner
+from common import exit_code, fit, learner, quiet
+
+def small(*cbs, **kwargs): return learner(cbs=[*cbs], **kwargs)      # 4 batches in an epoch
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch): monkeypatch.chdir(tmp_path)
+
+class Kill(Callback):
+    "SIGKILL at some moment: when an event is sent for the nth time in this process"
+    n = 0
+    def __init__(self, event, at, order): self.event,self.at,self.order = event,at,order
+    def __call__(self, event_name):
+        if event_name==self.event: self.n += 1
+        if self.n==self.at: os.kill(os.getpid(), signal.SIGKILL)
+
+def tuned(*cbs):
+    learn = small(*cbs, SkipNonFinite(), PoisonBatch((1,6)))
+    with quiet(learn): learn.fine_tune(2, 1e-2)
+
+def one_table(run):
+    "What must be there once, whatever happened"
+    return (run.steps[['fit','step','epoch','batch','loss','lr']].fillna('no loss').to_dict('records'),
+            run.epochs.drop(columns='time').to_dict('records'),
+            run.events[run.events.callback!='checkpoint'][['fit','step','epoch','batch','what','why']].to_dict('records'))
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    os.chdir(tmp_path_factory.mktemp('whole'))
+    tuned(RunLog(every=1))
+    return one_table(read_log())
+
+EVENTS = 'before_fit','before_epoch','before_batch','before_step','after_batch','after_train','after_epoch','after_fit'
+
+@pytest.mark.parametrize('seed', range(4))
+def test_killed_again_and_again(seed, whole):
+    "Each step and epoch is in the tables once, with the numbers of a run that was never killed"
+    rng = random.Random(seed)
+    def attempt(*cbs): tuned(RunLog(every=1), Checkpoint('saved', steps=2, background=False), *cbs)
+    for _ in range(4):
+        exit_code(partial(attempt, Kill(rng.choice(EVENTS), rng.randrange(1, 6), rng.choice((-50, 1995, 2050)))))
+    assert exit_code(attempt)==0
+    with_steps = [f for f in Path('runs').glob('*.jsonl') if read_log(f).status=='finished']
+    run = read_log(with_steps[-1])
+    assert one_table(run)==whole
+    assert [o['status'] for o in run.fits]==['finished']*2
+
+def test_one_file_over_all_calls():
+    log = RunLog(every=1)
+    learn = small(log)
+    with quiet(learn):
+        learn.validate()
+        learn.lr_find(show_plot=False)
+        learn.fit(1)
+        learn.get_preds()
+        learn.fine_tune(1)
+        learn.validate()
+        learn.lr_find(show_plot=False)
+    run = read_log()
+    assert len(list(Path('runs').iterdir()))==1 and run.status=='finished'
+    assert run.steps.step.tolist()==[*range(1, 13)] and run.steps.fit.tolist()==[0]*4+[1]*4+[2]*4
+    assert run.epochs.step.tolist()==[4,8,12]
+    assert run.validations.step.tolist()==[0,12] and list(run.of('lr_find').step)==[0,12]
+    row = learn.recorder.metric_names[1:]
+    assert list(run.epochs.columns)==['time','fit','step','epoch',*row]
+
+def test_numbers_are_the_runs():
+    "Losses of the batches and the table, to the bit of single precision; every n-th step"
+    losses = []
+    class Keep(Callback):
+        def after_batch(self):
+            if self.training: losses.append(self.loss.item())
+    learn = fit(small(RunLog(every=3), Keep()), 2, 'fit_one_cycle')
+    run = read_log()
+    assert run.steps.step.tolist()==[3,6] and run.steps.loss.tolist()==[losses[2], losses[5]]
+    assert run.steps.smooth_loss.tolist()==[learn.recorder.losses[i].item() for i in (2,5)]
+    assert run.steps.lr.tolist()==[learn.recorder.lrs[i] for i in (2,5)]
+    assert run.epochs[['train_loss','valid_loss','accuracy']].values.tolist()==[[*o] for o in learn.recorder.values]
+
+class End(Callback):
+    def __init__(self, error): self.error = error
+    def after_batch(self):
+        if self.training and self.train_iter==3: raise self.error
+
+@pytest.mark.parametrize('error,status', [(ValueError('bad <b>'), 'failed'), (KeyboardInterrupt(), 'interrupted'),
+                                          (CancelFitException(), 'stopped')])
+def test_how_it_ended(error, status):
+    learn = small(RunLog(every=1))
+    try: fit(learn, 2, cbs=End(error))
+    except (ValueError, KeyboardInterrupt): pass
+    run = read_log()
+    assert (run.status, run.steps.step.tolist())==(status, [1,2])     # it ended before the log's turn
+    assert (run.fits[0]['error'] or '').endswith('bad <b>' if status=='failed' else '')
+    fit(learn)
+    assert read_log().status=='finished' and read_log().steps.step.tolist()==[1,2,*range(4, 8)]
+
+def test_an_error_before_the_first_batch():
+    class Bad(Callback):
+        def before_epoch(self): raise ValueError('no data')
+    with pytest.raises(ValueError): fit(small(RunLog()), cbs=Bad())
+    assert read_log().fits[0]['error'].endswith('no data') and read_log().status=='failed'
+
+def test_nan_is_kept():
+    fit(small(RunLog(every=1), PoisonBatch(2)))
+    assert np.isnan(read_log().steps.loss).tolist()==[False,False,True,True]
+    for line in next(Path('runs').iterdir()).read_text().splitlines():
+        json.loads(line, parse_constant=lambda o: pytest.fail(o))
+
+@pytest.mark.parametrize('n', range(1, 36, 7))
+def test_a_torn_line_is_skipped(n):
+    path = Path('rows.jsonl')
+    line = json.dumps(dict(step=2, text='ü\n"{}'))
+    path.write_bytes(b'{"step": 1}\n'+line.encode()[:n])
+    RowFile(path).add(dict(step=3))
+    assert [o['step'] for o in read_rows(path)]==[1,3]
+    assert path.read_bytes().endswith(b'\n{"step": 3}\n')
+
+def test_a_training_phase_that_was_cut_short():
+    "The names fit the numbers, where fastai's row lacks one"
+    learn = fit(small(RunLog()), cbs=ShortEpochCallback(.4))
+    log = read_log().epochs
+    assert log.valid_loss[0]==learn.recorder.final_record[-2] and log.accuracy[0]==learn.recorder.final_record[-1]
+
+def test_with_the_fast_loop_it_is_the_same(whole):
+    tuned(RunLog(every=1), FastLoop())
+    assert one_table(read_log())==whole
+
+@pytest.mark.skipif(os.getuid()==0 and not Path('/proc').exists(), reason='root may write anywhere')
+def test_a_folder_that_cannot_be_written(capsys):
+    Path('file').write_text('')
+    learn = fit(small(RunLog('file')), 2)
+    assert capsys.readouterr().out.count('run_log: writes no log')==1 and len(learn.recorder.values)==2
+
+class Lists(Sink):
+    name = 'lists'
+    def __init__(self): self.seen,self.calls = [],[]
+    def open(self, name, config): self.calls.append(name)
+    def log(self, numbers, step): self.seen.append((step, numbers))
+    def close(self): self.calls.append('close')
+
+def test_sinks_get_the_numbers():
+    sink = Lists()
+    log = RunLog(every=2, sinks=sink)
+    fit(small(log), 2)
+    run = read_log()
+    assert [(s, n['train/loss']) for s,n in sink.seen if 'train/loss' in n]==[*zip(run.steps.step, run.steps.loss)]
+    assert [n['epoch/accuracy'] for _,n in sink.seen if 'epoch/accuracy' in n]==run.epochs.accuracy.tolist()
+    assert sink.calls==[Path(log.file).stem, 'close']
+
+def test_a_sink_that_fails_or_sleeps_does_no_harm(capsys):
+    class Fails(Lists):
+        name = 'fails'
+        def log(self, numbers, step): raise OSError('no network')
+    class Sleeps(Lists):
+        name = 'sleeps'
+        def log(self, numbers, step): time.sleep(60)
+    want = fit(small(), 2).recorder.values
+    start = threading.active_count()
+    learn = small(RunLog(every=1, sinks=[Fails(), sleeps := Sleeps(), lists := Lists()]))
+    fit(learn, 2)
+    out = capsys.readouterr().out
+    assert learn.recorder.values==want and len(lists.seen)==10
+    assert out.count('fails gets no more rows: OSError: no network')==1 and out.count('sleeps is behind')==1
+    assert threading.active_count()<=start+1       # the sleeping one
+
+@pytest.mark.parametrize('name', ['tensorboard','wandb','mlflow','trackio'])
+def test_a_tracker_that_is_not_installed_is_said(name, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard' if name=='tensorboard' else name, None)
+    assert fit(small(RunLog(sinks=name))).recorder.values
+    assert capsys.readouterr().out.count(f'{name} gets no more rows: ')==1
+
+@pytest.mark.parametrize('kwargs', [dict(path=3), dict(every=0), dict(every=1.5), dict(sinks='tensorbord'), dict(sinks=[3]),
+                                    dict(echo=-1)])
+def test_bad_arguments_are_refused(kwargs):
+    with pytest.raises((ValueError, TypeError), match=f'^{next(iter(kwargs))}='): RunLog(**kwargs)
+
+def test_echo(capsys):
+    fit(small(RunLog(echo=0)), 2)
+    lines = [o for o in capsys.readouterr().out.splitlines() if o.startswith('run_log')]
+    assert len(lines)==8 and 'epoch 0 of 2, train_loss' in lines[1] and ' left' in lines[1]
+    assert lines[-1].startswith('run_log: 100%') and 'best valid_loss' in lines[-1]
+
+def test_reading_what_is_not_there():
+    Path('runs').mkdir()
+    with pytest.raises(ValueError, match='no file'): read_log()
+    with pytest.raises(FileNotFoundError): read_log('nowhere.jsonl')
+
+def test_metrics_of_any_kind():
+    "Text, tensors of several numbers"
+    class Odd(AvgMetric):
+        def __init__(self, value, name): self._value,self._n = value,name
+        def reset(self): pass
+        def accumulate(self, learn): pass
+        value = property(lambda self: self._value)
+        name = property(lambda self: self._n)
+    learn = small(RunLog())
+    learn.metrics = [Odd('fine', 'words'), Odd(torch.ones(2), 'two')]
+    learn.recorder.logger = noop
+    with learn.no_bar(): learn.fit(1)
+    assert read_log().epochs.words[0]=='fine'
