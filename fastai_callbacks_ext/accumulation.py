@@ -188,7 +188,7 @@ class GradientAccumulation(ExtCallback):
     transient = dict(_window=None, _batch=None, _lent=[])
     def __init__(self,
         # Number of items (not batches) for one optimizer step. If the batch size does not divide it, a step
-        # has more. Or a function that returns it, of the epoch and the number of steps so far in this fit
+        # has more. Or a function `f(epoch, step)` that returns it; `step` counts the steps of this fit
         n_acc:int|Callable=32,
         # Batches left at the end of an epoch: 'flush' makes a smaller step of them, 'drop' drops them
         last:str='flush',
