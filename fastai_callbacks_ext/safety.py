@@ -107,7 +107,7 @@ def _look_back(self:TerminateOnNaN):
 
 # %% ../nbs/02_safety.ipynb #4d16a071
 class SkipNonFinite(Guard):
-    "Skips a batch whose loss or gradient is NaN or infinite, as if it were not in the data; too many stop the fit"
+    "Skips batches whose loss or gradient is NaN or infinite, as if they were not in the data; stops after many"
     run_after,run_before = TrainEvalCallback,TerminateOnNaN
     fit_state = dict(skipped=0, _in_a_row=0, _last=-2)
     def __init__(self,
@@ -175,7 +175,7 @@ class SpikeGuard(Guard):
         watch:str|tuple='grad_norm', # What to check: 'loss', 'grad_norm', or both as a tuple
         action:str='skip', # 'skip' the batch, 'clip' its gradient to the median norm, or 'rollback' to a copy
         warmup:int=20, # Batches before it acts on spikes; on NaN and infinity it acts from the first batch
-        # Act on at most this many spikes in a row; one more is taken for normal, or stops the fit if it is NaN
+        # Act on at most this many spikes in a row; one more is taken for normal, or stops the fit if NaN
         max_consecutive:int=10,
         snapshot:int=50, # Copy model and optimizer every n batches, for 'rollback' and for NaN in weights
         max_rollbacks:int=20, # Go back at most this many times in a fit; once more stops the fit
