@@ -107,7 +107,7 @@ def _look_back(self:TerminateOnNaN):
 
 # %% ../nbs/02_safety.ipynb #4d16a071
 class SkipNonFinite(Guard):
-    "Skips batches whose loss or gradient is NaN or infinite, as if they were not in the data; stops after many"
+    "Skips batches with a NaN or infinite loss or gradient, as if they were not in the data; stops after many"
     run_after,run_before = TrainEvalCallback,TerminateOnNaN
     fit_state = dict(skipped=0, _in_a_row=0, _last=-2)
     def __init__(self,
