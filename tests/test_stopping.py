@@ -707,7 +707,7 @@ def test_stop_file_of_another_run():
     assert learn.train_iter==10 and not Path('stop').exists() and out.count('removed a file')==1
 
 def test_a_stop_file_that_cannot_be_removed():
-    "It ends one fit, and is overlooked until it is gone; what lay there before the run ends none"
+    "It ends one fit, and is ignored until it is gone; what lay there before the run ends none"
     Path('stop/x').mkdir(parents=True)
     learn = digits(cb := StopFile('stop'))
     out = fit(learn, 2)
@@ -773,4 +773,4 @@ def test_nothing_to_follow(capsys):
     learn = digits_learner([EarlyStopping()], n=160, bs=32)
     learn.dls.valid = learn.dls.valid.new([])
     with quiet(learn): learn.fit(2)
-    assert 'had nothing to follow' in capsys.readouterr().out
+    assert 'had no metric to watch' in capsys.readouterr().out
