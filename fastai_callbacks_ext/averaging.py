@@ -357,7 +357,7 @@ def _tell_plan(self:_Averager):
 
 @patch
 def _tell_nothing(self:_Averager):
-    self.tell('has averaged no weights', f'{self._t} steps were taken; the model has the trained weights')
+    self.tell('has averaged no weights', f'steps taken: {self._t}; the model has the trained weights')
 
 # %% ../nbs/09_averaging.ipynb #4ea72e53
 class EMA(_Averager):

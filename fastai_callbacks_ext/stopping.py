@@ -236,7 +236,7 @@ class StepLimit(_Limit):
         self.done += 1
 
     def _why(self):
-        if self.done>=self.steps: return f'{self.done} steps were taken'
+        if self.done>=self.steps: return f'steps taken: {self.done}'
 
 # %% ../nbs/07_stopping.ipynb #ba8ae9a8
 class SampleLimit(_Limit):
@@ -251,7 +251,7 @@ class SampleLimit(_Limit):
 
     def _count(self): self.done += _n_items((*self.xb, *self.yb), self.dl)*n_ranks()
     def _why(self):
-        if self.done>=self.samples: return f'{self.done} items were seen'
+        if self.done>=self.samples: return f'items seen: {self.done}'
 
 def _n_items(batch, dl):
     "The length of all tensors of `batch`, or of all lists; else of the first tensor; else the batch size"
