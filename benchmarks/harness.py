@@ -135,7 +135,7 @@ def few_colours(n=64):
     from PIL import Image
     def png(fig):
         data,size = retina_figure(fig)
-        image,out = Image.open(io.BytesIO(data)).convert('RGB'),io.BytesIO()
+        image,out = Image.open(io.BytesIO(data)).convert('RGBA'),io.BytesIO()
         image.quantize(n, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(out, 'png')
         return b64encode(out.getvalue()).decode(),size
     get_ipython().display_formatter.formatters['image/png'].for_type(Figure, png)

@@ -29,10 +29,10 @@ from fastcore.imports import noop
 # %% ../nbs/90_test_utils.ipynb #52179455
 def digits_dls(
     bs:int=64, # Images in a batch
-    n:int=1024, # Images used, of 1,797; one in five goes to validation
+    n:int=1024, # Number of images to use, up to 1,797; one in five is for validation
     **kwargs # Passed to `Datasets.dataloaders`
-)->DataLoaders: # Batches of images `(bs, 1, 8, 8)` in [0, 1] and labels `(bs,)`
-    "scikit-learn's digits, shuffled, in a training and a validation set"
+)->DataLoaders: # Batches of images `(bs, 1, 8, 8)` from 0 to 1, and labels `(bs,)`
+    "scikit-learn's digits, shuffled and split into a training and a validation set"
     from sklearn.datasets import load_digits
     x,y = map(torch.tensor, load_digits(return_X_y=True))
     idx = torch.randperm(len(x), generator=torch.Generator().manual_seed(42))[:n]
@@ -42,7 +42,7 @@ def digits_dls(
 
 # %% ../nbs/90_test_utils.ipynb #3a311b2d
 def digits_model()->nn.Module:
-    "A convolutional network of 6,000 parameters: images `(bs, 1, 8, 8)` in, logits `(bs, 10)` out"
+    "A convolutional network of 6,000 parameters, from images `(bs, 1, 8, 8)` to logits `(bs, 10)`"
     def block(i, o): return [nn.Conv2d(i, o, 3, stride=2, padding=1), nn.BatchNorm2d(o), nn.ReLU()]
     return nn.Sequential(*block(1, 16), *block(16, 32), nn.Flatten(), nn.Dropout(0.1), nn.Linear(128, 10))
 
@@ -50,11 +50,11 @@ def digits_model()->nn.Module:
 def digits_learner(
     cbs:Callback|list|None=None, # Callbacks of the learner
     bs:int=64, # Images in a batch
-    n:int=1024, # Images used, of 1,797
+    n:int=1024, # Number of images to use, up to 1,797; one in five is for validation
     seed:int=42, # Seed of the weights and of the batches
-    **kwargs # Passed to `Learner`
+    **kwargs # Passed to `Learner`; `model=` replaces the network
 )->Learner: # An untrained learner with `accuracy` as its metric
-    "A `Learner` that reads digits"
+    "A small `Learner` that reads digits"
     set_seed(seed)
     kwargs = dict(loss_func=CrossEntropyLossFlat(), metrics=accuracy, lr=1e-2) | kwargs
     dls,model = digits_dls(bs, n),kwargs.pop("model", None) or digits_model()
@@ -66,17 +66,17 @@ def digits_learner(
 @cache
 def _words(): return re.findall(r'\w+|[^\w\s]', ' '.join(topics[k] for k in sorted(topics)).lower())
 
-def words(n:int=20_000)->list: # The words, lower case; punctuation marks are words
+def words(n:int=20_000)->list: # Words in lower case; each punctuation mark is a word
     "The first `n` words of the Python language reference"
     return _words()[:n]
 
 # %% ../nbs/90_test_utils.ipynb #3c143861
 def text_dls(
     bs:int=16, # Sequences in a batch
-    seq_len:int=20, # Words in a sequence
-    n:int=20_000 # Words used; one in ten goes to validation
-)->DataLoaders: # Batches of word numbers `(bs, seq_len)` and of the words that follow, of the same shape
-    "Language-model batches of the Python language reference; `.vocab` lists the words"
+    seq_len:int=20, # Number of words in a sequence
+    n:int=20_000 # Number of words to use; one in ten is for validation
+)->DataLoaders: # Batches of word numbers `(bs, seq_len)`, and of the next words in the same shape
+    "Batches of the Python language reference, for a language model; `.vocab` lists the words"
     ws = words(n)
     vocab = sorted(set(ws))
     num = {w:i for i,w in enumerate(vocab)}
@@ -90,8 +90,8 @@ def text_dls(
 def text_learner(
     cbs:Callback|list|None=None, # Callbacks; None for fastai's `ModelResetter` and `RNNCallback`
     bs:int=16, # Sequences in a batch
-    seq_len:int=20, # Words in a sequence
-    n:int=20_000, # Words used
+    seq_len:int=20, # Number of words in a sequence
+    n:int=20_000, # Number of words to use; one in ten is for validation
     seed:int=42, # Seed of the weights
     **kwargs # Passed to `Learner`
 )->Learner: # An untrained learner with `Perplexity` as its metric
@@ -108,24 +108,24 @@ def text_learner(
 
 # %% ../nbs/90_test_utils.ipynb #cd4974c4
 class PoisonBatch(Callback):
-    "Multiplies the input, the target, a weight, the loss or a gradient of some training batches by `value`"
+    "In some training batches, multiplies the input, the target, a weight, the loss or a gradient by `value`"
     order = -20
     def __init__(self,
-        batch:int|tuple=5, # Training batch to spoil, or several, counted from 0 over the whole fit
-        where:str='loss', # 'input', 'target' (of numbers that are not whole), 'weight', 'loss' or 'grad'
-        value:float=float('nan') # Factor
+        batch:int|tuple=5, # Training batch to damage, or several, counted from 0 over the whole fit
+        where:str='loss', # 'input', 'target' (floats only), 'weight', 'loss' or 'grad'
+        value:float=float('nan') # Factor; NaN by default
     ): self.batch,self.where,self.value = L(batch),where,value
     def _hit(self, where): return self.training and self.where==where and self.train_iter in self.batch
     def before_batch(self):
-        "Spoil the input, the target, or the first weight of the last layer"
+        "Damage the input, the target, or the first weight of the last layer"
         if self._hit('input'): self.learn.xb = tuple(x*self.value for x in self.xb)
         if self._hit('target'): self.learn.yb = tuple(y*self.value for y in self.yb)
         if self._hit('weight'): list(self.model.parameters())[-2].data[0,0] *= self.value
     def after_loss(self):
-        "Spoil the loss"
+        "Damage the loss"
         if not self._hit('loss'): return
         self.learn.loss_grad,self.learn.loss = self.loss_grad*self.value,self.loss*self.value
     def after_backward(self):
-        "Spoil the gradients of the last two parameters"
+        "Damage the gradients of the last two parameters"
         if self._hit('grad'):
             for p in list(self.model.parameters())[-2:]: p.grad *= self.value

@@ -197,7 +197,7 @@ def test_own_files_only():
     for f,b in theirs.items(): (Path('models')/f).write_bytes(b)
     first,second = SaveTopK(k=1),SaveTopK(k=1)
     learn = digits()
-    assert '3 in models/model are not of this run' in fit(learn, 3, cbs=first)
+    assert '3 in models/model are not from this run' in fit(learn, 3, cbs=first)
     best = weights(learn)
     for _ in range(2): fit(learn, 2, cbs=second)      # its second fit takes the place of its first
     own = [cb.best[0]['file'] for cb in (first, second)]

@@ -293,7 +293,7 @@ def test_sparse_gradients(make, opt_func):
 def test_noise_and_sparse_adam():
     class Both(OptimWrapper):
         def __init__(self, params, lr, **kwargs): super().__init__(params, lr=lr, opt=torch.optim.SparseAdam)
-    with pytest.raises(ValueError, match='GradientNoise: all elements get noise, and SparseAdam'):
+    with pytest.raises(ValueError, match='GradientNoise: all numbers of the gradient get noise'):
         trained(partial(Words, True), GradientNoise, Both)
 
 class Odd(nn.Linear):

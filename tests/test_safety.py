@@ -452,7 +452,7 @@ def test_rollbacks_are_bounded():
 def test_a_new_level_is_accepted():
     growing = [Spike(i, by=1e3*100.**(i-20)) for i in range(20,24)]
     learn,out = trained(digits, SpikeGuard(watch='loss', warmup=10, max_consecutive=3), *growing, epochs=3)
-    assert out.count('skipped a batch')==3 and out.count('treats this as ordinary')==1
+    assert out.count('skipped a batch')==3 and out.count('treats this level as normal')==1
 
 def test_what_comes_again_and_again_is_no_spike():
     learn,out = trained(digits, SpikeGuard(warmup=10), Spike(*range(20,40,2), by=300), epochs=4)

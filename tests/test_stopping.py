@@ -347,7 +347,7 @@ def test_step_limit(steps, epoch, batch):
     cb = learn.step_limit
     assert [(r.epoch,r.batch,r.iteration) for r in cb.records]==[(epoch,batch,steps)]
     assert cb.done==steps==len(learn.recorder.losses)
-    assert out==f'step_limit: ended the fit in epoch {epoch}, batch {batch}: {steps} steps were taken\n'
+    assert out==f'step_limit: ended the fit in epoch {epoch}, batch {batch}: steps taken: {steps}\n'
     assert [len(o) for o in learn.recorder.values]==[3]*(epoch+1)
     losses = learn.recorder.losses
     assert learn.recorder.values[-1][0]==losses[-1].item()
@@ -697,7 +697,7 @@ def test_stop_file(every, batches):
     "Looked for after every n-th batch, and at the end of an epoch"
     learn = digits([StopFile('stop', every=every), Touch(6)])
     out = fit(learn, 3)
-    assert learn.train_iter==batches and not Path('stop').exists() and out.count('stop was there')==1
+    assert learn.train_iter==batches and not Path('stop').exists() and out.count('found the file stop')==1
     assert [len(o) for o in learn.recorder.values]==[3,3]
 
 def test_stop_file_of_another_run():
@@ -707,7 +707,7 @@ def test_stop_file_of_another_run():
     assert learn.train_iter==10 and not Path('stop').exists() and out.count('removed a file')==1
 
 def test_a_stop_file_that_cannot_be_removed():
-    "It ends one fit, and is overlooked until it is gone; what lay there before the run ends none"
+    "It ends one fit, and is ignored until it is gone; what lay there before the run ends none"
     Path('stop/x').mkdir(parents=True)
     learn = digits(cb := StopFile('stop'))
     out = fit(learn, 2)
@@ -773,4 +773,4 @@ def test_nothing_to_follow(capsys):
     learn = digits_learner([EarlyStopping()], n=160, bs=32)
     learn.dls.valid = learn.dls.valid.new([])
     with quiet(learn): learn.fit(2)
-    assert 'had nothing to follow' in capsys.readouterr().out
+    assert 'had no metric to watch' in capsys.readouterr().out
