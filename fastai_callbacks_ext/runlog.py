@@ -7,7 +7,7 @@ __all__ = ['RunLog', 'LoggedRun', 'read_log', 'Sink']
 
 # %% ../nbs/15_runlog.ipynb #runlog-004
 import os, platform, subprocess, sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
@@ -36,24 +36,24 @@ from .base.rows import RowFeed, RowFile, read_rows
 class RunLog(ExtCallback):
     """Writes what happens in a run to one file: steps, epochs, interventions, and how each fit ended.
 
-    One `RunLog` is one run and one file, `{path}/{time}-{random}.jsonl`, over all of its fits. A run that a
-    `Checkpoint` resumes goes on in its file. `read_log` makes tables of it. If the file cannot be written, or a
-    tracker fails, one line says so, and the run goes on without."""
-    order,run_valid,run_outside,single = 1990,False,True,True     # before `Checkpoint`: what that saves is in the log
+    One `RunLog` is one run and one file, `{path}/{time}-{random}.jsonl`, over all of its fits. A run that
+    a `Checkpoint` resumes goes on in its file. `read_log` makes tables of it. If the file cannot be
+    written, or a tracker fails, one line says so, and the run goes on without."""
+    order,run_valid,run_outside,single = 1990,False,True,True     # before `Checkpoint` saves, it is in the log
     state_attrs = 'file','n_fits','before','ended'
     transient = dict(_rows=None, _waiting=[], _feeds=[], _begun=False, _resumed=False, _broken=False)
     def __init__(self,
         path:str|Path='runs', # Folder for the files, made if need be
         every:int=50, # Write a row of numbers after every n-th training batch
-        sinks:str|Sequence=(), # Trackers that get the rows too: 'tensorboard', 'wandb', 'mlflow', 'trackio', or a `Sink`
-        echo:float=None # Print a line of progress every so many seconds; None: 60 without a terminal, else never
+        sinks:str|Sequence=(), # Trackers for the same rows: 'tensorboard', 'wandb', 'mlflow', 'trackio', a `Sink`
+        echo:float=None # Seconds between printed lines of progress; None: 60 without a terminal, else none
     ):
         self.path = Path(check_type('path', path, str, Path))
         self.every = check_number('every', every, low=1, integer=True)
         self.sinks = [_sink(o) for o in L(sinks)]
         self.echo = None if echo is None else check_number('echo', echo, low=0)
-        self.file,self.n_fits,self.before = None,0,0      # name of the file; fits, and batches in them, that have ended
-        self.ended = True       # has the last fit?
+        self.file,self.ended = None,True            # name of the file; has the last fit ended?
+        self.n_fits,self.before = 0,0               # fits that have ended, and training batches in them
         vars(self).update(deepcopy(self.transient))
 
     def before_fit(self):
@@ -64,7 +64,8 @@ class RunLog(ExtCallback):
         self._late,self._status,self._echo = LateNumbers(),None,_Echo(self)
         self.ended = self._found = self._in_batch = False
         self._done = 0          # training batches before this one
-        self._write('fit', dict(n_epoch=self.n_epoch, n_batch=len(self.dls.train), facts=run_facts(self.learn)))
+        about = dict(n_epoch=self.n_epoch, n_batch=len(self.dls.train), facts=run_facts(self.learn))
+        self._write('fit', about)
         self.at_end(self._end)
 
     def before_batch(self):
@@ -87,7 +88,7 @@ class RunLog(ExtCallback):
 
     def _numbers(self):
         loss = self.loss.mean() if getattr(self.loss, 'ndim', 0) else self.loss
-        if not len(self.yb): loss = nan         # a guard has skipped the batch, and this is the loss of another one
+        if not len(self.yb): loss = nan         # a guard has skipped the batch: it is the loss of another one
         hypers = {k: v for k,v in self.opt.hypers[-1].items() if isinstance(v, (int,float))}
         return dict(loss=loss, smooth_loss=getattr(self.learn, 'smooth_loss', None)) | hypers
 
@@ -102,14 +103,16 @@ def state_dict(self:RunLog):
     return super(RunLog, self).state_dict()
 
 @patch
-def load_state_dict(self:RunLog, state):
+def load_state_dict(self:RunLog,
+    state:dict # From `state_dict`
+):
     "Go on in the file of the run that is resumed"
     super(RunLog, self).load_state_dict(state)
     self._resumed,self._found = True,self.ended         # was the fit found finished?
 
 @patch
 def _begin(self:RunLog, step, epoch_open=False):
-    "Open the file, and write what has waited; `step` is the last one before, maybe with validation still to do"
+    "Open the file, and write what has waited; `step` is the last one before, maybe without its validation"
     if rank_distrib()>0 or self._broken: return
     path = self._root/self.path/self.file
     try: self._rows = RowFile(path)
@@ -153,7 +156,10 @@ def _sink_failed(self:RunLog, sink, e):
 
 # %% ../nbs/15_runlog.ipynb #runlog-010
 @patch
-def receive(self:RunLog, kind, row):
+def receive(self:RunLog,
+    kind:str, # Kind of the row
+    row:dict # Numbers, text, lists and dicts
+):
     "Write the row of another callback"
     self._write(kind, self._place() | row if self._rows is not None or self._in_batch else row)
 
@@ -163,7 +169,8 @@ def after_epoch(self:RunLog):
     if hasattr(self.learn, 'gather_preds') or hasattr(self.learn, 'lr_finder'): return
     if not self.fitting: return self._write('validate', dict(step=self.before, metrics=self._table('train_')))
     self._write_late(wait=True)         # fastai's recorder has waited already
-    if self._rows is None: self._begin(self.before+self.train_iter, epoch_open=True)    # resumed after the last batch
+    if self._rows is None:      # resumed after the last batch of an epoch
+        self._begin(self.before+self.train_iter, epoch_open=True)
     values = self._table()
     self._echo.epoch(values)
     self._write('epoch', self._place() | dict(metrics=values))
@@ -225,7 +232,8 @@ def _close(self:RunLog):
     "Close the file; trackers have a few seconds for the last rows"
     if self._rows is not None: self._rows.close()
     for sink,feed in zip(self.sinks, self._feeds):
-        if not feed.finish() and feed.is_alive(): print(f'{self.name}: {sink.name} is behind, and lacks the last rows')
+        if not feed.finish() and feed.is_alive():
+            print(f'{self.name}: {sink.name} is behind, and lacks the last rows')
     self._rows,self._feeds = None,[]
 
 # %% ../nbs/15_runlog.ipynb #runlog-012
@@ -234,8 +242,9 @@ def _process(learn):
     device = next((p.device for p in learn.model.parameters()), torch.device('cpu'))
     gpu = torch.cuda.get_device_name(device) if device.type=='cuda' else None
     versions = {o: version(o) for o in ('torch','fastai','fastai_callbacks_ext')}
-    return dict(host=platform.node(), pid=os.getpid(), command=sys.argv, commit=_commit(), device=gpu or str(device),
-                processes=n_ranks(), python=platform.python_version(), versions=versions)
+    return dict(host=platform.node(), pid=os.getpid(), command=sys.argv, commit=_commit(),
+                device=gpu or str(device), processes=n_ranks(), python=platform.python_version(),
+                versions=versions)
 
 def _commit():
     "The commit of the folder, with `-dirty` if files were changed; None outside of a repository"
@@ -254,7 +263,7 @@ class _Echo:
     def tick(self):
         "After a training batch"
         now = monotonic()
-        if self.start is None: self.start = now,self.cb.learn.pct_train      # after the first batch, which is slow
+        if self.start is None: self.start = now,self.cb.learn.pct_train     # the first batch is slow
         if now<self.due or rank_distrib()>0: return
         self.due = now+self.every
         print(self.line(now), flush=True)
@@ -270,7 +279,8 @@ class _Echo:
     def epoch(self, values):
         "After an epoch"
         loss = values.get('valid_loss')
-        if loss is not None and (self.best is None or loss<self.best[1]): self.best = 'valid_loss',loss,self.cb.epoch
+        if loss is None or self.best and self.best[1]<=loss: return
+        self.best = 'valid_loss',loss,self.cb.epoch
 
 def _duration(seconds):
     minutes,seconds = divmod(round(seconds), 60)
@@ -282,7 +292,7 @@ def _duration(seconds):
 class LoggedRun:
     "Tables of a run that `RunLog` has written"
     file:Path # Where it was read from
-    status:str # How the last fit ended: 'finished', 'stopped', 'interrupted', 'failed', 'taken off'; 'no end' if it is running, or was killed
+    status:str # How the last fit ended: 'finished', 'stopped', 'interrupted', 'failed', 'taken off'; or 'no end'
     starts:list # Of each process: versions, machine, command, commit
     fits:list # Of each fit: epochs, `facts`, status
     steps:pd.DataFrame # Numbers of training batches: every `every`th
@@ -340,15 +350,16 @@ def read_log(
         path = files[-1]
     every = [o for o in read_rows(path) if 'kind' in o]
     rows = _counting(every)
-    ends = {o['fit']: o for o in rows if o['kind']=='end'}
-    fits = [o | dict(status=ends.get(o['fit'], {}).get('status', 'no end'), error=ends.get(o['fit'], {}).get('error'))
-            for o in rows if o['kind']=='fit']
+    ends,no_end = {o['fit']: o for o in rows if o['kind']=='end'},dict(status='no end', error=None)
+    how = lambda fit: dict(status=ends[fit]['status'], error=ends[fit].get('error')) if fit in ends else no_end
+    fits = [o | how(o['fit']) for o in rows if o['kind']=='fit']
     kinds = {k: _table_of([o for o in rows if o['kind']==k]) for k in ('step','epoch','event','validate')}
     for k in ('epoch','validate'): kinds[k].columns = [o.removeprefix('metrics.') for o in kinds[k].columns]
     last = [o['kind'] for o in every if o['kind'] in ('fit','end')]
     status = fits[-1]['status'] if last and last[-1]=='end' else 'no end'
-    return LoggedRun(path, status, [o for o in rows if o['kind']=='start'], fits, kinds['step'], kinds['epoch'],
-                     kinds['event'], kinds['validate'], rows)
+    starts = [o for o in rows if o['kind']=='start']
+    return LoggedRun(path, status, starts, fits, kinds['step'], kinds['epoch'], kinds['event'],
+                     kinds['validate'], rows)
 
 # %% ../nbs/15_runlog.ipynb #runlog-018
 class Sink:
@@ -367,7 +378,10 @@ class Sink:
     def close(self):
         "Called after the last row of a fit"
 
-    def feed(self, path, failed):
+    def feed(self,
+        path:Path, # File of a `RunLog`
+        failed:Callable # Called with the error of a method, once
+    )->RowFeed:
         "A thread that passes on what is added to the file `path`"
         opened = False
         def take(row):
@@ -383,7 +397,8 @@ def _named_numbers(row):
     if row['kind'] in ('start','fit','end','event','lr_find','rewind'): return {}
     kind = {'step':'train', 'epoch':'epoch'}.get(row['kind'], row['kind'])
     flat = {k.removeprefix('metrics.'): v for k,v in _flat(row) if k not in _about}
-    return {f'{kind}/{k}': v for k,v in flat.items() if isinstance(v, (int,float)) and not isinstance(v, bool)}
+    is_number = lambda v: isinstance(v, (int,float)) and not isinstance(v, bool)
+    return {f'{kind}/{k}': v for k,v in flat.items() if is_number(v)}
 
 # %% ../nbs/15_runlog.ipynb #runlog-019
 class _TensorBoard(Sink):

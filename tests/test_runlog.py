@@ -33,11 +33,12 @@ def tuned(*cbs):
     learn = small(*cbs, SkipNonFinite(), PoisonBatch((1,6)))
     with quiet(learn): learn.fine_tune(2, 1e-2)
 
+EVENT = 'fit','step','epoch','batch','what','why'
 def one_table(run):
     "What must be there once, whatever happened"
     return (run.steps[['fit','step','epoch','batch','loss','lr']].fillna('no loss').to_dict('records'),
             run.epochs.drop(columns='time').to_dict('records'),
-            run.events[run.events.callback!='checkpoint'][['fit','step','epoch','batch','what','why']].to_dict('records'))
+            run.events[run.events.callback!='checkpoint'][list(EVENT)].to_dict('records'))
 
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory):
@@ -45,7 +46,8 @@ def whole(tmp_path_factory):
     tuned(RunLog(every=1))
     return one_table(read_log())
 
-EVENTS = 'before_fit','before_epoch','before_batch','before_step','after_batch','after_train','after_epoch','after_fit'
+EVENTS = '''before_fit before_epoch before_batch before_step after_batch after_train after_epoch
+    after_fit'''.split()
 
 @pytest.mark.parametrize('seed', range(4))
 def test_killed_again_and_again(seed, whole):
@@ -53,7 +55,8 @@ def test_killed_again_and_again(seed, whole):
     rng = random.Random(seed)
     def attempt(*cbs): tuned(RunLog(every=1), Checkpoint('saved', steps=2, background=False), *cbs)
     for _ in range(4):
-        exit_code(partial(attempt, Kill(rng.choice(EVENTS), rng.randrange(1, 6), rng.choice((-50, 1995, 2050)))))
+        kill = Kill(rng.choice(EVENTS), rng.randrange(1, 6), rng.choice((-50, 1995, 2050)))
+        exit_code(partial(attempt, kill))
     assert exit_code(attempt)==0
     with_steps = [f for f in Path('runs').glob('*.jsonl') if read_log(f).status=='finished']
     run = read_log(with_steps[-1])
@@ -90,15 +93,17 @@ def test_numbers_are_the_runs():
     assert run.steps.step.tolist()==[3,6] and run.steps.loss.tolist()==[losses[2], losses[5]]
     assert run.steps.smooth_loss.tolist()==[learn.recorder.losses[i].item() for i in (2,5)]
     assert run.steps.lr.tolist()==[learn.recorder.lrs[i] for i in (2,5)]
-    assert run.epochs[['train_loss','valid_loss','accuracy']].values.tolist()==[[*o] for o in learn.recorder.values]
+    table = run.epochs[['train_loss','valid_loss','accuracy']].values.tolist()
+    assert table==[[*o] for o in learn.recorder.values]
 
 class End(Callback):
     def __init__(self, error): self.error = error
     def after_batch(self):
         if self.training and self.train_iter==3: raise self.error
 
-@pytest.mark.parametrize('error,status', [(ValueError('bad <b>'), 'failed'), (KeyboardInterrupt(), 'interrupted'),
-                                          (CancelFitException(), 'stopped')])
+ENDS = [(ValueError('bad <b>'), 'failed'), (KeyboardInterrupt(), 'interrupted'), (CancelFitException(), 'stopped')]
+
+@pytest.mark.parametrize('error,status', ENDS)
 def test_how_it_ended(error, status):
     learn = small(RunLog(every=1))
     try: fit(learn, 2, cbs=End(error))
@@ -134,7 +139,7 @@ def test_a_training_phase_that_was_cut_short():
     "The names fit the numbers, where fastai's row lacks one"
     learn = fit(small(RunLog()), cbs=ShortEpochCallback(.4))
     log = read_log().epochs
-    assert log.valid_loss[0]==learn.recorder.final_record[-2] and log.accuracy[0]==learn.recorder.final_record[-1]
+    assert [log.valid_loss[0], log.accuracy[0]]==learn.recorder.final_record[-2:]
 
 def test_with_the_fast_loop_it_is_the_same(whole):
     tuned(RunLog(every=1), FastLoop())
@@ -158,7 +163,8 @@ def test_sinks_get_the_numbers():
     log = RunLog(every=2, sinks=sink)
     fit(small(log), 2)
     run = read_log()
-    assert [(s, n['train/loss']) for s,n in sink.seen if 'train/loss' in n]==[*zip(run.steps.step, run.steps.loss)]
+    losses = [(s, n['train/loss']) for s,n in sink.seen if 'train/loss' in n]
+    assert losses==[*zip(run.steps.step, run.steps.loss)]
     assert [n['epoch/accuracy'] for _,n in sink.seen if 'epoch/accuracy' in n]==run.epochs.accuracy.tolist()
     assert sink.calls==[Path(log.file).stem, 'close']
 
@@ -184,8 +190,9 @@ def test_a_tracker_that_is_not_installed_is_said(name, monkeypatch, capsys):
     assert fit(small(RunLog(sinks=name))).recorder.values
     assert capsys.readouterr().out.count(f'{name} gets no more rows: ')==1
 
-@pytest.mark.parametrize('kwargs', [dict(path=3), dict(every=0), dict(every=1.5), dict(sinks='tensorbord'), dict(sinks=[3]),
-                                    dict(echo=-1)])
+BAD = dict(path=3),dict(every=0),dict(every=1.5),dict(sinks='tensorbord'),dict(sinks=[3]),dict(echo=-1)
+
+@pytest.mark.parametrize('kwargs', BAD, ids=str)
 def test_bad_arguments_are_refused(kwargs):
     with pytest.raises((ValueError, TypeError), match=f'^{next(iter(kwargs))}='): RunLog(**kwargs)
 

@@ -31,7 +31,7 @@ class LateNumbers:
 
     def read(self,
         wait:bool=False # Wait for what is not there yet? At the end of a fit
-    )->list: # Pairs of `about` and `numbers`, each number as Python's own, or a list for a tensor with dimensions
+    )->list: # Pairs of `about` and `numbers`; tensors are Python's numbers, or lists
         "What has arrived, the oldest first; each is given once"
         res = []
         while self._waiting and (wait or all(c.there for c in self._waiting[0][2])):
@@ -43,12 +43,13 @@ class _Copy:
     "Tensors of one device, on their way to main memory in one piece"
     def __init__(self, device, tensors):
         self.shapes = {k: v.shape for k,v in tensors.items()}
-        wide = any(v.dtype==torch.float64 for v in tensors.values())
-        flat = torch.cat([v.reshape(-1).to(torch.float64 if wide else torch.float32) for v in tensors.values()])
+        dtype = torch.float64 if any(v.dtype==torch.float64 for v in tensors.values()) else torch.float32
+        flat = torch.cat([v.reshape(-1).to(dtype) for v in tensors.values()])
         self.done = None
         if device.type!='cuda': self.numbers = flat.cpu()
         else:
-            self.numbers = torch.empty_like(flat, device='cpu', pin_memory=True).copy_(flat, non_blocking=True)
+            pinned = torch.empty_like(flat, device='cpu', pin_memory=True)
+            self.numbers = pinned.copy_(flat, non_blocking=True)
             self.done = torch.cuda.Event()
             self.done.record(torch.cuda.current_stream(device))
 
