@@ -114,9 +114,9 @@ def plot(results, titles, fig=None, mark=None):
 def _bars(ax, title, t, mark):
     names,base = list(t['rows']),t['rows'][t['baseline']]['median']
     low,mid,high = (np.array([r[k]/base for r in t['rows'].values()]) for k in ('low','median','high'))
-    colors = ['C0' if mark and mark in k else '#c3c9d0' for k in names]
-    ax.barh(names, mid, color=colors, xerr=(mid-low, high-mid), ecolor='gray')
-    ax.axvline(1, c='black', lw=0.8, ls=':')
+    colors = ['C0' if mark and mark in k else '.55' for k in names]
+    ax.barh(names, mid, color=colors, xerr=(mid-low, high-mid), ecolor='.48')
+    ax.axvline(1, c='.48', lw=0.8, ls=':')
     for y,(m,h) in enumerate(zip(mid, high)):
         ax.annotate(num(m), (h,y), (4,0), textcoords='offset points', va='center')
     if mid.max() > 30*mid.min() > 0: ax.set_xscale('log')

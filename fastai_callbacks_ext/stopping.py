@@ -67,7 +67,7 @@ class EarlyStopping(Monitor, _Timed):
         divergence:float=None, # Stop when the metric is worse than this or NaN; None: never
         warmup:int=0, # For this many epochs at the start of a fit it never stops; `patience` counts from then
         smooth:float=0., # Watch a moving average of the metric: share of the old average to keep, 0 to 1
-        restore_best:bool=False # Keep the best weights in main memory, and load them at the end, or after an error?
+        restore_best:bool=False # Keep the best weights, and load them at the end, or after an error?
     ):
         super().__init__(monitor, comp)
         if unit not in ('epochs','steps','minutes'):

@@ -259,7 +259,7 @@ def trial(case, ref, seed, folder, most=8):
         if -signal.SIGKILL in codes and kill: kinds.append(kill[0])
         elif any(codes): return kinds,[*problems, f'failed: {out[-2000:]}']
         else: break
-    if saved and 'went on' not in out and 'finished' not in out: problems.append(f'did not go on: {out}')
+    if saved and 'resumed' not in out and 'finished' not in out: problems.append(f'did not go on: {out}')
     for got,want in zip(results(case, folder), ref['digests']):
         differ = [k for k in want if got[0][k]!=want[k]]
         if differ: problems.append(f"other bits in {', '.join(differ)}")

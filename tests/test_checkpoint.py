@@ -187,7 +187,7 @@ def test_changed_arguments_count():
         return digits(stopping, epochs=6, how='fit')
     run(case(9), Checkpoint('run'), stop=130)
     _,out,_ = run(case(5), Checkpoint('run'))
-    assert 'went on in epoch 2' in out and 'No improvement since epoch 0' in out
+    assert 'resumed in epoch 2' in out and 'No improvement since epoch 0' in out
     assert len(list(Path('run').glob('*/*.json')))==2
 
 # Loaders
@@ -277,7 +277,7 @@ def test_seeded_items():
         args = dict(epochs=None, steps=3, seed_items=seed_items)
         run(case, Checkpoint(path, **args), stop=50)
         got,out,_ = run(case, Checkpoint(path, **args))
-        assert 'went on in epoch 0' in out and 'batch 0' not in out
+        assert 'resumed in epoch 0' in out and 'batch 0' not in out
         return got==want,out
     same,out = interrupted('a', True)
     assert same and 'seed_items' not in out
@@ -300,7 +300,7 @@ def test_fresh_processes():
             print('RESULT', crash.train('cnn', folder, None, True)[0])
     assert exit_code(go_on, new=True)==0
     got = Path('out.txt').read_text()
-    assert 'went on in epoch' in got and got.split('RESULT')[1].strip()==str(want)
+    assert 'resumed in epoch' in got and got.split('RESULT')[1].strip()==str(want)
 
 # Another run
 WRONG = dict(model=dict(model=lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 10))), seed=dict(seed=1),
@@ -334,7 +334,7 @@ def test_refuses_another_run(what, begun):
 def test_another_run_begins_anew(begun):
     shutil.copytree(begun, 'run')
     run(digits(n=300), Checkpoint('run', steps=2, resume=False), stop=60)
-    assert 'went on' in run(digits(n=300), Checkpoint('run', steps=2))[1]
+    assert 'resumed' in run(digits(n=300), Checkpoint('run', steps=2))[1]
 
 def test_batch_size_and_lr():
     def case(bs, lr):
@@ -373,7 +373,7 @@ def test_extend():
         got,_,_ = run(longer, Checkpoint(path, extend=True))
         assert got=={**want, 'model': got['model']}==want
     run(digits(), Checkpoint('cycle'))
-    with pytest.raises(ValueError, match='extend=True is for more epochs, in fits without a schedule'):
+    with pytest.raises(ValueError, match='extend=True allows more epochs only, in fits without a schedule'):
         run(digits(epochs=3), Checkpoint('cycle', extend=True))
     run(digits(how='fit'), Checkpoint('short'))
     with pytest.raises(ValueError, match='epochs: 1 here, 2 in the checkpoint'):
@@ -422,12 +422,12 @@ def test_damaged_files(saved, kind):
             lines = [o for o in out.splitlines() if o.startswith('checkpoint: ')]
             flipped = kind=='json' and what.startswith('flipped')
             assert got==want, (what, both)
-            if flipped and len(lines)==1: assert 'went on in epoch 0, batch 6' in lines[0]  # only for people
-            elif flipped: assert all(any(w in o for w in ('00000','went on','anew')) for o in lines), lines
+            if flipped and len(lines)==1: assert 'resumed in epoch 0, batch 6' in lines[0]  # only for people
+            elif flipped: assert all(any(w in o for w in ('00000','resumed','starts')) for o in lines), lines
             elif both:
                 assert len(lines)==3 and all(f'{o:06}.{kind}' in l for o,l in zip((2,1), lines)), lines
-                assert lines[2].endswith('can be used: the fit begins anew')
-            else: assert f'000002.{kind}: ' in lines[0] and 'went on in epoch 0, batch 3' in lines[1], lines
+                assert lines[2].endswith('can be used: training starts from the beginning')
+            else: assert f'000002.{kind}: ' in lines[0] and 'resumed in epoch 0, batch 3' in lines[1], lines
             shutil.rmtree(path)
     assert n>=14 and not Path('code-was-run').exists()
 
@@ -454,7 +454,7 @@ def test_failed_writes(background, no, monkeypatch):
     assert len(lines)>=(3 if background else 5), lines
     fails.clear()
     got,out,_ = run(digits(), Checkpoint('run', **args))
-    assert got==want and 'went on in epoch 0' in out
+    assert got==want and 'resumed in epoch 0' in out
     fails.clear()
     with pytest.raises(OSError, match=os.strerror(no)):
         run(case, Checkpoint('other', on_error='stop', **args))
@@ -523,7 +523,7 @@ def test_preemption_kills_in_time():
     case = digits(lambda: [Signal(signal.SIGTERM), PreemptionGuard()])
     assert exit_code(lambda: case()[1](Checkpoint('run', epochs=None)))==-signal.SIGTERM
     got,out,_ = run(digits(lambda: [PreemptionGuard()]), Checkpoint('run', epochs=None))
-    assert got==want and 'went on in epoch 1, batch 3' in out
+    assert got==want and 'resumed in epoch 1, batch 3' in out
 
 @pytest.mark.parametrize('when,where', [('after_batch','epoch 1, batch 2'), ('after_validate','epoch 0')])
 def test_preemption(when, where):
@@ -534,11 +534,11 @@ def test_preemption(when, where):
         cbs = lambda: [Signal(signal.SIGUSR1, when, 9 if when=='after_batch' else 6), PreemptionGuard()]
         _,out,_ = run(digits(cbs), Checkpoint('run', epochs=None))
         assert got==[signal.SIGUSR1] and f'preemption_guard: ended the fit in {where}' in out
-        assert 'SIGUSR1; the next run goes on from run' in out
+        assert 'SIGUSR1; the next run resumes from run' in out
         assert all(signal.getsignal(s) is handler for s in earlier)
         assert run(digits(), Checkpoint('run', epochs=None))[0]==want
         _,out,_ = run(digits(cbs))
-        assert got==[signal.SIGUSR1]*2 and 'there is no Checkpoint to go on from' in out
+        assert got==[signal.SIGUSR1]*2 and 'nothing was saved, as there is no Checkpoint' in out
     finally:
         for s,h in earlier.items(): signal.signal(s, h)
 
@@ -567,7 +567,7 @@ def test_the_same_call_again(how, stop, new):
     want = run(digits(how=how, epochs=3, cbs=(lambda: [MixUp()]) if mixup else None))[0]
     out,got = on_one_learner(fits, stop, new=new)
     assert {k: got[k] for k in ('model','opt','values')}=={k: want[k] for k in ('model','opt','values')}
-    assert 'went on in epoch' in out and out.count('found the fit')==(how=='fine_tune' and stop==170)
+    assert 'resumed in epoch' in out and out.count('found the fit')==(how=='fine_tune' and stop==170)
 
 @pytest.mark.parametrize('rates', [(.1, .01, .1, .02), (.1, .1, .1)])
 def test_a_loop_of_fits_again(rates):
@@ -576,8 +576,8 @@ def test_a_loop_of_fits_again(rates):
         for lr in rates: learn.fit(1, lr, cbs=cbs)
     n = len(rates)
     out,_ = on_one_learner(loop, 60*(n-1)+30)
-    assert (out.count('found the fit finished'),out.count('went on in epoch'))==((n-1, 1) if n==4 else (0, 1))
-    assert out.index('went on') > out.rfind('found')
+    assert (out.count('found the fit finished'),out.count('resumed in epoch'))==((n-1, 1) if n==4 else (0, 1))
+    assert out.index('resumed') > out.rfind('found')
 
 def test_a_copy_is_a_new_one():
     "Of a learner that has been trained with it: it saves, and does not take the fit for its own"
@@ -613,7 +613,7 @@ def test_ended_by_a_signal_that_is_handled():
     earlier = signal.signal(signal.SIGUSR1, lambda *args: None)
     try:
         case = digits(lambda: [Signal(signal.SIGUSR1, at=2), PreemptionGuard()], how='fine_tune')
-        with pytest.raises(ValueError, match='the run was ended by SIGUSR1.*goes on from run'):
+        with pytest.raises(ValueError, match='the run in run was ended by SIGUSR1, .*with a new Checkpoint'):
             run(case, Checkpoint('run'))
         assert not Path('run/fit_1').exists()
         want = run(digits(how='fine_tune'))[0]
@@ -629,14 +629,14 @@ def test_no_other_fit_begins_when_a_signal_has_ended_one(second):
     try:
         with learn.no_bar(), contextlib.redirect_stdout(io.StringIO()) as out:
             fit(one := Checkpoint('run'), Signal(signal.SIGUSR1, at=2))
-            said = 'ended by SIGUSR1, and .* it goes on from run. For something else, restart Python, or use'
+            said = r'in run was ended by SIGUSR1, and .* Checkpoint\(.run.\)\. .* restart Python'
             for cb in [one, two] if second=='other' else [one]:
                 with pytest.raises(ValueError, match=said): fit(cb)
             assert not Path('other').exists()
             fit(Checkpoint('third', resume=False))      # on purpose
             if second=='other': fit(Checkpoint('run'))
             fit(two)
-        assert 'went on in epoch 0, batch 2' in out.getvalue()
+        assert 'resumed in epoch 0, batch 2' in out.getvalue()
     finally: signal.signal(signal.SIGUSR1, earlier)
 
 # Places
@@ -668,7 +668,7 @@ def test_another_working_directory(tmp_path):
 def test_a_file_is_no_folder():
     Path('file').write_text('')
     for o in ('file','file/run'):
-        said = f"path='{o}': expected a folder, and file is a file"
+        said = f"path='{o}': expected a folder, but file is a file"
         with pytest.raises(ValueError, match=said): Checkpoint(o)
 
 # Words
@@ -677,9 +677,10 @@ def test_a_fit_that_was_ended_early():
     case = digits(lambda: [StepLimit(9)], epochs=9, how='fit')
     run(case, Checkpoint('other'))
     _,out,_ = run(case, Checkpoint('other'))
-    assert 'found the fit finished, after 2 of 9 epochs, where it was ended (resume=False begins anew)' in out
+    said = 'where it was stopped (resume=False starts from the beginning)'
+    assert f'found the fit finished, after 2 of 9 epochs, {said}' in out
     assert 'after 9 epochs, from run' in run(digits(epochs=9), Checkpoint('run'))[1]
-    with pytest.raises(ValueError, match='epochs: 3 here, 9 in the checkpoint; extend=True is for more'):
+    with pytest.raises(ValueError, match='epochs: 3 here, 9 in the checkpoint; extend=True allows more'):
         run(digits(epochs=3, how='fit'), Checkpoint('other', extend=True))
 
 def test_a_loop_of_its_own_is_said():
@@ -689,7 +690,7 @@ def test_a_loop_of_its_own_is_said():
         learn,fits = digits()()
         learn.__class__ = Own
         return learn,fits
-    assert 'does without `Own.all_batches`' in run(case, Checkpoint('run'))[1]
+    assert 'does not use `Own.all_batches`' in run(case, Checkpoint('run'))[1]
 
 def test_items_of_a_run_without_a_seed():
     "They are seeded as in the process before"

@@ -281,7 +281,7 @@ def test_in_a_notebook(notebook):
 def test_goes_on_in_a_notebook(notebook):
     "Each cell that is run again goes on where the last one was interrupted, beside fastai's graph"
     text = ''.join(o.get('text', '') for o in notebook.cells[-1].outputs)
-    assert 'RESULT 2' in text and text.count('went on in epoch')>=3, text
+    assert 'RESULT 2' in text and text.count('resumed in epoch')>=3, text
 
 def test_a_notebook_can_fail(monkeypatch):
     "The test above can fail: a cell with an error, a cell without a bar"

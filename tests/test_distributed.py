@@ -54,7 +54,7 @@ def test_both_go_on(how, seen):
     for rank,cases in enumerate(seen['checkpoint']):
         found = cases[how]
         assert found['got']==found['want']==found['again'] and not found['lock']
-        assert [o.count('went on') for o in found['said']]==([1]*2 if rank==0 else [0]*2), found['said']
+        assert [o.count('resumed') for o in found['said']]==([1]*2 if rank==0 else [0]*2), found['said']
         assert found['finished'].count('found the fit finished')==(rank==0)*(1+(how=='fine_tune'))
 
 def test_faults_on_one_process(seen):

@@ -60,7 +60,7 @@ def test_spot_instance(tmp_path, capfd):
         assert exit_code(dies)==-sig
         assert said in capfd.readouterr().out and not (tmp_path/'run'/'model.pkl').exists()
     assert exit_code(partial(run, 'spot_instance', *options))==0
-    assert 'checkpoint: went on in epoch' in capfd.readouterr().out
+    assert 'checkpoint: resumed in epoch' in capfd.readouterr().out
     run('spot_instance', '--path', tmp_path/'whole', '--epochs', 8)
     assert same_weights(tmp_path/'run'/'model.pkl', tmp_path/'whole'/'model.pkl')
     assert exit_code(partial(run, 'spot_instance', *options))==0
@@ -151,7 +151,7 @@ def test_kfold(tmp_path, capfd):
     capfd.readouterr()
     assert exit_code(partial(run, 'kfold', '--path', tmp_path/'run', *options))==0
     out = capfd.readouterr().out
-    assert out.count('found the fit finished')==1 and out.count('went on')==1
+    assert out.count('found the fit finished')==1 and out.count('resumed')==1
     run('kfold', '--path', tmp_path/'whole', *options)
     got,want = [np.load(tmp_path/o/'oof.npy') for o in ('run','whole')]
     assert np.array_equal(got, want) and (want!=0).all()

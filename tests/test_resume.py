@@ -56,7 +56,7 @@ def goes_on(make, fits, stops, path='run', numbers=lambda learn: crash.digests(l
         learn,out = train(make, fits, Checkpoint(path, **args), stop=stop)
         said += out
     assert numbers(learn)==want
-    assert said.count('went on')>=len(stops), said
+    assert said.count('resumed')>=len(stops), said
     return said
 
 def small(cbs=(), **kwargs): return digits_learner(list(cbs), n=160, bs=32, **kwargs)
@@ -84,7 +84,7 @@ def test_with_everything_that_fastai_shows(fits, monkeypatch):
     learn,out = train(make, fits, Checkpoint('run'), bar=True) if stop else (learn,out)
     assert crash.digests(learn)==want and Path('history.csv').read_text().count('\n')==lines
     if learn.n_epoch==8:
-        at = out.split('went on in epoch ')[1]
+        at = out.split('resumed in epoch ')[1]
         epochs = [int(o) for o in re.findall(r'Epoch (\d+)/8', at)]
         assert {*epochs}<={7,8} and epochs, epochs      # the bar may leave out the last one
 
@@ -101,7 +101,7 @@ def test_after_the_last_epoch():
             if self.epoch==2: raise KeyboardInterrupt
     train(lambda: small([End()]), fit(), Checkpoint('run', background=False))
     learn,out = train(small, fit(), Checkpoint('run'))
-    assert 'checkpoint: went on after the last epoch, from run/fit_0\n' in out
+    assert 'checkpoint: resumed after the last epoch, from run/fit_0\n' in out
     assert crash.digests(learn)==crash.digests(train(small, fit())[0])
 
 # One folder
@@ -114,7 +114,7 @@ def test_a_fit_that_this_process_has_finished_is_not_another_ones():
     assert sorted(Path('run').rglob('*'))==files
     train(small, fit(), Checkpoint('run/2'), forget=False)
     _,out = train(small, fit(), Checkpoint('run', resume=False), forget=False)
-    assert 'found' not in out and 'went on' not in out
+    assert 'found' not in out and 'resumed' not in out
 
 def test_one_checkpoint_for_several_fits():
     cb = Checkpoint('run')
@@ -126,7 +126,7 @@ def test_an_interrupted_fit_goes_on_in_the_same_process():
     fits = lambda l,cbs: l.fine_tune(2, 1e-2, cbs=cbs)
     train(small, fits, Checkpoint('run', steps=1, background=False), stop=(1,1))
     learn,out = train(small, fits, Checkpoint('run'), forget=False)
-    assert 'went on in epoch 1, batch 2' in out and crash.digests(learn)==crash.digests(train(small, fits)[0])
+    assert 'resumed in epoch 1, batch 2' in out and crash.digests(learn)==crash.digests(train(small, fits)[0])
 
 def a_second_run():
     learn = digits_learner(n=160, bs=32)
@@ -158,14 +158,14 @@ def test_a_folder_that_cannot_be_locked(monkeypatch):
     def lockf(*args): raise OSError(37, 'No locks available')
     monkeypatch.setattr('fcntl.lockf', lockf)
     _,out = train(small, lambda l,cbs: l.fine_tune(1, cbs=cbs), Checkpoint('run'))
-    assert out.count('cannot lock run, so nobody notices a second run there: No locks available')==1
+    assert out.count('cannot lock run, so a second run there would not be noticed: No locks available')==1
 
 @pytest.mark.parametrize('place', ['link/run', '/proc/nothere/run'])
 def test_a_folder_that_cannot_be_made(place):
     "A disk that is not mounted: it is said, and the training goes on"
     Path('link').symlink_to('nothere/there')
     learn,out = train(small, fit(1), Checkpoint(place))
-    assert out.count(f'cannot lock {place}, so nobody notices a second run there: ')==1
+    assert out.count(f'cannot lock {place}, so a second run there would not be noticed: ')==1
     assert 'could not save' in out and len(learn.recorder.values)==1
 
 # Random states
@@ -314,7 +314,7 @@ def test_what_cannot_be_saved_is_named_once():
     assert 'Mess.count (count)' in lines[0]
     train(lambda: small([Mess()]), fit(), Checkpoint('other', steps=1), stop=(0,2))
     _,out = train(lambda: small([Mess()]), fit(), Checkpoint('other'))
-    assert out.count('cannot save')==1 and out.index('went on')<out.index('cannot save')
+    assert out.count('cannot save')==1 and out.index('resumed')<out.index('cannot save')
 
 def test_no_noise_about_fastais_own():
     cbs = lambda: [ShowGraphCallback(), CSVLogger(), MixUp(), SaveModelCallback(fname='m'),
@@ -353,7 +353,7 @@ def test_what_has_no_plain_form_is_said_at_the_first_save(name):
                       stop=(0,2))
     assert out.count('cannot save')==1 and path in out
     learn,out = train(lambda: small(**kwargs), fit(), Checkpoint('run'))
-    assert 'went on in epoch 0, batch 3' in out and len(learn.recorder.values)==3
+    assert 'resumed in epoch 0, batch 3' in out and len(learn.recorder.values)==3
 
 def test_lazy_layers():
     make = lambda: small(model=nn.Sequential(nn.Flatten(), nn.LazyBatchNorm1d(), nn.LazyLinear(10)))

@@ -306,7 +306,7 @@ def test_items_are_those_of_the_data(resumed):
         cbs.append(Checkpoint('run', steps=1, background=False))
     learn,out = trained(make, *cbs)
     assert 'the input has 64 of 2,048 values' in out and f'; item {item} of the training set' in out, out
-    if resumed: assert 'went on in epoch 0' in out
+    if resumed: assert 'resumed in epoch 0' in out
 
 def test_items_of_tables_and_texts():
     import pandas as pd
@@ -511,7 +511,7 @@ def test_resumes_to_the_same_bits(name, at):
     guard,fault = guarded(name)
     got = digits([guard, fault, Checkpoint('run', background=False)])
     with quiet(got), contextlib.redirect_stdout(io.StringIO()) as out: got.fit_one_cycle(4)
-    assert f'went on in epoch {at//10}, batch {at%10}' in out.getvalue()
+    assert f'resumed in epoch {at//10}, batch {at%10}' in out.getvalue()
     same(state(got), state(want))
     records = lambda learn: getattr(learn, guard.name).records
     assert records(got)==records(want) and got.recorder.lrs==want.recorder.lrs
@@ -558,7 +558,7 @@ def test_a_guard_that_joins_a_resumed_run(cb):
         again = Checkpoint(f'run{batch}', background=False)
         got = digits([again, cb(), PoisonBatch(batch, 'weight'), Stop()])
         with quiet(got), contextlib.redirect_stdout(io.StringIO()) as out: got.fit(4)
-        assert all(o in out.getvalue() for o in ('went on in epoch 1, batch 4', 'batch 14 of the fit'))
+        assert all(o in out.getvalue() for o in ('resumed in epoch 1, batch 4', 'batch 14 of the fit'))
     for a,b in zip(got.model.state_dict().values(), before): assert torch.equal(a, b)
 
 # What cannot be copied
