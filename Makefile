@@ -43,6 +43,7 @@ bench: .venv/bench-ready ## Measure the callbacks and the loop beside their peer
 	$(RUN)/python benchmarks/safety.py
 	$(RUN)/python benchmarks/gradients.py
 	$(RUN)/python benchmarks/averaging.py
+	$(RUN)/python benchmarks/monitors.py
 
 techniques: .venv/ready ## Train digits and a language model with and without each technique: tables and figures of the docs (an hour)
 	OMP_NUM_THREADS=1 $(RUN)/python benchmarks/techniques.py

@@ -39,13 +39,13 @@ class RunLog(ExtCallback):
     One `RunLog` is one run and one file, `{path}/{time}-{random}.jsonl`, over all of its fits. A run that
     a `Checkpoint` resumes goes on in its file. `read_log` makes tables of it. If the file cannot be
     written, or a tracker fails, one line says so, and the run goes on without."""
-    order,run_valid,run_outside,single = 1990,False,True,True     # before `Checkpoint` saves, it is in the log
+    order,run_valid,run_outside,single = 1990,False,True,True     # before `Checkpoint` saves
     state_attrs = 'file','n_fits','before','ended'
     transient = dict(_rows=None, _waiting=[], _feeds=[], _begun=False, _resumed=False, _broken=False)
     def __init__(self,
         path:str|Path='runs', # Folder for the files, made if need be
         every:int=50, # Write a row of numbers after every n-th training batch
-        sinks:str|Sequence=(), # Trackers for the same rows: 'tensorboard', 'wandb', 'mlflow', 'trackio', a `Sink`
+        sinks:str|Sequence=(), # Trackers to show it: 'tensorboard', 'wandb', 'mlflow', 'trackio', or a `Sink`
         echo:float=None # Seconds between printed lines of progress; None: 60 without a terminal, else none
     ):
         self.path = Path(check_type('path', path, str, Path))
@@ -292,7 +292,7 @@ def _duration(seconds):
 class LoggedRun:
     "Tables of a run that `RunLog` has written"
     file:Path # Where it was read from
-    status:str # How the last fit ended: 'finished', 'stopped', 'interrupted', 'failed', 'taken off'; or 'no end'
+    status:str # How the last fit ended: finished, stopped, interrupted, failed, taken off; or no end
     starts:list # Of each process: versions, machine, command, commit
     fits:list # Of each fit: epochs, `facts`, status
     steps:pd.DataFrame # Numbers of training batches: every `every`th
@@ -350,9 +350,9 @@ def read_log(
         path = files[-1]
     every = [o for o in read_rows(path) if 'kind' in o]
     rows = _counting(every)
-    ends,no_end = {o['fit']: o for o in rows if o['kind']=='end'},dict(status='no end', error=None)
-    how = lambda fit: dict(status=ends[fit]['status'], error=ends[fit].get('error')) if fit in ends else no_end
-    fits = [o | how(o['fit']) for o in rows if o['kind']=='fit']
+    ends,no_end = {o['fit']: o for o in rows if o['kind']=='end'},dict(status='no end')
+    how = lambda end: dict(status=end['status'], error=end.get('error'))
+    fits = [o | how(ends.get(o['fit'], no_end)) for o in rows if o['kind']=='fit']
     kinds = {k: _table_of([o for o in rows if o['kind']==k]) for k in ('step','epoch','event','validate')}
     for k in ('epoch','validate'): kinds[k].columns = [o.removeprefix('metrics.') for o in kinds[k].columns]
     last = [o['kind'] for o in every if o['kind'] in ('fit','end')]
@@ -420,14 +420,16 @@ class _Wandb(Sink):
     def close(self): self.run.finish()
 
 class _MLflow(Sink):
-    name,id = 'mlflow',None
+    name = 'mlflow'
     def open(self, name, config):
         import mlflow
         self.client = mlflow.MlflowClient()
-        if self.id: return
-        experiment = mlflow.set_experiment(os.environ.get('MLFLOW_EXPERIMENT_NAME', 'fastai'))
-        self.id = self.client.create_run(experiment.experiment_id, run_name=name).info.run_id
-        for k,v in config.items(): self.client.log_param(self.id, k.replace('-', ' '), str(v)[:500])
+        experiment = mlflow.set_experiment(os.environ.get('MLFLOW_EXPERIMENT_NAME', 'fastai')).experiment_id
+        found = self.client.search_runs([experiment], f"attributes.run_name = '{name}'")
+        run = found[0] if found else self.client.create_run(experiment, run_name=name)
+        self.id = run.info.run_id
+        for k,v in config.items():
+            if not found: self.client.log_param(self.id, k.replace('-', ' '), str(v)[:500])
     def log(self, numbers, step):
         for k,v in numbers.items(): self.client.log_metric(self.id, k, v, step=step)
     def close(self): self.client.set_terminated(self.id)
