@@ -18,6 +18,7 @@ from importlib.metadata import version
 from math import inf, nan
 from pathlib import Path
 from time import monotonic, time
+from types import SimpleNamespace
 from uuid import uuid4
 
 import pandas as pd
@@ -41,7 +42,8 @@ class RunLog(ExtCallback):
     written, or a tracker fails, one line says so, and the run goes on without."""
     order,run_valid,run_outside,single = 1990,False,True,True     # before `Checkpoint` saves
     state_attrs = 'file','n_fits','before','ended'
-    transient = dict(_rows=None, _waiting=[], _feeds=[], _begun=False, _resumed=False, _broken=False)
+    transient = dict(_rows=None, _waiting=[], _feeds=[], _off=False, _begun=False, _resumed=False,
+                     _found=False, _now=SimpleNamespace(in_batch=False, done=0))    # training batches before
     def __init__(self,
         path:str|Path='runs', # Folder for the files, made if need be
         every:int=50, # Write a row of numbers after every n-th training batch
@@ -61,30 +63,33 @@ class RunLog(ExtCallback):
         self._root = Path.cwd()         # the script may go to another folder
         self.file = self.file or f'{datetime.now():%Y%m%d-%H%M%S}-{uuid4().hex[:6]}.jsonl'
         if not self.fitting: return
+        self._off = self._off or rank_distrib()>0
         self._late,self._status,self._echo = LateNumbers(),None,_Echo(self)
-        self.ended = self._found = self._in_batch = False
-        self._done = 0          # training batches before this one
+        self.ended = self._found = False
+        self._now = SimpleNamespace(in_batch=False, done=0)     # its attributes are set faster than a callback's
         about = dict(n_epoch=self.n_epoch, n_batch=len(self.dls.train), facts=run_facts(self.learn))
         self._write('fit', about)
         self.at_end(self._end)
 
     def before_batch(self):
         "From here on, what happens belongs to the next step"
-        self._in_batch,self._done = True,self.train_iter
+        if self.fitting: self._now.in_batch,self._now.done = True,self.learn.train_iter
 
     def after_batch(self):
         "Note the numbers of this step, if it is time; write those that have arrived"
-        if not self.fitting: return
-        if self._rows is None: self._begin(self.before+self.train_iter-1)
-        if self.train_iter%self.every==0: self._late.add(self._numbers(), dict(t=time()) | self._place())
+        if self._off or not self.fitting: return
+        n = self.learn.train_iter
+        if self._rows is None: self._begin(self.before+n-1)
+        if n%self.every==0: self._late.add(self._numbers(), dict(t=time()) | self._place())
         if self._late: self._write_late()
         self._echo.tick()
-        self._in_batch = False
+        self._now.in_batch = False
 
     def _place(self):
         "Where the run is; a batch is counted from its beginning on"
-        n = self.train_iter + (self._in_batch and self.train_iter==self._done)
-        return dict(step=self.before+n, epoch=self.epoch) | (dict(batch=self.iter) if self._in_batch else {})
+        n,now = self.learn.train_iter,self._now
+        place = dict(step=self.before + n + (now.in_batch and n==now.done), epoch=self.epoch)
+        return place | (dict(batch=self.iter) if now.in_batch else {})
 
     def _numbers(self):
         loss = self.loss.mean() if getattr(self.loss, 'ndim', 0) else self.loss
@@ -113,7 +118,7 @@ def load_state_dict(self:RunLog,
 @patch
 def _begin(self:RunLog, step, epoch_open=False):
     "Open the file, and write what has waited; `step` is the last one before, maybe without its validation"
-    if rank_distrib()>0 or self._broken: return
+    if self._off: return
     path = self._root/self.path/self.file
     try: self._rows = RowFile(path)
     except OSError as e: return self._fail(e)
@@ -127,6 +132,7 @@ def _begin(self:RunLog, step, epoch_open=False):
 @patch
 def _write(self:RunLog, kind, row):
     "Add a row, or keep it until the file is open"
+    if self._off: return
     row = self._dated(kind, row)
     try:
         if self._rows is not None: self._rows.add(row)
@@ -139,7 +145,6 @@ def _dated(self:RunLog, kind, row): return dict(kind=kind, t=time(), fit=self.n_
 
 @patch
 def _add_between_fits(self:RunLog, row):
-    if rank_distrib()>0 or self._broken: return
     rows = RowFile(self._root/self.path/self.file)
     rows.add(row)
     rows.close()
@@ -147,7 +152,7 @@ def _add_between_fits(self:RunLog, row):
 @patch
 def _fail(self:RunLog, e):
     "Helping never harms: go on without"
-    self._broken,self._rows = True,None
+    self._off,self._rows = True,None
     self.tell('writes no log', f'{self.path/self.file}: {e.strerror or e}')
 
 @patch
@@ -161,7 +166,7 @@ def receive(self:RunLog,
     row:dict # Numbers, text, lists and dicts
 ):
     "Write the row of another callback"
-    self._write(kind, self._place() | row if self._rows is not None or self._in_batch else row)
+    self._write(kind, self._place() | row if self._rows is not None or self._now.in_batch else row)
 
 @patch
 def after_epoch(self:RunLog):
@@ -211,7 +216,7 @@ def _write_end(self:RunLog, status, **about):
     if self._rows is not None:
         self._write_late(wait=True)
         self._write('end', row)
-    elif self._resumed: self._add_between_fits(self._dated('end', row))       # no batch and no epoch was left
+    elif self._resumed and not self._off: self._add_between_fits(self._dated('end', row))       # no batch and no epoch was left
 
 @patch
 def _end(self:RunLog):
@@ -264,7 +269,7 @@ class _Echo:
         "After a training batch"
         now = monotonic()
         if self.start is None: self.start = now,self.cb.learn.pct_train     # the first batch is slow
-        if now<self.due or rank_distrib()>0: return
+        if now<self.due: return
         self.due = now+self.every
         print(self.line(now), flush=True)
 

@@ -101,7 +101,8 @@ class End(Callback):
     def after_batch(self):
         if self.training and self.train_iter==3: raise self.error
 
-ENDS = [(ValueError('bad <b>'), 'failed'), (KeyboardInterrupt(), 'interrupted'), (CancelFitException(), 'stopped')]
+ENDS = [(ValueError('bad <b>'), 'failed'), (KeyboardInterrupt(), 'interrupted'),
+        (CancelFitException(), 'stopped')]
 
 @pytest.mark.parametrize('error,status', ENDS)
 def test_how_it_ended(error, status):
@@ -220,3 +221,12 @@ def test_metrics_of_any_kind():
     learn.recorder.logger = noop
     with learn.no_bar(): learn.fit(1)
     assert read_log().epochs.words[0]=='fine'
+
+def test_what_others_tell_before_the_first_batch():
+    "It waits for the file; also of a callback whose turn in `before_fit` is earlier"
+    class Tells(ExtCallback):
+        order = -100
+        def before_fit(self): self.tell('looked', 'it was asked to')
+    fit(small(Tells(), RunLog()))
+    events = read_log().events
+    assert events[['callback','what','fit','step']].values.tolist()==[['tells','looked',0,0]]
