@@ -66,7 +66,7 @@ class RunLog(ExtCallback):
         self._off = self._off or rank_distrib()>0
         self._late,self._status,self._echo = LateNumbers(),None,_Echo(self)
         self.ended = self._found = False
-        self._now = SimpleNamespace(in_batch=False, done=0)     # its attributes are set faster than a callback's
+        self._now = SimpleNamespace(in_batch=False, done=0)     # setting a callback's attribute is slow
         about = dict(n_epoch=self.n_epoch, n_batch=len(self.dls.train), facts=run_facts(self.learn))
         self._write('fit', about)
         self.at_end(self._end)
@@ -216,7 +216,8 @@ def _write_end(self:RunLog, status, **about):
     if self._rows is not None:
         self._write_late(wait=True)
         self._write('end', row)
-    elif self._resumed and not self._off: self._add_between_fits(self._dated('end', row))       # no batch and no epoch was left
+    elif self._resumed and not self._off:       # no batch and no epoch was left
+        self._add_between_fits(self._dated('end', row))
 
 @patch
 def _end(self:RunLog):
