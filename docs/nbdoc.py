@@ -9,6 +9,7 @@ from pathlib import Path
 from types import UnionType
 from typing import get_args
 
+import pandas as pd
 import torch
 from fastai.callback.core import event
 from fastcore.basics import exec_local
@@ -50,11 +51,13 @@ def _default(o): return '' if o is empty else getattr(o, '__name__', None) or re
 def _code(s): return f'`` {s} ``' if s else ''        # single backticks become links
 
 docs_of = {'python':'https://docs.python.org/3/library/', 'torch':'https://docs.pytorch.org/docs/stable/',
-           'matplotlib':'https://matplotlib.org/stable/api/_as_gen/'}
+           'matplotlib':'https://matplotlib.org/stable/api/_as_gen/',
+           'pandas':'https://pandas.pydata.org/docs/reference/api/'}
 elsewhere = {torch.Tensor: docs_of['torch']+'tensors.html',
              torch.nn.Module: docs_of['torch']+'generated/torch.nn.Module.html',
              torch.nn.Parameter: docs_of['torch']+'generated/torch.nn.parameter.Parameter.html',
              BufferedWriter: docs_of['python']+'io.html#io.BufferedWriter',
+             pd.DataFrame: docs_of['pandas']+'pandas.DataFrame.html',
              Axes: docs_of['matplotlib']+'matplotlib.axes.Axes.html'}
 
 def _linked(t):
