@@ -49,7 +49,7 @@ def whole(tmp_path_factory):
 EVENTS = '''before_fit before_epoch before_batch before_step after_batch after_train after_epoch
     after_fit'''.split()
 
-@pytest.mark.parametrize('seed', range(4))
+@pytest.mark.parametrize('seed', [2,17])       # of 121 that were tried, two in which a first version failed
 def test_killed_again_and_again(seed, whole):
     "Each step and epoch is in the tables once, with the numbers of a run that was never killed"
     rng = random.Random(seed)

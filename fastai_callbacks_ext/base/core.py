@@ -394,7 +394,7 @@ def publish(self:ExtCallback,
     row:dict # Numbers, text, lists and dicts
 ):
     "Pass a row to callbacks that keep what others find out, such as `RunLog`"
-    for cb in self.learn.cbs:
+    for cb in getattr(self.learn, 'cbs', ()):
         if hasattr(type(cb), 'receive'): cb.receive(kind, row)
 
 # %% ../../nbs/base/core.ipynb #f74f6fdb
