@@ -230,3 +230,29 @@ def test_what_others_tell_before_the_first_batch():
     fit(small(Tells(), RunLog()))
     events = read_log().events
     assert events[['callback','what','fit','step']].values.tolist()==[['tells','looked',0,0]]
+
+class Recorded:
+    "Stands in for a tracker's package, and for what it returns: keeps the calls"
+    def __init__(self): self.calls = []
+    def __getattr__(self, name):
+        if name.startswith('_'): raise AttributeError(name)
+        def call(*args, **kwargs):
+            self.calls.append((name, args, kwargs))
+            return [] if name=='search_runs' else self
+        return call
+    info,run_id,experiment_id = property(lambda self: self),'run','experiment'
+
+@pytest.mark.parametrize('name', ['tensorboard','wandb','mlflow','trackio'])
+def test_what_a_tracker_gets(name, monkeypatch):
+    "Each number once, with its step; the run is begun and ended in each fit"
+    package = Recorded()
+    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard' if name=='tensorboard' else name, package)
+    fit(small(RunLog(every=2, sinks=name)), 2)
+    losses = read_log().steps.loss.tolist()
+    found = []
+    for called,args,kwargs in package.calls:
+        if called in ('add_scalar','log_metric') and 'train/loss' in args:
+            found.append(args[args.index('train/loss')+1])
+        if called=='log' and 'train/loss' in args[0]: found.append(args[0]['train/loss'])
+    assert found==losses
+    assert package.calls[-1][0]=={'tensorboard':'close', 'mlflow':'set_terminated'}.get(name, 'finish')
