@@ -8,25 +8,27 @@ __all__ = ['RunLog', 'LoggedRun', 'read_log', 'Sink']
 # %% ../nbs/15_runlog.ipynb #runlog-004
 import os, platform, subprocess, sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from datetime import datetime
 from difflib import get_close_matches
 from functools import partial
-from importlib.metadata import version
 from math import inf, nan
 from pathlib import Path
 from time import monotonic, time
 from types import SimpleNamespace
 from uuid import uuid4
 
+import fastai
+import fastai_callbacks_ext
 import pandas as pd
 import torch
 from fastai.torch_core import rank_distrib
 from fastcore.basics import patch
 from fastcore.foundation import L
 from fastcore.imports import IN_NOTEBOOK
+from fastprogress.fastprogress import format_time
 from torch import Tensor
 from .base.core import ExtCallback, check_number, check_type, n_ranks
 from .base.identity import run_facts
@@ -41,9 +43,9 @@ class RunLog(ExtCallback):
     a `Checkpoint` resumes goes on in its file. `read_log` makes tables of it. If the file cannot be
     written, or a tracker fails, one line says so, and the run goes on without."""
     order,run_valid,run_outside,single = 1990,False,True,True     # before `Checkpoint` saves
-    state_attrs = 'file','n_fits','before','ended'
+    state_attrs = 'file','fit','before'
     transient = dict(_rows=None, _waiting=[], _feeds=[], _off=False, _begun=False, _resumed=False,
-                     _found=False, _now=SimpleNamespace(in_batch=False, done=0))    # training batches before
+                     _sent=None, _now=SimpleNamespace(in_batch=False, done=0))
     def __init__(self,
         path:str|Path='runs', # Folder for the files, made if need be
         every:int=50, # Write a row of numbers after every n-th training batch
@@ -54,8 +56,7 @@ class RunLog(ExtCallback):
         self.every = check_number('every', every, low=1, integer=True)
         self.sinks = [_sink(o) for o in L(sinks)]
         self.echo = None if echo is None else check_number('echo', echo, low=0)
-        self.file,self.ended = None,True            # name of the file; has the last fit ended?
-        self.n_fits,self.before = 0,0               # fits that have ended, and training batches in them
+        self.file,self.fit,self.before,self.ran = None,-1,0,0   # this fit, training batches before and in it
         vars(self).update(deepcopy(self.transient))
 
     def before_fit(self):
@@ -65,10 +66,10 @@ class RunLog(ExtCallback):
         if not self.fitting: return
         self._off = self._off or rank_distrib()>0
         self._late,self._status,self._echo = LateNumbers(),None,_Echo(self)
-        self.ended = self._found = False
+        self.fit,self.before,self.ran = self.fit+1,self.before+self.ran,0
+        self._ended,self._facts = False,run_facts(self.learn)
         self._now = SimpleNamespace(in_batch=False, done=0)     # setting a callback's attribute is slow
-        about = dict(n_epoch=self.n_epoch, n_batch=len(self.dls.train), facts=run_facts(self.learn))
-        self._write('fit', about)
+        self._write('fit', dict(n_epoch=self.n_epoch, n_batch=len(self.dls.train), facts=self._facts))
         self.at_end(self._end)
 
     def before_batch(self):
@@ -113,7 +114,7 @@ def load_state_dict(self:RunLog,
 ):
     "Go on in the file of the run that is resumed"
     super(RunLog, self).load_state_dict(state)
-    self._resumed,self._found = True,self.ended         # was the fit found finished?
+    self._resumed = True
 
 @patch
 def _begin(self:RunLog, step, epoch_open=False):
@@ -122,7 +123,8 @@ def _begin(self:RunLog, step, epoch_open=False):
     path = self._root/self.path/self.file
     try: self._rows = RowFile(path)
     except OSError as e: return self._fail(e)
-    self._feeds = [o.feed(path, partial(self._sink_failed, o)) for o in self.sinks]
+    failed = lambda o: partial(self._sink_failed, o)
+    self._feeds = [o.feed(path, self._facts, failed(o), self._sent) for o in self.sinks]
     waiting,self._waiting = self._waiting,[]
     if not self._begun: self._write('start', dict(step=step) | _process(self.learn))
     if self._resumed: self._write('rewind', dict(step=step, epoch_open=epoch_open))
@@ -132,22 +134,19 @@ def _begin(self:RunLog, step, epoch_open=False):
 @patch
 def _write(self:RunLog, kind, row):
     "Add a row, or keep it until the file is open"
+    row = dict(kind=kind, t=time()) | row
+    if self._rows is None and (self.fitting or not self._begun): self._waiting.append(row)
+    else: self._add(row)
+
+@patch
+def _add(self:RunLog, row):
+    "Add a row to the file, which is open in a fit only"
     if self._off: return
-    row = self._dated(kind, row)
+    row = dict(fit=self.fit) | row
     try:
-        if self._rows is not None: self._rows.add(row)
-        elif self._begun and not self.fitting: self._add_between_fits(row)
-        else: self._waiting.append(row)
+        if self._rows is not None: return self._rows.add(row)
+        with closing(RowFile(self._root/self.path/self.file)) as rows: rows.add(row)
     except OSError as e: self._fail(e)
-
-@patch
-def _dated(self:RunLog, kind, row): return dict(kind=kind, t=time(), fit=self.n_fits) | row
-
-@patch
-def _add_between_fits(self:RunLog, row):
-    rows = RowFile(self._root/self.path/self.file)
-    rows.add(row)
-    rows.close()
 
 @patch
 def _fail(self:RunLog, e):
@@ -172,7 +171,8 @@ def receive(self:RunLog,
 def after_epoch(self:RunLog):
     "Write what fastai's table shows, or the numbers of a `validate`"
     if hasattr(self.learn, 'gather_preds') or hasattr(self.learn, 'lr_finder'): return
-    if not self.fitting: return self._write('validate', dict(step=self.before, metrics=self._table('train_')))
+    if not self.fitting:
+        return self._write('validate', dict(step=self.before+self.ran, metrics=self._table('train_')))
     self._write_late(wait=True)         # fastai's recorder has waited already
     if self._rows is None:      # resumed after the last batch of an epoch
         self._begin(self.before+self.train_iter, epoch_open=True)
@@ -181,8 +181,9 @@ def after_epoch(self:RunLog):
     self._write('epoch', self._place() | dict(metrics=values))
 
 @patch
-def _table(self:RunLog, but=('epoch','time')):
+def _table(self:RunLog, but=()):
     "The values of this epoch by name; names that begin with `but` are left out"
+    if not hasattr(self.learn, 'recorder'): return {}
     names = [o for o in self.recorder.metric_names if o not in ('epoch','time')]
     log = self.recorder.log[1:1+len(names)]
     if self.fitting and len(log)==len(names): return dict(zip(names, map(_number, log)))
@@ -203,40 +204,37 @@ def after_cancel_fit(self:RunLog):
 @patch
 def after_fit(self:RunLog):
     "No error has ended the fit; or write what `lr_find` found"
-    if self.fitting and not self._found: self._write_end(self._status or 'finished')
-    elif not self.fitting and hasattr(self.learn, 'lr_finder'):
-        rec = self.recorder
-        self._write('lr_find', dict(step=self.before, lr=rec.lrs, loss=[float(o) for o in rec.losses]))
+    if self.fitting: self._write_end(self._status or 'finished')
+    elif hasattr(self.learn, 'lr_finder'):
+        lrs,losses = self.recorder.lrs,[float(o) for o in self.recorder.losses]
+        self._write('lr_find', dict(step=self.before+self.ran, lr=lrs, loss=losses))
 
 @patch
 def _write_end(self:RunLog, status, **about):
-    "How the fit has ended"
-    self.ended = True
-    row = dict(step=self.before+self.learn.train_iter, status=status) | about
-    if self._rows is not None:
-        self._write_late(wait=True)
-        self._write('end', row)
-    elif self._resumed and not self._off:       # no batch and no epoch was left
-        self._add_between_fits(self._dated('end', row))
+    "How the fit has ended; also of one that is resumed with nothing left to do"
+    self._ended = True
+    if self._rows is None and not self._resumed: return
+    self._write_late(wait=True)
+    step = self.before+self.learn.train_iter
+    self._add(dict(kind='end', t=time(), step=step, status=status) | about)
 
 @patch
 def _end(self:RunLog):
     "Write what has cut off the fit, if anything, and close the file"
-    step,error = self.before+self.learn.train_iter,sys.exc_info()[1]
-    if self._found: return self._waiting.clear()
-    if not self.ended:
+    self.ran,error = self.learn.train_iter,sys.exc_info()[1]
+    if not self._ended:
         if error is None: self._write_end('taken off')
         elif isinstance(error, KeyboardInterrupt): self._write_end('interrupted')
         else:
-            if self._rows is None: self._begin(step)
+            if self._rows is None: self._begin(self.before+self.ran)
             self._write_end('failed', error=f'{type(error).__name__}: {error}')
+    self._waiting = []
     self._close()
-    self.before,self.n_fits,self._waiting = step,self.n_fits+1,[]
 
 @patch
 def _close(self:RunLog):
     "Close the file; trackers have a few seconds for the last rows"
-    if self._rows is not None: self._rows.close()
+    if self._rows is not None: self._sent = self._rows.close()
     for sink,feed in zip(self.sinks, self._feeds):
         if not feed.finish() and feed.is_alive():
             print(f'{self.name}: {sink.name} is behind, and lacks the last rows')
@@ -247,7 +245,7 @@ def _process(learn):
     "What the results may depend on, beside the run itself"
     device = next((p.device for p in learn.model.parameters()), torch.device('cpu'))
     gpu = torch.cuda.get_device_name(device) if device.type=='cuda' else None
-    versions = {o: version(o) for o in ('torch','fastai','fastai_callbacks_ext')}
+    versions = {o.__name__: str(o.__version__) for o in (torch, fastai, fastai_callbacks_ext)}
     return dict(host=platform.node(), pid=os.getpid(), command=sys.argv, commit=_commit(),
                 device=gpu or str(device), processes=n_ranks(), python=platform.python_version(),
                 versions=versions)
@@ -262,7 +260,7 @@ class _Echo:
     "Prints a line of progress now and then"
     def __init__(self, cb):
         self.cb,self.best = cb,None
-        seen = IN_NOTEBOOK or sys.stdout.isatty()
+        seen = IN_NOTEBOOK or getattr(sys.stdout, 'isatty', bool)()
         self.every = cb.echo if cb.echo is not None else inf if seen else 60
         self.due,self.start = monotonic()+self.every,None
 
@@ -277,21 +275,16 @@ class _Echo:
     def line(self, now):
         cb,learn = self.cb,self.cb.learn
         (t,done),part = self.start,learn.pct_train
-        left = f', {_duration((now-t)*(1-part)/(part-done))} left' if part>done else ''
+        left = f', {format_time((now-t)*(1-part)/(part-done))} left' if part>done else ''
         best = f', best {self.best[0]} {self.best[1]:.4g} in epoch {self.best[2]}' if self.best else ''
         return (f'{cb.name}: {part:.0%}, epoch {learn.epoch} of {learn.n_epoch}, '
-                f'train_loss {float(learn.smooth_loss):.4g}{best}{left}')
+                f"train_loss {float(getattr(learn, 'smooth_loss', nan)):.4g}{best}{left}")
 
     def epoch(self, values):
         "After an epoch"
         loss = values.get('valid_loss')
         if loss is None or self.best and self.best[1]<=loss: return
         self.best = 'valid_loss',loss,self.cb.epoch
-
-def _duration(seconds):
-    minutes,seconds = divmod(round(seconds), 60)
-    hours,minutes = divmod(minutes, 60)
-    return f'{hours}:{minutes:02}:{seconds:02}' if hours else f'{minutes}:{seconds:02}'
 
 # %% ../nbs/15_runlog.ipynb #runlog-014
 @dataclass
@@ -333,7 +326,8 @@ def _table_of(rows):
 def _stays(row, rewind):
     "Does `row` come before the place that the run was resumed from?"
     if row['kind']=='start' or row['step']<rewind['step']: return True
-    return row['step']==rewind['step'] and ('batch' in row or not rewind['epoch_open'])
+    in_batch = row.get('batch') is not None
+    return row['step']==rewind['step'] and (in_batch or not rewind['epoch_open'])
 
 def _counting(rows):
     "The rows that no rewind has made void"
@@ -346,12 +340,12 @@ def _counting(rows):
     return res
 
 def read_log(
-    path:str|Path='runs' # File of a `RunLog`, or a folder of them: the newest
+    path:str|Path='runs' # File of a `RunLog`, or a folder of them: the one written last
 )->LoggedRun:
     "Tables of a run, also of one that is running or was killed"
     path = Path(path)
     if path.is_dir():
-        files = sorted(path.glob('*.jsonl'))
+        files = sorted(path.glob('*.jsonl'), key=lambda f: f.stat().st_mtime_ns)
         if not files: raise ValueError(f'path={str(path)!r}: no file *.jsonl is there')
         path = files[-1]
     every = [o for o in read_rows(path) if 'kind' in o]
@@ -372,12 +366,12 @@ class Sink:
     "What passes the rows of a `RunLog` to a tracker: subclass it, and pass an instance in `sinks`"
     name = 'sink'
     def open(self,
-        name:str, # Of the run: the name of its file
-        config:dict # Facts of its first fit
+        path:Path, # The file of the log; its stem is the name of the run
+        config:dict # Facts of the fit, from `run_facts`
     ):
         "Called once in each fit, before the first row"
     def log(self,
-        numbers:dict, # Numbers by name: 'train/loss', 'valid/accuracy'
+        numbers:dict, # Numbers by name: 'train/loss', 'epoch/accuracy'
         step:int # Training batches since the beginning of the run
     ):
         "Called with the numbers of each row"
@@ -386,22 +380,24 @@ class Sink:
 
     def feed(self,
         path:Path, # File of a `RunLog`
-        failed:Callable # Called with the error of a method, once
+        config:dict, # Facts of the fit
+        failed:Callable, # Called with the error of a method, once
+        start:int=None # Where in the file to begin; None: what is added from now on
     )->RowFeed:
         "A thread that passes on what is added to the file `path`"
         opened = False
         def take(row):
             nonlocal opened
-            if not opened: self.open(path.stem, row.get('facts', {}))
+            if not opened: self.open(path, config)
             opened = True
             if numbers := _named_numbers(row): self.log(numbers, row['step'])
-        return RowFeed(path, take, failed, closed=lambda: opened and self.close())
+        return RowFeed(path, take, failed, closed=lambda: opened and self.close(), start=start)
 
 _about = 't','kind','fit','step','epoch','batch'
 def _named_numbers(row):
     "The numbers of a row, by names as trackers group them"
     if row['kind'] in ('start','fit','end','event','lr_find','rewind'): return {}
-    kind = {'step':'train', 'epoch':'epoch'}.get(row['kind'], row['kind'])
+    kind = 'train' if row['kind']=='step' else row['kind']
     flat = {k.removeprefix('metrics.'): v for k,v in _flat(row) if k not in _about}
     is_number = lambda v: isinstance(v, (int,float)) and not isinstance(v, bool)
     return {f'{kind}/{k}': v for k,v in flat.items() if is_number(v)}
@@ -409,30 +405,30 @@ def _named_numbers(row):
 # %% ../nbs/15_runlog.ipynb #runlog-019
 class _TensorBoard(Sink):
     name = 'tensorboard'
-    def open(self, name, config):
+    def open(self, path, config):
         from torch.utils.tensorboard import SummaryWriter
-        self.writer = SummaryWriter(str(Path('runs')/name))
+        self.writer = SummaryWriter(str(path.with_suffix('')))
     def log(self, numbers, step):
         for k,v in numbers.items(): self.writer.add_scalar(k, v, step)
     def close(self): self.writer.close()
 
 class _Wandb(Sink):
     name = 'wandb'
-    def open(self, name, config):
+    def open(self, path, config):
         import wandb
-        self.run = wandb.init(id=name, name=name, config=config, resume='allow')
+        self.run = wandb.init(id=path.stem, name=path.stem, config=config, resume='allow')
         self.run.define_metric('*', step_metric='step')     # after a resume, its own steps would have to grow
     def log(self, numbers, step): self.run.log(numbers | dict(step=step))
     def close(self): self.run.finish()
 
 class _MLflow(Sink):
     name = 'mlflow'
-    def open(self, name, config):
+    def open(self, path, config):
         import mlflow
         self.client = mlflow.MlflowClient()
         experiment = mlflow.set_experiment(os.environ.get('MLFLOW_EXPERIMENT_NAME', 'fastai')).experiment_id
-        found = self.client.search_runs([experiment], f"attributes.run_name = '{name}'")
-        run = found[0] if found else self.client.create_run(experiment, run_name=name)
+        found = self.client.search_runs([experiment], f"attributes.run_name = '{path.stem}'")
+        run = found[0] if found else self.client.create_run(experiment, run_name=path.stem)
         self.id = run.info.run_id
         for k,v in config.items():
             if not found: self.client.log_param(self.id, k.replace('-', ' '), str(v)[:500])
@@ -442,9 +438,9 @@ class _MLflow(Sink):
 
 class _Trackio(Sink):
     name = 'trackio'
-    def open(self, name, config):
+    def open(self, path, config):
         import trackio
-        self.run = trackio.init(project='fastai', name=name, config=config, resume='allow')
+        self.run = trackio.init(project='fastai', name=path.stem, config=config, resume='allow')
     def log(self, numbers, step): self.run.log(numbers, step=step)
     def close(self): self.run.finish()
 

@@ -1,5 +1,5 @@
 "The log of a run: one file over all fits, right after kills, resumes, errors; never in the way"
-import json, os, random, signal, sys, threading, time
+import json, os, random, shutil, signal, sys, threading, time
 from functools import partial
 from pathlib import Path
 
@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest, torch
 from fastai.callback.all import ShortEpochCallback
+from fastai.learner import Recorder
 from fastai.metrics import AvgMetric
 from fastcore.imports import noop
 from fastai.callback.core import Callback, CancelFitException
@@ -29,8 +30,12 @@ class Kill(Callback):
         if event_name==self.event: self.n += 1
         if self.n==self.at: os.kill(os.getpid(), signal.SIGKILL)
 
+class TellsEpochs(ExtCallback):
+    "An intervention between an epoch's last batch and the checkpoint of that epoch"
+    def after_epoch(self): self.tell('looked', f'epoch {self.epoch} has ended')
+
 def tuned(*cbs):
-    learn = small(*cbs, SkipNonFinite(), PoisonBatch((1,6)))
+    learn = small(*cbs, SkipNonFinite(), TellsEpochs(), PoisonBatch((1,6)))
     with quiet(learn): learn.fine_tune(2, 1e-2)
 
 EVENT = 'fit','step','epoch','batch','what','why'
@@ -38,7 +43,7 @@ def one_table(run):
     "What must be there once, whatever happened"
     return (run.steps[['fit','step','epoch','batch','loss','lr']].fillna('no loss').to_dict('records'),
             run.epochs.drop(columns='time').to_dict('records'),
-            run.events[run.events.callback!='checkpoint'][list(EVENT)].to_dict('records'))
+            run.events[run.events.callback!='checkpoint'][list(EVENT)].fillna('none').to_dict('records'))
 
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory):
@@ -154,8 +159,10 @@ def test_a_folder_that_cannot_be_written(capsys):
 
 class Lists(Sink):
     name = 'lists'
-    def __init__(self): self.seen,self.calls = [],[]
-    def open(self, name, config): self.calls.append(name)
+    def __init__(self): self.seen,self.calls,self.configs = [],[],[]
+    def open(self, path, config):
+        self.calls.append(path.stem)
+        self.configs.append(config)
     def log(self, numbers, step): self.seen.append((step, numbers))
     def close(self): self.calls.append('close')
 
@@ -167,7 +174,15 @@ def test_sinks_get_the_numbers():
     losses = [(s, n['train/loss']) for s,n in sink.seen if 'train/loss' in n]
     assert losses==[*zip(run.steps.step, run.steps.loss)]
     assert [n['epoch/accuracy'] for _,n in sink.seen if 'epoch/accuracy' in n]==run.epochs.accuracy.tolist()
-    assert sink.calls==[Path(log.file).stem, 'close']
+    assert sink.calls==[Path(log.file).stem, 'close'] and sink.configs[0]['epochs']==2
+
+def test_sinks_get_what_comes_between_fits():
+    learn = small(RunLog(sinks=(sink := Lists())))
+    fit(learn)
+    with quiet(learn): learn.validate()
+    fit(learn)
+    names = [name for _,numbers in sink.seen for name in numbers]
+    assert names.count('validate/valid_loss')==1 and names.count('epoch/valid_loss')==2
 
 def test_a_sink_that_fails_or_sleeps_does_no_harm(capsys):
     class Fails(Lists):
@@ -256,3 +271,37 @@ def test_what_a_tracker_gets(name, monkeypatch):
         if called=='log' and 'train/loss' in args[0]: found.append(args[0]['train/loss'])
     assert found==losses
     assert package.calls[-1][0]=={'tensorboard':'close', 'mlflow':'set_terminated'}.get(name, 'finish')
+
+def test_more_epochs_than_the_saved_fit_had():
+    "With `extend`, a fit that was finished goes on: its batches are counted once"
+    for n in (1, 3):
+        learn = small(RunLog(every=1), Checkpoint('saved', extend=True, background=False))
+        fit(learn, n)
+        Checkpoint._finished.clear()        # as in a new process
+    run = read_log()
+    assert run.steps.step.tolist()==[*range(1, 13)] and run.epochs.step.tolist()==[4,8,12]
+    assert [o['status'] for o in run.fits]==['finished']
+
+def test_without_a_recorder():
+    learn = small(RunLog(every=1, echo=0))
+    learn.remove_cb(Recorder)
+    with learn.no_bar(): learn.fit(1)
+    assert read_log().status=='finished' and len(read_log().steps)==4
+
+@pytest.mark.parametrize('gone', ['file','folder'])
+def test_a_log_that_is_lost_ends_no_run(gone, capsys):
+    "The folder becomes a file after the first fit"
+    learn = small(RunLog(every=1))
+    fit(learn)
+    shutil.rmtree('runs')
+    if gone=='folder': Path('runs').write_text('')
+    with quiet(learn): learn.validate()
+    fit(learn)
+    assert len(learn.recorder.values)==1
+    assert capsys.readouterr().out.count('writes no log')==(gone=='folder')
+
+def test_the_run_that_was_written_last_is_read():
+    old,new = RunLog(every=1),RunLog(every=1)
+    learn = small()
+    for log in (old, new, old): fit(learn, cbs=log)
+    assert read_log().file.name==old.file and len(read_log().fits)==2

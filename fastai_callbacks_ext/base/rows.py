@@ -44,7 +44,10 @@ class RowFile:
         self._file.write(''.join(lines).encode())
         self._file.flush()
 
-    def close(self): self._file.close()
+    def close(self)->int: # Bytes in the file
+        size = self._file.tell()
+        self._file.close()
+        return size
 
 # %% ../../nbs/base/rows.ipynb #rows-007
 def read_rows(
@@ -64,14 +67,16 @@ class RowFeed(Thread):
     "Passes the rows of a file on while it grows, in a thread; an error ends the feed, and not the run"
     def __init__(self,
         path:str|Path, # The file of JSON lines
-        take:Callable, # Called with each row that is added from now on
+        take:Callable, # Called with each row
         failed:Callable, # Called once with the exception, if `take` or `closed` raises one
         closed:Callable=noop, # Called at the end, in the thread too
         every:float=.5, # Seconds between two looks at the file
+        start:int=None # Byte of the file to begin at; None: what is added from now on
     ):
         super().__init__(daemon=True)
         self.path,self.take,self.failed,self.closed,self.every = path,take,failed,closed,every
-        self._at = Path(path).stat().st_size if Path(path).exists() else 0
+        if start is None: start = Path(path).stat().st_size if Path(path).exists() else 0
+        self._at = start
         self._ending,self._ok = Event(),True
         self.start()
 
