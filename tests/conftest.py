@@ -3,6 +3,7 @@ import copy, gc, os, random
 from functools import cache
 from itertools import groupby
 os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+os.environ.setdefault('OMP_NUM_THREADS', '1')       # a forked child hangs where its parent has used more
 
 import pytest, sklearn.datasets, torch
 from cases import every_case
