@@ -1,7 +1,6 @@
 "Cost of a training batch with what logs a run, over the fit without, beside fastai's loggers"
 import os, tempfile, warnings
 from functools import partial
-from pathlib import Path
 warnings.filterwarnings('ignore')
 
 from fastai.callback.progress import CSVLogger

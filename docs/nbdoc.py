@@ -56,6 +56,7 @@ docs_of = {'python':'https://docs.python.org/3/library/', 'torch':'https://docs.
 elsewhere = {torch.Tensor: docs_of['torch']+'tensors.html',
              torch.nn.Module: docs_of['torch']+'generated/torch.nn.Module.html',
              torch.nn.Parameter: docs_of['torch']+'generated/torch.nn.parameter.Parameter.html',
+             Path: docs_of['python']+'pathlib.html#pathlib.Path',
              BufferedWriter: docs_of['python']+'io.html#io.BufferedWriter',
              pd.DataFrame: docs_of['pandas']+'pandas.DataFrame.html',
              Axes: docs_of['matplotlib']+'matplotlib.axes.Axes.html'}
@@ -64,7 +65,7 @@ def _linked(t):
     "The type `t` as code, with a link to the pages that explain it: of Python, PyTorch, fastai, or these"
     name,mod = _name(t),getattr(t, '__module__', '')
     url = elsewhere.get(t)
-    if mod in ('collections.abc','datetime','pathlib'): url = f"{docs_of['python']}{mod}.html#{mod}.{name}"
+    if mod in ('collections.abc','datetime'): url = f"{docs_of['python']}{mod}.html#{mod}.{name}"
     return f'[{_code(name)}]({url})' if url else f'`{name}`'
 
 def _row(name, p):
@@ -72,11 +73,10 @@ def _row(name, p):
     star = {Parameter.VAR_POSITIONAL:'*', Parameter.VAR_KEYWORD:'**'}.get(p.get('kind'), '')
     return star+name, _types(p['anno']), _default(p.get('default', empty)), p['docment'] or ''
 
-def _signature(start, params, types):
+def _signature(start, params, ret):
     union = lambda types: ' | '.join(map(_name, types))
     args = [n + (f':{union(t)}' if t else '') + (f'={d}' if d else '') for n,t,d,_ in params]
-    ret = union(types)
-    end = f' -> {ret}' if ret else ''
+    end = f' -> {union(ret)}' if ret else ''
     line = f"{start}({', '.join(args)}){end}"
     return line if len(line)<=80 else f'{start}(\n    ' + ',\n    '.join(args) + f'\n){end}'
 

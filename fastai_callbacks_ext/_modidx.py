@@ -403,6 +403,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                   'fastai_callbacks_ext/base/core.py'),
                                                 'fastai_callbacks_ext.base.core.n_ranks': ( 'base/core.html#n_ranks',
                                                                                             'fastai_callbacks_ext/base/core.py'),
+                                                'fastai_callbacks_ext.base.core.nearest': ( 'base/core.html#nearest',
+                                                                                            'fastai_callbacks_ext/base/core.py'),
                                                 'fastai_callbacks_ext.base.core.own_names': ( 'base/core.html#own_names',
                                                                                               'fastai_callbacks_ext/base/core.py'),
                                                 'fastai_callbacks_ext.base.core.rank_mean': ( 'base/core.html#rank_mean',

@@ -12,7 +12,6 @@ from contextlib import closing, suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from datetime import datetime
-from difflib import get_close_matches
 from functools import partial
 from math import inf, nan
 from pathlib import Path
@@ -30,7 +29,7 @@ from fastcore.foundation import L
 from fastcore.imports import IN_NOTEBOOK
 from fastprogress.fastprogress import format_time
 from torch import Tensor
-from .base.core import ExtCallback, check_number, check_type, n_ranks
+from .base.core import ExtCallback, check_number, check_type, n_ranks, nearest
 from .base.identity import run_facts
 from .base.late import LateNumbers
 from .base.rows import RowFeed, RowFile, read_rows
@@ -448,6 +447,6 @@ _sinks = {o.name: o for o in (_TensorBoard, _Wandb, _MLflow, _Trackio)}
 def _sink(o):
     if isinstance(o, str):
         if o in _sinks: return _sinks[o]()
-        near = ''.join(f'; did you mean {n!r}?' for n in get_close_matches(o, _sinks, 1))
-        raise ValueError(f"sinks={o!r}: expected {', '.join(map(repr, _sinks))} or a Sink{near}")
+        names = ', '.join(map(repr, _sinks))
+        raise ValueError(f'sinks={o!r}: expected {names} or a Sink{nearest(o, _sinks)}')
     return check_type('sinks', o, Sink)
