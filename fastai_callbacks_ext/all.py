@@ -7,7 +7,7 @@ __all__ = []
 
 # %% ../nbs/all.ipynb #728a6161
 from . import (accumulation, averaging, best, checkpoint, gradients, loop, rnn, runlog,
-        safety, stopping, tracing, upgrades)
+        safety, stopping, throughput, tracing, upgrades)
 from .accumulation import *
 from .averaging import *
 from .best import *
@@ -18,6 +18,7 @@ from .rnn import *
 from .runlog import *
 from .safety import *
 from .stopping import *
+from .throughput import *
 from .tracing import *
 from .upgrades import *
 from .base.core import (ExtCallback, Record, check_number, check_type, from_all,
@@ -27,7 +28,7 @@ from .base.passes import refresh_batchnorm
 from .base.step import StepNumbers, all_finite, step_numbers
 
 _purposes = (accumulation, averaging, best, checkpoint, gradients, loop, rnn, runlog,
-             safety, stopping, tracing, upgrades)
+             safety, stopping, throughput, tracing, upgrades)
 # of the base, what a callback of one's own and a script have use for
 _base = ('ExtCallback Record check_number check_type from_all from_first '
          'interventions n_ranks rank_mean resolve_order smaller_is_better unwrap_model '
