@@ -6,14 +6,17 @@
 __all__ = []
 
 # %% ../nbs/all.ipynb #728a6161
-from . import (accumulation, averaging, best, checkpoint, gradients, loop, rnn, runlog,
+from . import (accumulation, averaging, best, checkpoint, gradients, loop, report, rnn, runlog,
         safety, stopping, throughput, tracing, upgrades)
+_purposes = (accumulation, averaging, best, checkpoint, gradients, loop, report, rnn, runlog,
+             safety, stopping, throughput, tracing, upgrades)     # before functions get their names
 from .accumulation import *
 from .averaging import *
 from .best import *
 from .checkpoint import *
 from .gradients import *
 from .loop import *
+from .report import *
 from .rnn import *
 from .runlog import *
 from .safety import *
@@ -27,8 +30,6 @@ from .base.model import unwrap_model
 from .base.passes import refresh_batchnorm
 from .base.step import StepNumbers, all_finite, step_numbers
 
-_purposes = (accumulation, averaging, best, checkpoint, gradients, loop, rnn, runlog,
-             safety, stopping, throughput, tracing, upgrades)
 # of the base, what a callback of one's own and a script have use for
 _base = ('ExtCallback Record check_number check_type from_all from_first '
          'interventions n_ranks rank_mean resolve_order smaller_is_better unwrap_model '

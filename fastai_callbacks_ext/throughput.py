@@ -9,7 +9,7 @@ __all__ = ['Throughput', 'Verdict']
 import os
 from collections import Counter, deque
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from math import ceil
 from pathlib import Path
@@ -20,7 +20,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from fastai.torch_core import find_bs
+from fastai.torch_core import find_bs, rank_distrib
 from fastcore.basics import patch
 from .base.core import ExtCallback, check_number, n_ranks
 from .base.parts import PARTS, PartClock, gpu_mark
@@ -40,7 +40,7 @@ class Throughput(ExtCallback):
     ):
         self.window = check_number('window', window, low=1, integer=True)
         self.skip = check_number('skip', skip, low=0, integer=True)
-        vars(self).update(deepcopy(self.transient), _said=None)
+        vars(self).update(deepcopy(self.transient), _said=set())
 
     def before_fit(self):
         "Start the clock"
@@ -195,11 +195,12 @@ def _cores(): return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffin
 
 @patch
 def _say(self:Throughput):
-    "Tell the verdict; another one than before only if it is clear"
+    "Print and publish the verdict; each once, and another one than the first only if it is clear"
     v = self.verdict
-    if v.part==self._said or self._said and v.share<1.5*_worth.get(v.part, 1): return
-    self._said = v.part
-    self.tell(v.what, f'{v.why}; {v.next}')
+    if v.part in self._said or self._said and v.share<1.5*_worth.get(v.part, 1): return
+    self._said.add(v.part)
+    if rank_distrib()==0: print(f'{self.name}: {v}')
+    self.publish('verdict', asdict(v))
 
 # %% ../nbs/16_throughput.ipynb #thr-012
 @patch

@@ -91,6 +91,7 @@ def test_the_verdict_is_said_once_and_again_if_another_is_clear(capsys):
     t._m.all['callbacks'] = 50.
     t._say()
     assert 'callbacks and the loop take 41% of each step' in capsys.readouterr().out
+    assert not t.records        # it has not intervened
 
 @pytest.mark.parametrize('workers,cores,expected', [
     (0, 16, '60 ms to load without workers, and 40 ms to train; 2 workers would keep up: num_workers=2'),
