@@ -350,15 +350,14 @@ def report(
 def _logged(o):
     if isinstance(o, LoggedRun): return o
     if not isinstance(o, Learner): return read_log(o)
-    if (file := _log_file(o)) is None or not file.exists():
+    if (log := _log_of(o)) is None: raise ValueError('report: no RunLog is on the learner; add RunLog()')
+    if log.log_file is None or not log.log_file.exists():
         raise ValueError('report: the RunLog on the learner has written nothing yet')
-    return read_log(file)
+    return read_log(log.log_file)
 
-def _log_file(learn):
-    "The file of the `RunLog` on `learn`"
-    for cb in learn.cbs:
-        if hasattr(type(cb), 'log_file'): return cb.log_file
-    raise ValueError('report: no RunLog is on the learner, so nothing is known of the run; add RunLog()')
+def _log_of(learn):
+    "The `RunLog` on `learn`, if there is one"
+    return next((cb for cb in learn.cbs if hasattr(type(cb), 'log_file')), None)
 
 class Report(ExtCallback):
     """Writes a report of the run at the end of each fit, beside the file of its `RunLog`.
@@ -371,10 +370,10 @@ class Report(ExtCallback):
         self.compare = check_type('compare', compare, str, Path, type(None))
 
     def before_fit(self):
-        "Refuse a learner without `RunLog`, and a log that is not there"
-        _log_file(self.learn)
+        "Refuse a log that is not there; say if there will be no report"
         if self.compare and not Path(self.compare).exists():
             raise ValueError(f'compare={str(self.compare)!r}: there is no such file')
+        if _log_of(self.learn) is None: self.tell('writes no report', 'no RunLog is on the learner; add RunLog()')
 
     def after_fit(self):
         "The fit has ended, or a callback has ended it"
@@ -385,6 +384,7 @@ class Report(ExtCallback):
         if rank_distrib()==0: self._write()
 
     def _write(self):
+        if _log_of(self.learn) is None: return
         try: path = report(self.learn, self.compare)
         except Exception as e: return self.tell('writes no report', f'{type(e).__name__}: {e}')
         print(f'{self.name}: {path}')

@@ -150,12 +150,16 @@ def test_a_section_that_fails_does_not_hide_the_others(no_figures, tmp_path, mon
 def test_what_is_refused(tmp_path):
     learn = digits_learner(n=160, bs=32)
     with pytest.raises(ValueError, match='no RunLog is on the learner'): report(learn)
-    with pytest.raises(ValueError, match='no RunLog is on the learner'): fit(learn, cbs=Report())
     with pytest.raises(ValueError, match='has written nothing yet'): report(learn.add_cb(RunLog(tmp_path)))
     with pytest.raises(ValueError, match="compare='nowhere'"): fit(learn, cbs=Report('nowhere'))
     with pytest.raises(TypeError, match='compare=3'): Report(compare=3)
     (tmp_path/'empty').mkdir()
     with pytest.raises(ValueError, match='no file'): report(tmp_path/'empty')
+
+def test_without_a_log_there_is_no_report():
+    fit(digits_learner([rep := Report()], n=160, bs=32))
+    assert [str(r) for r in rep.records]==['report: writes no report in epoch 0: no RunLog is on the '
+                                           'learner; add RunLog()']
 
 def test_the_command(no_figures, tmp_path, capsys):
     log(tmp_path/'runs'/'a.jsonl')
