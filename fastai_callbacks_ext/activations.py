@@ -18,6 +18,7 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils.parametrize import is_parametrized
 from .base.core import check_number, check_type, nearest
 from .base.measure import Measure, some_of, stacked
 from .base.model import has_mean, plain_name, unwrap_model
@@ -72,9 +73,9 @@ class ActivationStats(Measure):
         "The modules to measure, by name"
         by_name = {plain_name(n) or 'model': m for n,m in unwrap_model(self.learn.model).named_modules()}
         if self.modules is not None: return dict(_named(o, by_name) for o in self.modules)
-        inside = {o for m in by_name.values() if isinstance(m, _wholes) for o in m.modules() if o is not m}
-        leaf = lambda m: isinstance(m, _wholes) or not [*m.children()]
-        leaves = {n: m for n,m in by_name.items() if m not in inside and leaf(m)}
+        whole = {m for m in by_name.values() if isinstance(m, _wholes) or is_parametrized(m)}
+        inside = {o for m in whole for o in m.modules() if o is not m}
+        leaves = {n: m for n,m in by_name.items() if m not in inside and (m in whole or not [*m.children()])}
         weighted = [n for n,m in leaves.items() if any(True for _ in m.parameters())]
         if self.include_paramless: return leaves
         self._numbered = weighted

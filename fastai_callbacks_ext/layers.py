@@ -241,9 +241,9 @@ def _say(self:LayerStats):
     silent,outside,frozen = (self._always[k] for k in ('silent','outside','frozen'))
     say = lambda names,what,why: names and self.tell(f'found {len(names)} {what}', why, once=True)
     steps = f'in {self._measured} measured steps, though they require one'
-    say(silent, 'parameters that get no gradient', f'{some_of(silent)} got none {steps}')
+    say(silent, 'of the parameters without a gradient', f'{some_of(silent)} got none {steps}')
     why = 'they require a gradient, but the optimizer does not have them'
-    say(outside, 'parameters that are not trained', f'{some_of(outside)}: {why}')
+    say(outside, 'of the parameters not trained', f'{some_of(outside)}: {why}')
     parts = _frozen_parts(unwrap_model(self.learn.model), {params[k] for k in frozen if k in params})
     say(frozen, f'of {len(params)} parameters frozen', some_of(parts))
 
