@@ -1614,6 +1614,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                      'fastai_callbacks_ext/layers.py'),
                                              'fastai_callbacks_ext.layers.LayerStats.after_backward': ( 'layers.html#layerstats.after_backward',
                                                                                                         'fastai_callbacks_ext/layers.py'),
+                                             'fastai_callbacks_ext.layers.LayerStats.after_batch': ( 'layers.html#layerstats.after_batch',
+                                                                                                     'fastai_callbacks_ext/layers.py'),
                                              'fastai_callbacks_ext.layers.LayerStats.after_cancel_batch': ( 'layers.html#layerstats.after_cancel_batch',
                                                                                                             'fastai_callbacks_ext/layers.py'),
                                              'fastai_callbacks_ext.layers.LayerStats.after_fit': ( 'layers.html#layerstats.after_fit',

@@ -56,6 +56,10 @@ class LayerStats(Measure):
         "Take the place of `opt.step` for this step, if it is to be measured"
         if (vars(self)['steps']+1)%self.every==0: self._try(self._take_place, self.learn.opt)
 
+    def after_batch(self):
+        "Put `opt.step` back, if the step was cancelled"
+        if vars(self)['_lent']: self._give_back()
+
     def step_taken(self):
         "Count the steps"
         d = vars(self)      # setting a callback's attribute is slow

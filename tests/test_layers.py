@@ -155,6 +155,7 @@ class Skips(Callback):
     order,run_valid = 500,False
     def before_step(self):
         if self.train_iter in (1,4): raise CancelStepException
+    def after_batch(self): assert 'step' not in vars(self.opt)
 
 def test_a_cancelled_step_is_no_step():
     stats = LayerStats(every=2)
