@@ -67,7 +67,8 @@ def test_each_measured_step_is_as_brute_force_finds_it(run):
     brute,clip,stats = Brute(),BeforeClip(),LayerStats(every=2)
     learn = fit(digits([*cbs(), brute, clip, stats], opt_func=opt_func))
     steps = 5 if 'window' in run else 10
-    assert len(brute.rows)==steps==stats.steps and [o['optimizer_step'] for o in stats.rows]==[*range(2, steps+1, 2)]
+    assert len(brute.rows)==steps==stats.steps
+    assert [o['optimizer_step'] for o in stats.rows]==[*range(2, steps+1, 2)]
     for row in stats.rows:
         want = brute.rows[row['optimizer_step']-1]
         for k in ('weight_norm','grad_norm','update_norm'):
@@ -80,7 +81,8 @@ def test_each_measured_step_is_as_brute_force_finds_it(run):
     assert list(stats.table().update_norm)==stats.rows[-1]['update_norm']
     assert 'step' not in vars(learn.opt)
 
-@pytest.mark.parametrize('cbs', [lambda: [GradientAccumulation(64)], lambda: [training.GradientAccumulation(64)],
+@pytest.mark.parametrize('cbs', [lambda: [GradientAccumulation(64)],
+                                 lambda: [training.GradientAccumulation(64)],
                                  lambda: [scaler(), GradientAccumulation(64)]])
 def test_noise_scale_is_the_papers(cbs):
     "From the gradients of 4 batches of 16, of steps 2 and 4 (or 3, of fewer)"
@@ -88,7 +90,8 @@ def test_noise_scale_is_the_papers(cbs):
     fit(digits([*cbs(), brute, stats]), 2)
     noise,signal,found = 0,0,[o['noise_scale'] for o in stats.rows]
     for row,got in zip(stats.rows, found):
-        sums = [torch.cat([g.flatten() for g in o]).double() for o in brute.rows[row['optimizer_step']-1]['parts']]
+        parts = brute.rows[row['optimizer_step']-1]['parts']
+        sums = [torch.cat([g.flatten() for g in o]).double() for o in parts]
         parts = [b-a for a,b in zip([0*sums[0], *sums], sums)]
         unit = row['grad_norm_total']/sums[-1].norm()      # of the loss scale, and of the sum
         n,b = len(parts),16
@@ -209,7 +212,8 @@ def test_what_is_told(capsys):
     learn.model.late.weight = nn.Parameter(torch.ones(3))
     fit(learn, 2, lr=1e-3)
     found = said(stats)
-    assert found['found 2 of the parameters without a gradient'].startswith('9.unused.weight, 9.unused.bias got none in 3')
+    why = found['found 2 of the parameters without a gradient']
+    assert why.startswith('9.unused.weight, 9.unused.bias got none in 3')
     assert found['found 1 of the parameters not trained'].startswith('late.weight')
     assert found['found 2 of 14 parameters frozen']=='0'
     assert len(stats.records)==len(capsys.readouterr().out.splitlines())
@@ -270,7 +274,8 @@ def test_odd_parameters_and_outputs():
     model = Fancy()
     sgd = lambda params,lr,**kwargs: OptimWrapper(params, torch.optim.SGD, lr=lr)
     stats,acts = LayerStats(every=2),ActivationStats(every=2, include_paramless=True)
-    learn = Learner(DataLoaders(batches, []), model, lambda p,y: F.cross_entropy(p['deep'][0], y), opt_func=sgd,
+    loss = lambda p,y: F.cross_entropy(p['deep'][0], y)
+    learn = Learner(DataLoaders(batches, []), model, loss, opt_func=sgd,
                     cbs=[stats, acts, training.GradientAccumulation(16)])
     fit(learn, 1, lr=.1)
     table = stats.table()
@@ -286,8 +291,10 @@ class Outputs(Callback):
     def __init__(self, *names): self.names = names
     def before_fit(self):
         self.kept,modules = [],dict(self.learn.model.named_modules())
-        keep = lambda n: lambda m,i,o: self.kept[-1].setdefault(n, []).append(o) if self.learn.training else None
+        def keep(n): return lambda m,i,o: self._keep(n, o)
         self.hooks = [modules[n].register_forward_hook(keep(n)) for n in self.names]
+    def _keep(self, n, o):
+        if self.learn.training: self.kept[-1].setdefault(n, []).append(o)
     def before_batch(self): self.kept.append({})
     def after_fit(self): [o.remove() for o in self.hooks]
 
@@ -329,7 +336,8 @@ def test_fastais_methods():
     with pytest.raises(ValueError, match="idx='22'.*did you mean"): ours.hist('22')
     with pytest.raises(ValueError, match='with_hist'): ActivationStats().hist(0)
 
-@pytest.mark.parametrize('bad,error', [(dict(modules='9'), "modules='9'"), (dict(modules=nn.ReLU()), 'modules=ReLU')])
+@pytest.mark.parametrize('bad,error', [(dict(modules='9'), "modules='9'"),
+                                       (dict(modules=nn.ReLU()), 'modules=ReLU')])
 def test_unknown_modules(bad, error):
     with pytest.raises(ValueError, match=error): fit(digits(ActivationStats(**bad)))
 
@@ -342,11 +350,12 @@ def test_bad_arguments():
         with pytest.raises(ValueError, match=next(iter(kwargs))): LayerStats(**kwargs)
 
 class Sequences(nn.Module):
-    "Channels are second after `conv`, and last after `lin`; `shared` is called twice; `attn` calls no `out_proj`"
+    "Channels are second after `conv`, last after `lin`; `shared` is called twice; `attn` calls no `out_proj`"
     def __init__(self):
         super().__init__()
         self.conv,self.act,self.lin,self.act2 = nn.Conv1d(1, 6, 1),nn.ReLU(),nn.Linear(6, 6),nn.ReLU()
-        self.shared,self.attn,self.never = nn.Linear(6, 6),nn.MultiheadAttention(6, 1, batch_first=True),nn.Linear(2, 2)
+        self.shared,self.never = nn.Linear(6, 6),nn.Linear(2, 2)
+        self.attn = nn.MultiheadAttention(6, 1, batch_first=True)
     def forward(self, x):
         x = self.act(self.conv(x.flatten(1)[:,None,::8])).transpose(1, 2)
         x = self.act2(self.lin(x))
@@ -394,7 +403,8 @@ def test_a_compiled_model_is_not_compiled_again():
     from torch._dynamo.testing import CompileCounter
     def run(cb, compiled=True):
         torch._dynamo.reset()
-        counter,model = CompileCounter(),nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 10))
+        counter = CompileCounter()
+        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 10))
         set_seed(7)
         for m in model[1],model[3]: m.reset_parameters()
         learn = digits_learner(cb, n=80, bs=16, model=model)
