@@ -6,15 +6,17 @@
 __all__ = []
 
 # %% ../nbs/all.ipynb #728a6161
-from . import (accumulation, averaging, best, checkpoint, gradients, loop, report, rnn, runlog,
-        safety, stopping, throughput, tracing, upgrades)
-_purposes = (accumulation, averaging, best, checkpoint, gradients, loop, report, rnn, runlog,
-             safety, stopping, throughput, tracing, upgrades)     # before functions get their names
+from . import (accumulation, activations, averaging, best, checkpoint, gradients, layers,
+        loop, report, rnn, runlog, safety, stopping, throughput, tracing, upgrades)
+_purposes = (accumulation, activations, averaging, best, checkpoint, gradients, layers, loop, report,
+             rnn, runlog, safety, stopping, throughput, tracing, upgrades)     # before functions get their names
 from .accumulation import *
+from .activations import *
 from .averaging import *
 from .best import *
 from .checkpoint import *
 from .gradients import *
+from .layers import *
 from .loop import *
 from .report import *
 from .rnn import *

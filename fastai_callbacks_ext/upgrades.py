@@ -7,9 +7,11 @@ __all__ = ['upgrade']
 
 # %% ../nbs/13_upgrade.ipynb #d7adeaf4
 import numpy as np
-from fastai.callback import rnn as fastai_rnn, tracker as fastai_tracker, training as fastai_training
+from fastai.callback import hook as fastai_hook, rnn as fastai_rnn
+from fastai.callback import tracker as fastai_tracker, training as fastai_training
 from fastai.learner import Learner
 from .best import SaveTopK
+from .activations import ActivationStats
 from .accumulation import GradientAccumulation
 from .gradients import GradientClip
 from .rnn import ModelResetter, RNNCallback, RNNRegularizer
@@ -26,7 +28,12 @@ def _save_best(cb):
     if cb.every_epoch or cb.at_end: raise ValueError('it saves other models than the best one')
     return SaveTopK(k=1, fname=cb.fname, with_opt=cb.with_opt, **_tracker(cb))
 
+def _activations(cb):
+    if not cb.is_forward: raise ValueError('it looks at gradients, not at activations')
+    return ActivationStats(cb.with_hist, cb.modules, cb.every or 1, cb.include_paramless)
+
 _ours = {
+    fastai_hook.ActivationStats:            _activations,
     fastai_rnn.ModelResetter:               lambda cb: ModelResetter(),
     fastai_rnn.RNNCallback:                 lambda cb: RNNCallback(),
     fastai_rnn.RNNRegularizer:              lambda cb: RNNRegularizer(alpha=cb.alpha, beta=cb.beta),
