@@ -10,7 +10,8 @@ import signal, threading
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import islice
-from time import perf_counter
+from math import inf
+from time import monotonic, perf_counter
 
 import torch
 from fastai.callback.core import (CancelBatchException, CancelEpochException, CancelFitException,
@@ -86,8 +87,15 @@ class Rehearsal:
     def __init__(self,
         learn:Learner # A learner, outside of a fit
     ):
-        self.learn,self.model,self.loaders = learn,unwrap_model(learn.model),list(map(inner_loader, learn.dls.loaders))
-        self._read = {}
+        self.learn,self.model,self._given = learn,unwrap_model(learn.model),learn.model
+        self.loaders = list(map(inner_loader, learn.dls.loaders))
+        self.trained = learn.opt is not None and any(map(len, learn.opt.state.values()))
+        self.until,self._read = inf,{}
+
+    @property
+    def left(self)->float: # Seconds
+        "The time that is left"
+        return max(0., self.until-monotonic())
 
     @contextmanager
     def running(self):
@@ -190,6 +198,23 @@ class Rehearsal:
         undo.keep_all()
         try: yield
         finally: undo.undo()
+
+    @contextmanager
+    def plainly(self):
+        "In the block: no dropout, and single precision. Weights may change, other things are put back"
+        modes,precision = self._modes,self._precision
+        self._modes = [(m, on and 'dropout' not in type(m).__name__.lower()) for m,on in modes]
+        self._precision = nullcontext
+        try:
+            with self.apart(): yield
+        finally: self._modes,self._precision = modes,precision
+
+    @contextmanager
+    def as_given(self):
+        "In the block, use the model as it is: compiled, if it is. Of several processes, still the inner one"
+        model,self.model = self.model,self.model if n_ranks()>1 else self._given
+        try: yield
+        finally: self.model = model
 
     def seconds(self,
         f:Callable, # What is to be measured
