@@ -25,8 +25,9 @@ from fastprogress.fastprogress import format_time
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from .base.core import check_number, check_type, from_first, n_ranks, nearest, pass_on
-from .base.items import Found, class_axis, inputs, items, labels, loss_kind, some_of, targets_fit
-from .base.rehearsal import NotKnown, Rehearsal
+from .base.items import (Found, class_axis, inputs, items, labels, loss_kind,
+                                             some_of, targets_fit)
+from .base.rehearsal import NotKnown, Rehearsal, n_workers
 from .base.state import opt_state
 from .base.step import opt_params, step_params, tensors_in
 
@@ -50,7 +51,7 @@ def one_step(r:Rehearsal)->list:
         return [Found('wrong', r.fails, f'{type(e).__name__}: {e}'.splitlines()[0], 'repair this first')]
     value = loss.item()
     if isfinite(value): return [Found('ok', 'a training step runs', f'loss {value:.4g}')]
-    return [Found('wrong', f'the first loss is {value}', 'of the first batch', 'look at inputs, targets and the loss')]
+    return [Found('wrong', f'the first loss is {value}', 'of the first batch', 'look at inputs, targets and loss')]
 
 def _needs_step(r):
     if getattr(r, 'fails', ''): raise NotKnown(r.fails)
@@ -63,8 +64,8 @@ def start_loss(r:Rehearsal)->list:
     with torch.no_grad(), r.apart():
         each = [(_value(r, b), *_guesses(r, kind)) for b in r.batches()]
     loss,even,informed = (sum(o)/len(each) for o in zip(*each))
-    guess = f'{even:.3g} for equal chances, {informed:.3g} for the frequencies' if even<inf else f'{informed:.3g} for the mean'
-    why = f'loss {loss:.3g}; a guess gives {guess}'
+    classes = f'{even:.3g} for equal chances, {informed:.3g} for the frequencies'
+    why = f"loss {loss:.3g}; a guess gives {classes if even<inf else f'{informed:.3g} for the mean'}"
     high = 2*even+1 if even<inf else informed*(10 if kind=='squared' else 3)
     if loss>high:
         return [Found('look', 'the first loss is far above that of a guess', why,
@@ -72,9 +73,10 @@ def start_loss(r:Rehearsal)->list:
     if loss<informed/2 and informed>.05 and not r.trained:
         return [Found('look', 'the first loss is far below that of a guess', why,
                       'right if the model was trained on this before; else inputs may contain the target')]
-    return [Found('ok', 'the first loss is about that of a guess' if loss>=informed/2 else 'the model knows more than a guess', why)]
+    what = 'the first loss is about that of a guess' if loss>=informed/2 else 'the model is trained already'
+    return [Found('ok', what, why)]
 
-def _loss_name(f): return type(f).__name__ if not callable(getattr(f, '__name__', None) or f) else getattr(f, '__name__', type(f).__name__)
+def _loss_name(f): return getattr(f, '__name__', type(f).__name__)
 
 def _value(r, b):
     r.loss(b)
@@ -84,7 +86,8 @@ def _guesses(r, kind):
     "The loss of equal chances, and of the frequencies in this batch, or the mean"
     learn = r.learn
     pred,y = learn.pred.detach().as_subclass(Tensor).float(),learn.yb[0].as_subclass(Tensor)
-    ask = lambda o: learn.loss_func(o.to(learn.pred.dtype).expand_as(pred).contiguous(), *learn.yb).mean().item()
+    as_pred = lambda o: o.to(learn.pred.dtype).expand_as(pred).contiguous()
+    ask = lambda o: learn.loss_func(as_pred(o), *learn.yb).mean().item()
     if kind in ('squared','absolute'):
         return inf,ask(y.float().mean() if kind=='squared' else y.float().median())
     if kind=='binary':
@@ -110,11 +113,13 @@ def gradients(r:Rehearsal)->list:
         for b in r.batches(): r.loss(b).backward()
         without = [n for n,p in trained.items() if p.grad is None]
     if loose := [n for n,p in trained.items() if p not in held and n not in without]:
-        found.append(Found('wrong', f"{_number(loose, 'parameter')} {_are(loose)} not in the optimizer",
+        are = 's are' if len(loose)>1 else ' is'
+        found.append(Found('wrong', f'{len(loose):,} parameter{are} not in the optimizer',
                            f'get a gradient, and are never changed: {some_of(loose)}',
                            'make the optimizer anew: learn.opt = None; or look at the splitter'))
     if without:
-        found.append(Found('look', f"{_number(without, 'parameter')} {'get' if len(without)>1 else 'gets'} no gradient",
+        gets = 's get' if len(without)>1 else ' gets'
+        found.append(Found('look', f'{len(without):,} parameter{gets} no gradient',
                            f'the loss does not depend on {some_of(without)}',
                            'use them in forward; or leave them out, or requires_grad_(False)'))
     size = lambda ps: sum(p.numel() for p in ps)
@@ -123,23 +128,21 @@ def gradients(r:Rehearsal)->list:
           f'{size(frozen):,} in {len(frozen)} are frozen'
     return found or [Found('ok', 'all parameters to be trained get a gradient', why)]
 
-def _number(names, what): return f"{len(names):,} {what}{'s'*(len(names)>1)}"
-def _are(names): return 'are' if len(names)>1 else 'is'
-
 # %% ../nbs/19_preflight.ipynb #preflight-011
 def same_twice(r:Rehearsal)->list:
     "Do the same seeds give the same step and the same batch?"
     _needs_step(r)
     found,(one,other) = [],[_step_numbers(r) for _ in range(2)]
     far = {n: d for n in one if (d := _distance(one[n], other[n]))>0}
-    why = f"{_number(far, 'number')} of {len(one)} differ{'s'*(len(far)==1)}: {some_of(far)}; at most by {max(far.values(), default=0):.1g} of its size"
-    if far and max(far.values())>1e-3:
+    most = max(far.values(), default=0.)
+    why = f'{len(far)} of {len(one)} differ, by up to {most:.1g} of their size: {some_of(far)}'
+    if most>1e-3:
         found.append(Found('look', 'the same step twice gives other numbers', why,
                            'seed what draws random numbers; torch.use_deterministic_algorithms(True)'))
     first,again = r.batches()[0],r.batches(again=True, most=1)[0]
     a,b = tensors_in(first),tensors_in(again)
     if not (len(a)==len(b) and all(x.shape==y.shape and not _distance(x, y) for x,y in zip(a, b))):
-        found.append(Found('look', 'the same seeds give another first batch', 'read twice from the same random state',
+        found.append(Found('look', 'the same seeds give another first batch', 'it was read twice',
                            'look for a random generator of your own, or for the order of files'))
     rounding = f'but for rounding: {why}' if far else 'loss, gradients and first batch have the same bits'
     return found or [Found('ok', 'the same seeds give the same step', rounding)]
@@ -172,19 +175,20 @@ def items_apart(r:Rehearsal)->list:
     n_inp = len(r.learn.xb)
     with torch.no_grad(), r.apart():
         out = _outputs(r, b, n)
-        if _distance(out, _outputs(r, b, n)): raise NotKnown('the same batch gives other predictions each time')
+        if _distance(out, _outputs(r, b, n)): raise NotKnown('the same batch gives other predictions again')
         for j in (0, n-1):
             def swap(t):
                 t = t.clone()
                 t[j] = t[j-1 if j else 1]
                 return t
-            changed = (_outputs(r, (*apply(swap, tuple(b[:n_inp])), *b[n_inp:]), n)-out).abs().reshape(n, -1).amax(1)
+            other = *apply(swap, tuple(b[:n_inp])),*b[n_inp:]
+            changed = (_outputs(r, other, n)-out).abs().reshape(n, -1).amax(1)
             changed[j] = 0
             if changed.max()>1e-4*out.abs().max():
                 return [Found('wrong', 'items of a batch are mixed',
                               f'another item {j} changes the prediction of item {changed.argmax().item()}',
                               'look for view, reshape and mean over the wrong axis')]
-    return [Found('ok', 'a prediction depends on its own item only', f'items of a batch of {n} were replaced')]
+    return [Found('ok', 'a prediction depends on its own item only', f'2 items of a batch of {n} were replaced')]
 
 def _small(r, n):
     "The first `n` items of a batch, and how many they are"
@@ -220,14 +224,15 @@ def by_heart(r:Rehearsal)->list:
             if min(curves[-1], default=inf)<=enough or monotonic()>until: break
     best = min(map(min, filter(None, curves)), default=inf)
     steps = sum(map(len, curves))
-    why = f"loss from {first:.3g} to {best:.3g} in {steps} steps on {n or 'all'} items; a guess gives {guess:.3g}"
+    on = f'{n} items' if n else 'a batch'
+    why = f'loss from {first:.3g} to {best:.3g} in {steps} steps on {on}; a guess gives {guess:.3g}'
     if best<=enough: return [Found('ok', 'a few items are learned by heart', why)]
     if monotonic()>until: raise NotKnown(f'no time for more than {steps} steps; {why}')
     if kind is None and best<first-.1*abs(first): return [Found('ok', 'the loss of a few items falls', why)]
     frozen = any(not p.requires_grad for p in r.model.parameters())
     if frozen or best<.75*guess:
         return [Found('look', 'a few items are learned by heart slowly', why,
-                      'most is frozen: unfreeze and try again' if frozen else 'train a few epochs and look at the loss first')]
+                      'most is frozen: unfreeze and try again' if frozen else 'train a few epochs first')]
     return [Found('wrong', 'a few items cannot be learned by heart', why,
                   'look for inputs that are not used, detach(), wrong targets, a last layer that saturates')]
 
@@ -301,9 +306,11 @@ def memory(r:Rehearsal)->list:
     used,all_ = torch.cuda.max_memory_allocated(device),torch.cuda.get_device_properties(device).total_memory
     why = f'{_gb(used)} of {_gb(all_)} in a step of {_about_batch(b)}'
     if used<.9*all_: return [Found('ok', 'a step fits in the memory of the GPU', why)]
-    return [Found('look', 'the memory of the GPU is nearly full', why, 'a smaller batch, to_fp16(), GradientAccumulation')]
+    return [Found('look', 'the memory of the GPU is nearly full', why,
+                  'a smaller batch, to_fp16(), GradientAccumulation')]
 
 def _about_batch(b): return ' and '.join('x'.join(map(str, t.shape)) for t in tensors_in(list(b))[:2])
+def _clock(s): return format_time(s) if s>=60 else f'{s:.2g} s'
 def _gb(n): return f'{n/2**30:.3g} GB' if n>=2**28 else f'{n/2**20:.3g} MB'
 
 def whole_fit(r:Rehearsal)->list:
@@ -313,11 +320,12 @@ def whole_fit(r:Rehearsal)->list:
     if r.n_epoch is None and hours is None: raise NotKnown('say n_epoch=, or hours=')
     epoch = len(r.learn.dls.train)*_both(r, 0, _step_seconds(r))
     if (valid := _valid_seconds(r)) is not None: epoch += len(r.learn.dls.valid)*_both(r, 1, valid)
-    about = f'an epoch about {format_time(epoch)}'
+    about = f'an epoch about {_clock(epoch)}'
     if r.n_epoch is None: return [Found('ok', f'{int(hours*3600/epoch):,} epochs fit into {said}', about)]
     fit = r.n_epoch*epoch
-    what = f'{r.n_epoch} epochs take about {format_time(fit)}'
-    if hours is None or fit<=.85*hours*3600: return [Found('ok', what, about + (f'; there is time: {said}' if hours else ''))]
+    what = f'{r.n_epoch} epochs take about {_clock(fit)}'
+    if hours is None or fit<=.85*hours*3600:
+        return [Found('ok', what, about + (f'; the limit is {said}' if said else ''))]
     late = fit>1.1*hours*3600
     return [Found('wrong' if late and r.hours is not None else 'look', what, f'{about}; the limit is {said}',
                   f'in that time: {int(.9*hours*3600/epoch)} epochs')]
@@ -325,29 +333,33 @@ def whole_fit(r:Rehearsal)->list:
 def _both(r, i, step):
     "Seconds for a batch, with its loading"
     dl,load = r.loaders[i],r.load_seconds(i)
-    return max(step, load) if getattr(getattr(dl, 'fake_l', dl), 'num_workers', 0) else step+load
+    return max(step, load) if n_workers(dl) else step+load
 
 def _hours(r):
     "The time that there is, and who says so"
     if r.hours is not None: return r.hours,f'{r.hours:g} hours'
     for cb in r.learn.cbs:
         reserve = getattr(cb, 'reserve', 0) or 0
-        if isinstance(m := getattr(cb, 'minutes', None), (int,float)): return (m-reserve)/60,f'{m:g} minutes ({cb.name})'
-        if isinstance(d := getattr(cb, 'deadline', None), datetime):
-            return (d.timestamp()-datetime.now().timestamp())/3600-reserve/60,f'{d:%Y-%m-%d %H:%M} ({cb.name})'
+        minutes,deadline = getattr(cb, 'minutes', None),getattr(cb, 'deadline', None)
+        if isinstance(minutes, (int,float)): return (minutes-reserve)/60,f'{minutes:g} minutes ({cb.name})'
+        if isinstance(deadline, datetime):
+            seconds = deadline.timestamp()-datetime.now().timestamp()
+            return seconds/3600-reserve/60,f'{deadline:%Y-%m-%d %H:%M} ({cb.name})'
     return None,''
 
 def disk(r:Rehearsal)->list:
     "How large is a checkpoint, and is there room for it?"
     learn = r.learn
-    if not getattr(r, 'fails', ''): _step_seconds(r)       # then, the optimizer has its state
+    steps = not getattr(r, 'fails', '')
+    if steps: _step_seconds(r)       # then, the optimizer has its state
     weights = tensors_in(list(r.model.state_dict().values()))
     state = tensors_in(opt_state(learn.opt, []))
     size = sum(t.numel()*t.element_size() for t in {id(t): t for t in weights+state}.values())
     folder = Path(learn.path).absolute()
     while not folder.exists(): folder = folder.parent
     free = shutil.disk_usage(folder).free
-    what,why = f'weights and optimizer take {_gb(size)}',f'{_gb(free)} are free at {learn.path}'
+    what = f"{'weights and optimizer' if steps else 'the weights'} take {_gb(size)}"
+    why = f'{_gb(free)} are free at {learn.path}'
     if free>=3*size: return [Found('ok', what, why)]
     return [Found('wrong' if free<size else 'look', what, why, 'make room, or save elsewhere: learn.path')]
 
@@ -395,7 +407,8 @@ class Preflight:
         cell = lambda o: str(o).replace('|', '\\|')
         rows = [f"| {f'**{o.status}**' if o in self.problems else o.status} | "
                 + ' | '.join(map(cell, (o.name, o.what, o.why, o.next))) + ' |' for o in self.checks]
-        return '\n'.join([self._head(), '', '| | check | what | why | next |', '|---|---|---|---|---|', *rows])
+        head = ['| | check | what | why | next |', '|---|---|---|---|---|']
+        return '\n'.join([self._head(), '', *head, *rows])
 
 _statuses = 'wrong','look','ok','not checked'
 
@@ -406,7 +419,7 @@ def preflight(
     only:str|Sequence=None, # Names of checks, as 'inputs'; None for all
     seconds:float=45. # Begin no more checks after this time
 )->Preflight: # `.ok`, `.problems`, `.checks`; text if printed, a table in a notebook
-    """Check a learner before a long fit: data, labels, first loss, gradients, time, disk. Takes less than a minute.
+    """Check a learner before a long fit, in less than a minute: data, labels, first loss, gradients, time
 
     Batches are read, and steps are taken. Then everything is put back: weights, optimizer, random states,
     loaders, callbacks. So the fit gives the same bits as without. Nothing is trained, saved or printed."""

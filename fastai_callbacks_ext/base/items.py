@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 import torch
 from fastai.data.core import Datasets
+from fastcore.foundation import L
 from PIL.Image import Image
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -52,7 +53,8 @@ def inputs(r:Rehearsal)->list:
     with torch.no_grad(), r.apart():
         seen = [_seen(r, b) for b in r.batches()]
     columns = list(zip(*(o[0] for o in seen)))
-    found = [f for i,ts in enumerate(columns) for f in _input(f"input{f' {i}' if len(columns)>1 else ''}", ts, seen)]
+    names = [f'input {i}' for i in range(len(columns))] if len(columns)>1 else ['the input']
+    found = [f for name,ts in zip(names, columns) for f in _input(name, ts, seen)]
     found += _trained_with(r)
     n,about = len(seen),some_of(map(_about, (o[0] for o in columns)))
     return found or [Found('ok', 'inputs look sound', f"{n} batch{'es'*(n>1)}: {about}")]
@@ -78,7 +80,8 @@ def _in_range(m, args):
     "Asked before the embedding is: on a GPU, its own error ends the process' use of the GPU"
     ids = args[0].detach()
     if ids.numel() and (ids.min()<0 or ids.max()>=m.num_embeddings):
-        raise OutOfRange(f'an embedding of {m.num_embeddings} rows gets numbers from {ids.min()} to {ids.max()}')
+        got = f'{ids.min().item()} to {ids.max().item()}'
+        raise OutOfRange(f'an embedding of {m.num_embeddings} rows gets numbers from {got}')
 
 def _input(name, ts, seen):
     "What is wrong with an input, of which there is a tensor for each batch"
@@ -97,10 +100,11 @@ def _input(name, ts, seen):
                     'look at how items are read and transformed')
     elif n>1 and all(t.shape[1:]==rows[0].shape[1:] and (t==rows[0][:1]).all() for t in rows):
         if rows[0].shape[1]>1:
-            yield Found('wrong', f'{name} is the same for all items', f'{n} equal items', 'look at how items are read')
+            yield Found('wrong', f'{name} is the same for all items', f'{n} equal items',
+                        'look at how items are read')
     elif rows[0].shape[1]>1 and (flat := sum((t==t[:,:1]).all(1).sum().item() for t in rows))>n/4:
         if rows[0].shape[1]>8:
-            yield Found('look', f'{name} is constant within many items', f'{flat} of {n} items have one value only',
+            yield Found('look', f'{name} is constant within many items', f'{flat} of {n} have one value only',
                         'show some of them: learn.dls.show_batch()')
     elif ts[0].is_floating_point(): yield from _size(name, ts, seen)
 
@@ -200,14 +204,14 @@ def _read_items(data, res, dls, until, most):
         xs,ys = inputs_of(data[j])
         if not res.hashes:
             res.numbers = _count(xs)
-            if _hash(inputs_of(data[j])[0])!=_hash(xs): raise NotKnown('the data set changes its items at random')
+            if _hash(inputs_of(data[j])[0])!=_hash(xs): raise NotKnown('the data set gives random items')
         res.hashes[j] = _hash(xs)
         if not alone and len(ys)==1 and (label := _plain(ys[0])) is not None: res.labels[j] = label
         if monotonic()>until: break
 
 def _plain(o):
     "A label as a plain value; None if it is more than that"
-    if isinstance(o, (Tensor, np.ndarray, np.generic)): o = o.item() if getattr(o, 'size', 0)==1 or (isinstance(o, Tensor) and o.numel()==1) else None
+    if isinstance(o, (Tensor, np.ndarray, np.generic)): o = o.item() if np.prod(o.shape)==1 else None
     return o if isinstance(o, (str,Number)) else None
 
 def _parts(o):
@@ -247,11 +251,13 @@ def items(r:Rehearsal)->list:
     natural = train.numbers<=8 and share<=3*twice+.01
     if both and not natural:
         j,i = both[0]
-        found.append(Found('wrong', f"{len(both):,} validation item{'s are' if len(both)>1 else ' is'} in the training set too",
+        are = 's are' if len(both)>1 else ' is'
+        found.append(Found('wrong', f'{len(both):,} validation item{are} in the training set too',
                            f'{compared}; validation item {j} is training item {i}',
                            'remove them from one of the two, or split by groups'))
     also = f'; {len(both):,} are in both, as many as chance gives for so few numbers' if both else ''
-    return found or [Found('ok', 'no item is in both sets' if not both else 'items have few numbers', compared+also)]
+    what = 'items have few numbers' if both else 'no item is in both sets'
+    return found or [Found('ok', what, compared+also)]
 
 def _of(raw):
     n = len(raw.hashes)
@@ -266,9 +272,9 @@ def _conflicts(train):
     odd = [js for js in same if len({train.labels[j] for j in js if j in train.labels})>1]
     if not odd or train.numbers<=8: return [],twice
     i,j = odd[0][0],next(j for j in odd[0] if train.labels.get(j)!=train.labels.get(odd[0][0]))
-    return [Found('look', f"{len(odd):,} training item{'s occur' if len(odd)>1 else ' occurs'} again with another label",
-                  f'of {_of(train)}; items {i} and {j} are equal, with the labels {train.labels[i]} and {train.labels[j]}',
-                  'decide which label is right')],twice
+    what = f"{len(odd):,} training item{'s occur' if len(odd)>1 else ' occurs'} again with another label"
+    why = f'of {_of(train)}; items {i} and {j} are equal, labels are {train.labels[i]} and {train.labels[j]}'
+    return [Found('look', what, why, 'decide which label is right')],twice
 
 # %% ../../nbs/base/items.ipynb #items-014
 def loss_kind(
@@ -293,14 +299,14 @@ def class_axis(loss, pred):
 
 def labels(r:Rehearsal)->list:
     "Are the targets what the loss and the outputs expect, and are the classes of both sets the same?"
-    found,notes = [],[]
+    found,known,unknown = [],[],[]
     for part in (_targets, _classes):
-        try:
-            res = part(r)
-            found += res if isinstance(res, list) else []
-            if isinstance(res, str): notes.append(res)
-        except NotKnown as e: notes.append(str(e))
-    return found or [Found('ok', 'targets fit the outputs', '; '.join(notes))]
+        try: res = part(r)
+        except NotKnown as e: unknown.append(str(e))
+        else: (found if isinstance(res, list) else known).extend(L(res))
+    if found: return found
+    if not known: raise NotKnown('; '.join(dict.fromkeys(unknown)))
+    return [Found('ok', 'targets fit the outputs', '; '.join(known+unknown))]
 
 def targets_fit(r:Rehearsal)->list:
     "What in the targets of the first batches does not fit the outputs"
@@ -322,24 +328,26 @@ def _misfits(r, pred):
     y,loss = learn.yb[0].detach().as_subclass(Tensor),learn.loss_func
     kind = loss_kind(loss)
     if y.is_floating_point() and (bad := (~y.isfinite()).sum().item()):
-        yield Found('wrong', 'targets are NaN or infinite', f'{bad:,} of {y.numel():,} in a batch', 'drop these items')
+        yield Found('wrong', 'targets are NaN or infinite', f'{bad:,} of {y.numel():,} in a batch',
+                    'drop these items')
     elif kind in ('cross-entropy','nll') and not y.is_floating_point():
         n = pred.shape[class_axis(loss, pred)]
         ignored = getattr(getattr(loss, 'func', loss), 'ignore_index', -100)
         out = y[((y<0) | (y>=n)) & (y!=ignored)]
         if len(out):
-            yield Found('wrong', 'targets are out of range', f'{out[0].item()} is among them; the model has outputs for 0 to {n-1}',
+            yield Found('wrong', 'targets are out of range',
+                        f'{out[0].item()} is among them; the model has outputs for 0 to {n-1}',
                         'give the model as many outputs as there are classes')
         elif n==1: yield Found('wrong', 'cross-entropy of one output is always 0', f'outputs {_about(pred)}',
                                'use two outputs, or BCEWithLogitsLossFlat')
     elif kind=='binary' and ((y<0) | (y>1)).any():
-        yield Found('wrong', 'targets are not from 0 to 1', f'from {y.min().item():.4g} to {y.max().item():.4g}',
-                    'encode them, as OneHotEncode does')
+        yield Found('wrong', 'targets are not from 0 to 1',
+                    f'from {y.min().item():.4g} to {y.max().item():.4g}', 'encode them, as OneHotEncode does')
     elif kind in ('squared','absolute','binary') and not hasattr(loss, 'flatten') and pred.shape!=y.shape:
         with suppress(RuntimeError):
             shape = torch.broadcast_shapes(pred.shape, y.shape)
             yield Found('wrong', 'outputs and targets have different shapes',
-                        f"{tuple(pred.shape)} and {tuple(y.shape)}; the loss compares each with each: {tuple(shape)}",
+                        f'{tuple(pred.shape)} and {tuple(y.shape)}; the loss takes all pairs, {tuple(shape)}',
                         'bring the targets into the shape of the outputs, or squeeze the outputs')
 
 def _classes(r):
@@ -354,13 +362,14 @@ def _classes(r):
     with suppress(NotKnown):
         new = Counter(raw_items(r, 1).labels.values())
         if lacking := sorted(new.keys()-counts.keys(), key=str):
-            found.append(Found('wrong', f"class{'es' if len(lacking)>1 else ''} {some_of(map(name, lacking))} of the validation set "
-                               f"{'are' if len(lacking)>1 else 'is'} not in the training set",
+            which = f"class{'es' if len(lacking)>1 else ''} {some_of(map(name, lacking))}"
+            found.append(Found('wrong', f'{which} of the validation set: none in the training set',
                                f'{sum(new[k] for k in lacking):,} of {sum(new.values()):,} validation items',
                                'split by class (stratify), or drop the class'))
     (most,n),(least,few) = counts.most_common()[0],counts.most_common()[-1]
     if len(counts)>1 and n>=50*few or n>.98*train.n>100:
-        found.append(Found('look', 'classes are very unequal', f'{name(most)} has {n:,} of {train.n:,} training items, {name(least)} {few:,}',
+        found.append(Found('look', 'classes are very unequal',
+                           f'{name(most)} has {n:,} of {train.n:,} training items, {name(least)} {few:,}',
                            'watch a metric for each class; weigh the loss, or sample by class'))
     return found or f'{len(counts)} classes, {few:,} to {n:,} training items each'
 
