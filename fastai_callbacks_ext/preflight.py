@@ -51,7 +51,7 @@ def one_step(r:Rehearsal)->list:
         return [Found('wrong', r.fails, f'{type(e).__name__}: {e}'.splitlines()[0], 'repair this first')]
     value = loss.item()
     if isfinite(value): return [Found('ok', 'a training step runs', f'loss {value:.4g}')]
-    return [Found('wrong', f'the first loss is {value}', 'of the first batch', 'look at inputs, targets and loss')]
+    return [Found('wrong', f'the first loss is {value}', 'in the first batch', 'look at inputs and targets')]
 
 def _needs_step(r):
     if getattr(r, 'fails', ''): raise NotKnown(r.fails)
@@ -188,7 +188,7 @@ def items_apart(r:Rehearsal)->list:
                 return [Found('wrong', 'items of a batch are mixed',
                               f'another item {j} changes the prediction of item {changed.argmax().item()}',
                               'look for view, reshape and mean over the wrong axis')]
-    return [Found('ok', 'a prediction depends on its own item only', f'2 items of a batch of {n} were replaced')]
+    return [Found('ok', 'a prediction depends on its own item only', f'2 of {n} items were replaced')]
 
 def _small(r, n):
     "The first `n` items of a batch, and how many they are"

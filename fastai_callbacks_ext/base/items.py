@@ -98,7 +98,7 @@ def _input(name, ts, seen):
     if n>1 and all((t==rows[0][0,0]).all() for t in rows):
         yield Found('wrong', f'{name} is constant', f'all values of {n} items are {rows[0][0,0].item():.4g}',
                     'look at how items are read and transformed')
-    elif n>1 and all(t.shape[1:]==rows[0].shape[1:] and (t==rows[0][:1]).all() for t in rows):
+    elif n>len(rows) and all((t==t[:1]).all() for t in rows):
         if rows[0].shape[1]>1:
             yield Found('wrong', f'{name} is the same for all items', f'{n} equal items',
                         'look at how items are read')
@@ -152,9 +152,9 @@ def _trained_with(r):
                   'normalise as in its training: Normalize.from_stats(*imagenet_stats) for ImageNet')]
 
 def _trained(m):
+    "Has it seen enough batches to have forgotten its first values?"
     n = m.num_batches_tracked
-    changed = bool((m.running_mean!=0).any())
-    return changed if n is None else changed and n.item()>0
+    return n is not None and n.item()*(m.momentum or 1)>=5
 
 # %% ../../nbs/base/items.ipynb #items-011
 @dataclass
@@ -233,7 +233,12 @@ def _hash(o):
     for part in _parts(o): h.update(part)
     return h.digest()
 
-def _count(o): return sum(map(len, _parts(o)))//8
+def _count(o):
+    "About how many numbers are in an item"
+    if isinstance(o, (list,tuple)): return sum(map(_count, o))
+    if isinstance(o, dict): return _count(list(o.values()))
+    if isinstance(o, (Tensor, np.ndarray)): return int(np.prod(o.shape))
+    return 1 if isinstance(o, Number) else 1000
 
 # %% ../../nbs/base/items.ipynb #items-012
 def items(r:Rehearsal)->list:
