@@ -1139,6 +1139,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                        'fastai_callbacks_ext/base/rehearsal.py'),
                                                      'fastai_callbacks_ext.base.rehearsal._ctrl_c_waits': ( 'base/rehearsal.html#_ctrl_c_waits',
                                                                                                             'fastai_callbacks_ext/base/rehearsal.py'),
+                                                     'fastai_callbacks_ext.base.rehearsal._extra_pass': ( 'base/rehearsal.html#_extra_pass',
+                                                                                                          'fastai_callbacks_ext/base/rehearsal.py'),
                                                      'fastai_callbacks_ext.base.rehearsal._refill': ( 'base/rehearsal.html#_refill',
                                                                                                       'fastai_callbacks_ext/base/rehearsal.py'),
                                                      'fastai_callbacks_ext.base.rehearsal._wait': ( 'base/rehearsal.html#_wait',

@@ -443,15 +443,10 @@ def _known(name):
 def _all_checks(learn, names, n_epoch, hours, seconds):
     r = Rehearsal(learn)
     r.n_epoch,r.hours,r.until,r.known = n_epoch,hours,monotonic()+seconds,{}
-    done,left = [],list(names)
-    try:
-        with r.running():
-            while left:
-                done += _one_check(r, left[0], seconds)
-                left.pop(0)
-    except Exception as e:
-        done += [Check(o, 'not checked', '', _reason(e), '') for o in left]
-    return done
+    with ExitStack() as stack:
+        try: stack.enter_context(r.running())
+        except Exception as e: return [Check('all', 'not checked', '', _reason(e), '')]
+        return [o for name in names for o in _one_check(r, name, seconds)]
 
 def _one_check(r, name, seconds):
     try:

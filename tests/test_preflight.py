@@ -1,13 +1,13 @@
 "What `preflight` finds; that it finds nothing in sound learners; that a fit afterwards has the same bits"
-import os, random, signal, sys
-from collections import namedtuple
+import os, random, signal
 from datetime import datetime, timedelta
+from threading import Thread
 from types import SimpleNamespace
 
 import numpy as np
 import pytest, torch
 import torch.nn.functional as F
-from fastai.callback.all import MixUp
+from fastai.callback.all import MixUp, SaveModelCallback
 from fastai.callback.core import Callback, CancelBatchException
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
@@ -15,13 +15,14 @@ from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, L1LossFla
 from fastai.optimizer import OptimWrapper
 from fastai_callbacks_ext import preflight as module
 from fastai_callbacks_ext.all import *
-from fastai_callbacks_ext.base.rehearsal import NotKnown, Rehearsal, putting_back
+from fastai_callbacks_ext.base import rehearsal
+from fastai_callbacks_ext.base.rehearsal import Rehearsal, putting_back
 from fastai_callbacks_ext.preflight import CHECKS, Check, Preflight, preflight
 from fastai_callbacks_ext.test_utils import digits_dls, digits_learner, digits_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from cases import every_case
-from common import fit, quiet, traces
+from common import fit, traces
 from settings import SETTINGS
 
 def bits(learn):
@@ -212,3 +213,166 @@ def test_planted_faults(i):
     hit = [o for o in found if o.status==status and text in str(o)]
     assert len(hit)==1, found
     assert bits(learn)==before
+
+# --- however it ends ------------------------------------------------------------------------------
+class Raises(Callback):
+    "Raises an error in the nth forward pass"
+    def __init__(self, error, at): self.error,self.at,self.n = error,at,0
+    def after_pred(self):
+        self.n += 1
+        if self.n==self.at: raise self.error
+
+@pytest.mark.parametrize('at', [1,20,40])
+def test_ctrl_c(at):
+    learn = fit(small(Raises(KeyboardInterrupt(), at)), 0)
+    fit(learn, cbs=Change()) if at==20 else None
+    learn.cbs[-1].n = 0
+    before,left = bits(learn),traces(learn)
+    with pytest.raises(KeyboardInterrupt): preflight(learn)
+    assert bits(learn)==before and traces(learn)==left
+
+def test_a_second_ctrl_c_waits_until_all_is_put_back(monkeypatch):
+    learn,weights,put_back = small(),[*small().model.parameters()],rehearsal.load_learner_state
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        put_back(*args)
+    monkeypatch.setattr(rehearsal, 'load_learner_state', interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        with putting_back(learn):
+            for p in learn.model.parameters(): p.data.zero_()
+    assert all(map(torch.equal, learn.model.parameters(), weights)) and learn.opt is None
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+def test_in_another_thread():
+    "Which gets no signals"
+    found = []
+    thread = Thread(target=lambda: found.append(preflight(small(), only='inputs')))
+    thread.start(), thread.join()
+    assert found[0].checks[0].status=='ok'
+
+class FailsAtTheEnd(Callback):
+    def after_fit(self): self.learn.recorder.values[-1]
+
+def test_a_callback_that_needs_results():
+    "fastai's own, which read the recorder, and one that fails without"
+    learn = small(SaveModelCallback(), FailsAtTheEnd())
+    before = bits(learn)
+    assert preflight(learn, only=['inputs','a step']).problems==[] and bits(learn)==before
+
+class FailsAtTheStart(Callback):
+    def before_fit(self): raise ValueError('no disk')
+
+def test_a_check_that_fails_does_not_end_the_others(monkeypatch):
+    monkeypatch.setitem(CHECKS, 'labels', lambda r: 1/0)
+    by_name = {o.name: o for o in preflight(small(), only=['labels','inputs']).checks}
+    assert by_name['inputs'].status=='ok'
+    assert by_name['labels'].why=='the check failed: ZeroDivisionError: division by zero'
+
+def test_no_time_is_left():
+    found = preflight(small(), seconds=0)
+    assert {o.status for o in found.checks}=={'not checked'} and found.ok
+    assert '0 seconds are over' in str(found)
+
+# --- what cannot be known -------------------------------------------------------------------------
+class OwnLoop(Learner):
+    def _do_one_batch(self): super()._do_one_batch()
+
+class Cancels(Callback):
+    def before_batch(self): raise CancelBatchException
+
+class Once(IterableDataset):
+    def __init__(self): self.read = iter([(torch.ones(12), 1)]*40)
+    def __iter__(self): return self.read
+    def __len__(self): return 40
+
+def stream():
+    learn = table()
+    learn.dls.loaders[0] = DataLoader(Once(), 16)
+    return learn
+
+UNKNOWN = [(lambda: OwnLoop(digits_dls(n=160), digits_model(), loss_func=CrossEntropyLossFlat()), 'OwnLoop has its own'),
+           (lambda: small(Cancels()), 'a callback cancels the batch'), (stream, 'can be read only once'),
+           (lambda: small(model=nn.Sequential(nn.Flatten(), nn.LazyLinear(10))), 'no size before the first batch'),
+           (lambda: small(FailsAtTheStart()), 'ValueError')]
+
+@pytest.mark.parametrize('i', range(len(UNKNOWN)))
+def test_says_why_it_cannot_know(i):
+    make,why = UNKNOWN[i]
+    learn = make()
+    read = getattr(learn.dls.train.dataset, 'read', None)
+    found = preflight(learn)
+    assert {o.status for o in found.checks}<={'not checked','ok'}
+    assert sum(why in o.why for o in found.checks if o.status=='not checked')>=min(8, len(found.checks)), found
+    assert read is None or len(list(read))==40
+
+def test_mixed_images_are_not_measured():
+    "The targets of `MixUp` are random; the fit has it still"
+    def mixed(): return small(MixUp())
+    learn = mixed()
+    assert preflight(learn).problems==[] and end_of(learn)==end_of(mixed())
+
+# --- time, disk, log ------------------------------------------------------------------------------
+def test_is_there_time(monkeypatch):
+    monkeypatch.setattr(module, '_step_seconds', lambda r: 90.)
+    monkeypatch.setattr(module, '_valid_seconds', lambda r: 18.)
+    monkeypatch.setattr(Rehearsal, 'load_seconds', lambda r, i=0: 0.)      # 4 batches, 1 of validation
+    said = lambda *cbs, **kwargs: about('fit', small(*cbs), only='fit', **kwargs)[0]
+    assert said().status=='not checked'
+    assert said(n_epoch=10).what=='10 epochs take about 1:03:00'
+    assert said(hours=1).what=='9 epochs fit into 1 hours'
+    assert [said(n_epoch=10, hours=h).status for h in (2,1.1,.9)]==['ok','look','wrong']
+    assert said(n_epoch=10, hours=.9).next=='in that time: 7 epochs'
+    limited = said(TimeLimit(40, reserve=10), n_epoch=10)
+    assert limited.status=='look' and '40 minutes (time_limit)' in limited.why and '4 epochs' in limited.next
+    soon = datetime.now()+timedelta(hours=3)
+    assert said(TimeLimit(deadline=soon), n_epoch=10).status=='ok'
+
+def test_loading_and_computing_at_the_same_time():
+    "With workers, the slower one counts"
+    learn = table()
+    r = Rehearsal(learn)
+    r._read = {0: ([], [5.,7.,9.])}
+    assert module._both(r, 0, 3.)==5.
+    learn.dls.train.num_workers = 2
+    assert module._both(r, 0, 3.)==3. and module._both(r, 0, 1.)==2.
+
+def test_is_there_room(monkeypatch, tmp_path):
+    "Bytes of weights, statistics and of Adam's two averages"
+    learn = small(path=tmp_path/'not'/'there')
+    weights = sum(t.numel()*t.element_size() for t in learn.model.state_dict().values())
+    bytes_ = weights+sum(8*p.numel() for p in learn.model.parameters())
+    status = {}
+    for free in (bytes_-1, bytes_+1000, 4*bytes_):
+        monkeypatch.setattr(module.shutil, 'disk_usage', lambda folder: SimpleNamespace(free=free))
+        status[free-bytes_] = about('disk', learn, only=['a step','disk'])[-1].status
+    assert list(status.values())==['wrong','look','ok']
+    broken = net('broken')
+    assert about('disk', broken, only=['a step','disk'])[-1].what.startswith('the weights take')
+
+def test_goes_into_the_log(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    learn = small(RunLog(every=2))
+    preflight(learn, only=['inputs','memory'])
+    assert os.listdir()==[]
+    fit(learn)
+    preflight(learn, only='inputs')
+    first,second = [o for o in read_log().rows if o['kind']=='preflight']
+    assert [o['step'] for o in (first, second)]==[0,4]
+    assert [list(o) for o in first['checks']]==[['name','status','what','why','next']]*2
+    assert [o['status'] for o in first['checks']]==['ok','not checked']
+
+def test_what_it_shows():
+    found = Preflight([Check('a', 'ok', 'fine', '', ''), Check('b', 'look', 'odd|', '3', 'see'), Check('c', 'wrong', 'bad', '1', '')])
+    assert [o.name for o in found.problems]==['c','b'] and not found.ok
+    assert repr(found).splitlines()==['preflight: 1 wrong, 1 look, 1 ok', 'ok           a                 fine',
+        'look         b                 odd|: 3 -> see', 'wrong        c                 bad: 1']
+    assert '| **look** | b | odd\\| | 3 | see |' in found._repr_markdown_()
+
+@pytest.mark.parametrize('kwargs,error', [
+    (dict(n_epoch=0), 'n_epoch=0'), (dict(hours=-1), 'hours=-1'), (dict(seconds='x'), "seconds='x'"),
+    (dict(only='input'), "only='input': expected 'inputs'.*did you mean 'inputs'")])
+def test_bad_arguments(kwargs, error):
+    with pytest.raises((ValueError,TypeError), match=error): preflight(small(), **kwargs)
+
+def test_needs_a_learner():
+    with pytest.raises(TypeError, match='learn='): preflight(digits_model())

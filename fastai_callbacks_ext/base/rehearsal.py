@@ -8,7 +8,7 @@ __all__ = ['putting_back', 'NotKnown', 'inner_loader', 'own_loop', 'Rehearsal', 
 # %% ../../nbs/base/rehearsal.ipynb #rehearse-004
 import signal, threading
 from collections.abc import Callable
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from itertools import islice
 from math import inf
 from time import monotonic, perf_counter
@@ -107,12 +107,13 @@ class Rehearsal:
             self.random = random_state(learn.dls)
             for dl in {*self.loaders, *learn.dls.loaders}: stack.callback(_refill, vars(dl), dict(vars(dl)))
             learn.model = self.model
+            out = [cb for cb in learn.cbs if not takes_part(cb) or isinstance(cb, MixHandler)]
             for cb in learn.cbs:
-                logs = hasattr(type(cb), 'receive')
-                if not takes_part(cb) or isinstance(cb, MixHandler) or logs: cb.run = False
+                if hasattr(type(cb), 'receive') or type(cb).__module__=='fastai.distributed': cb.run = False
             learn.dl,learn.n_epoch,learn.epoch,learn.iter = learn.dls.train,1,0,0
-            stack.enter_context(learn.validation_context(cbs=ExtraPass()))
-            learn.n_iter = len(learn.dl)
+            stack.enter_context(_extra_pass(learn))
+            for cb in out: cb.run = False
+            learn.n_iter = len(learn.dl) if hasattr(learn.dl, '__len__') else 1
             learn('before_train')
             self._modes = [(m, m.training) for m in self.model.modules()]
             self._precision = stack.enter_context(precision_of(learn))
@@ -232,6 +233,15 @@ class Rehearsal:
             _wait(self.model)
             times.append(perf_counter()-start)
         return sorted(times[1:])[(len(times)-1)//2]
+
+@contextmanager
+def _extra_pass(learn):
+    "As `validate` begins and ends. A callback that fails at the end, as there are no results, does not matter"
+    context = learn.validation_context(cbs=ExtraPass())
+    context.__enter__()
+    try: yield
+    finally:
+        with suppress(Exception): context.__exit__(None, None, None)
 
 @contextmanager
 def _closing(it):
