@@ -8,12 +8,14 @@ __all__ = []
 # %% ../nbs/all.ipynb #728a6161
 from . import (accumulation, averaging, best, checkpoint, gradients, loop, rnn, runlog,
         safety, stopping, tracing, upgrades)
+from . import preflight as _preflight     # its function has this name
 from .accumulation import *
 from .averaging import *
 from .best import *
 from .checkpoint import *
 from .gradients import *
 from .loop import *
+from .preflight import *
 from .rnn import *
 from .runlog import *
 from .safety import *
@@ -26,7 +28,7 @@ from .base.model import unwrap_model
 from .base.passes import refresh_batchnorm
 from .base.step import StepNumbers, all_finite, step_numbers
 
-_purposes = (accumulation, averaging, best, checkpoint, gradients, loop, rnn, runlog,
+_purposes = (accumulation, averaging, best, checkpoint, gradients, loop, _preflight, rnn, runlog,
              safety, stopping, tracing, upgrades)
 # of the base, what a callback of one's own and a script have use for
 _base = ('ExtCallback Record check_number check_type from_all from_first '

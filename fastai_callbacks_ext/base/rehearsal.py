@@ -236,7 +236,7 @@ class Rehearsal:
 
 @contextmanager
 def _extra_pass(learn):
-    "As `validate` begins and ends. A callback that fails at the end, as there are no results, does not matter"
+    "As `validate` begins and ends. A callback that fails at the end, without results, does not matter"
     context = learn.validation_context(cbs=ExtraPass())
     context.__enter__()
     try: yield
