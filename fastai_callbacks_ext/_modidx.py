@@ -1704,6 +1704,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'fastai_callbacks_ext/preflight.py'),
                                                 'fastai_callbacks_ext.preflight._ms': ( 'preflight.html#_ms',
                                                                                         'fastai_callbacks_ext/preflight.py'),
+                                                'fastai_callbacks_ext.preflight._n_batches': ( 'preflight.html#_n_batches',
+                                                                                               'fastai_callbacks_ext/preflight.py'),
                                                 'fastai_callbacks_ext.preflight._needs_step': ( 'preflight.html#_needs_step',
                                                                                                 'fastai_callbacks_ext/preflight.py'),
                                                 'fastai_callbacks_ext.preflight._one_check': ( 'preflight.html#_one_check',

@@ -185,7 +185,7 @@ def _items_apart(r:Rehearsal)->list:
             changed[j] = 0
             if changed.max()>1e-4*out.abs().max():
                 return [Found('wrong', 'items of a batch are mixed',
-                              f'another item {j} changes the prediction of item {changed.argmax().item()}',
+                              f'replacing item {j} changes the prediction of item {changed.argmax().item()}',
                               'look for view, reshape and mean over the wrong axis')]
     return [Found('ok', 'a prediction depends on its own item only', f'2 of {n} items were replaced')]
 
@@ -263,7 +263,7 @@ def _times(r:Rehearsal)->list:
     waits = load>step and 'the model waits for the loader: more workers, smaller files' or ''
     more = f', a validation batch {_ms(valid)}' if valid is not None else ''
     return [Found('ok', f'a step takes {_ms(step)}, loading a batch {_ms(load)}{more}',
-                  f'{len(r.learn.dls.train):,} batches an epoch', waits)]
+                  f'{_n_batches(r, 0):,} batches an epoch', waits)]
 
 def _ms(s): return f'{s*1000:.3g} ms' if s<1 else f'{s:.3g} s'
 
@@ -317,8 +317,8 @@ def _whole_fit(r:Rehearsal)->list:
     _needs_step(r)
     hours,said = _hours(r)
     if r.n_epoch is None and hours is None: raise NotKnown('say n_epoch=, or hours=')
-    epoch = len(r.learn.dls.train)*_both(r, 0, _step_seconds(r))
-    if (valid := _valid_seconds(r)) is not None: epoch += len(r.learn.dls.valid)*_both(r, 1, valid)
+    epoch = _n_batches(r, 0)*_both(r, 0, _step_seconds(r))
+    if (valid := _valid_seconds(r)) is not None: epoch += _n_batches(r, 1)*_both(r, 1, valid)
     about = f'an epoch about {_clock(epoch)}'
     if r.n_epoch is None: return [Found('ok', f'{int(hours*3600/epoch):,} epochs fit into {said}', about)]
     fit = r.n_epoch*epoch
@@ -328,6 +328,12 @@ def _whole_fit(r:Rehearsal)->list:
     late = fit>1.1*hours*3600
     return [Found('wrong' if late and r.hours is not None else 'look', what, f'{about}; the limit is {said}',
                   f'in that time: {int(.9*hours*3600/epoch)} epochs')]
+
+def _n_batches(r, i):
+    "Batches of a loader for this process; fastai shares them out when the fit begins"
+    dl = r.learn.dls.loaders[i]
+    trainer = any(type(cb).__name__=='DistributedTrainer' for cb in r.learn.cbs)
+    return -(-len(dl)//n_ranks()) if trainer and dl is r.loaders[i] else len(dl)
 
 def _both(r, i, step):
     "Seconds for a batch, with its loading"

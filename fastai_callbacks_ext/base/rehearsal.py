@@ -103,6 +103,8 @@ class Rehearsal:
         learn = self.learn
         if any(map(is_lazy, self.model.parameters())):
             raise NotKnown('layers have no size before the first batch')
+        if n_ranks()>1 and any(isinstance(m, nn.SyncBatchNorm) for m in self.model.modules()):
+            raise NotKnown('SyncBatchNorm waits for other processes')
         with putting_back(learn), learn.no_bar(), ExitStack() as stack:
             self.random = random_state(learn.dls)
             for dl in {*self.loaders, *learn.dls.loaders}: stack.callback(_refill, vars(dl), dict(vars(dl)))
