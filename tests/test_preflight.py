@@ -1,5 +1,6 @@
 "What `preflight` finds; that it finds nothing in sound learners; that a fit afterwards has the same bits"
 import os, random, signal
+from _thread import allocate_lock
 from datetime import datetime, timedelta
 from threading import Thread
 from types import SimpleNamespace
@@ -15,11 +16,11 @@ from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, L1LossFla
 from fastai.optimizer import OptimWrapper
 from fastai_callbacks_ext import preflight as module
 from fastai_callbacks_ext.all import *
-from fastai_callbacks_ext.base import rehearsal
-from fastai_callbacks_ext.base.rehearsal import Rehearsal, putting_back
-from fastai_callbacks_ext.preflight import preflight_checks, PreflightCheck, Preflight, preflight
+from fastai_callbacks_ext.base import costs, items as checks, rehearsal
+from fastai_callbacks_ext.base.rehearsal import NotKnown, Rehearsal, putting_back
+from fastai_callbacks_ext.preflight import Preflight, PreflightCheck, preflight
 from fastai_callbacks_ext.test_utils import digits_dls, digits_learner, digits_model
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from cases import every_case
 from common import fit, traces
@@ -203,7 +204,9 @@ FAULTS = [
     ('items of a batch', lambda: net('random'), 'not checked', 'other predictions'),
     ('by heart', lambda: net('blind'), 'wrong', 'cannot be learned by heart')]
 
-def about(name, learn, **kwargs): return [o for o in preflight(learn, **kwargs).checks if o.name==name]
+def about(name, learn, **kwargs):
+    found = learn if isinstance(learn, Preflight) else preflight(learn, **kwargs)
+    return [o for o in found.checks if o.name==name]
 
 def planted(name):
     "Each fault of a check is found, and all is put back"
@@ -225,6 +228,45 @@ def test_faults_of_gradients(): planted('gradients')
 def test_not_the_same_twice(): planted('same twice')
 def test_mixed_items(): planted('items of a batch')
 def test_not_learned_by_heart(): planted('by heart')
+
+def test_few_numbers_are_equal_by_chance():
+    "Users and films are in both sets; a bottle of wine is not"
+    learn = SETTINGS['ratings']()
+    found, = about('items', learn, only='items')
+    assert found.status=='ok' and 'as many as chance gives' in found.why
+    learn = SETTINGS['tabular_classes']()
+    learn.dls.valid.dataset.items.iloc[0] = learn.dls.train.dataset.items.iloc[0]
+    assert '1 validation item is in the training set too' in about('items', learn, only='items')[0].what
+
+def test_what_is_equal(tmp_path):
+    "The content counts, also that of files"
+    for name,text in zip('abc', ('same','same','other')): (tmp_path/name).write_text(text)
+    mixed = lambda: dict(a=torch.ones(2), b=[1,'x',None])
+    values = [lambda: tmp_path/'a', lambda: b'x', mixed, lambda: np.ones(3)]
+    for v in values: assert checks._hash([v()])==checks._hash([v()])
+    assert checks._hash(tmp_path/'a')==checks._hash(tmp_path/'b')!=checks._hash(tmp_path/'c')
+    assert len({checks._hash([v()]) for v in values})==4
+    assert checks._count(mixed())==2+1+1000+1000
+    with pytest.raises(NotKnown, match='class Lock|class lock'): checks._hash(allocate_lock())
+
+def test_memory_of_a_gpu():
+    b = torch.ones(2,3),torch.ones(2)
+    found, = costs._is_room(2**32, 2**33, b)
+    assert (found.status, found.why)==('ok', '4 GB of 8 GB in a step of 2x3 and 2')
+    assert costs._is_room(2**33-1, 2**33, b)[0].status=='look'
+
+def test_other_losses():
+    "Soft targets, absolute errors, probabilities, indices that are ignored"
+    g = torch.Generator().manual_seed(0)
+    x,soft = torch.randn(64, 12, generator=g),torch.rand(64, 3, generator=g).softmax(1)
+    hard,model = torch.where(x[:,0]>1, -100, 1*(x[:,1]>0)),lambda n, *o: nn.Sequential(nn.Linear(12, n), *o)
+    for y,net,loss in ((soft, model(3), nn.CrossEntropyLoss()), (x[:,:1], model(1), L1LossFlat()),
+                       (hard, model(3), nn.CrossEntropyLoss()),
+                       (hard.clamp(min=0), model(3, nn.LogSoftmax(1)), nn.NLLLoss()),
+                       (1.*(x[:,:2]>0), model(2), BCEWithLogitsLossFlat())):
+        found = preflight(tensors(x, y, net, loss, torch.randn(16, 12, generator=g), y[:16]),
+                          only=['a step','labels','first loss'])
+        assert not found.problems and about('first loss', found)[0].status=='ok', found
 
 # --- however it ends ------------------------------------------------------------------------------
 class Raises(Callback):
@@ -275,7 +317,7 @@ class FailsAtTheStart(Callback):
     def before_fit(self): raise ValueError('no disk')
 
 def test_a_check_that_fails_does_not_end_the_others(monkeypatch):
-    monkeypatch.setitem(preflight_checks, 'labels', lambda r: 1/0)
+    monkeypatch.setitem(module._checks, 'labels', lambda r: 1/0)
     by_name = {o.name: o for o in preflight(small(), only=['labels','inputs']).checks}
     assert by_name['inputs'].status=='ok'
     assert by_name['labels'].why=='the check failed: ZeroDivisionError: division by zero'
@@ -325,8 +367,8 @@ def test_mixed_images_are_not_measured():
 
 # --- time, disk, log ------------------------------------------------------------------------------
 def test_is_there_time(monkeypatch):
-    monkeypatch.setattr(module, '_step_seconds', lambda r: 90.)
-    monkeypatch.setattr(module, '_valid_seconds', lambda r: 18.)
+    monkeypatch.setattr(costs, '_step_seconds', lambda r: 90.)
+    monkeypatch.setattr(costs, '_valid_seconds', lambda r: 18.)
     monkeypatch.setattr(Rehearsal, 'load_seconds', lambda r, i=0: 0.)      # 4 batches, 1 of validation
     said = lambda *cbs, **kwargs: about('fit', small(*cbs), only='fit', **kwargs)[0]
     assert said().status=='not checked'
@@ -344,9 +386,9 @@ def test_loading_and_computing_at_the_same_time():
     learn = table()
     r = Rehearsal(learn)
     r._read = {0: ([], [5.,7.,9.])}
-    assert module._both(r, 0, 3.)==5.
+    assert costs._both(r, 0, 3.)==5.
     learn.dls.train.num_workers = 2
-    assert module._both(r, 0, 3.)==3. and module._both(r, 0, 1.)==2.
+    assert costs._both(r, 0, 3.)==3. and costs._both(r, 0, 1.)==2.
 
 def test_is_there_room(monkeypatch, tmp_path):
     "Bytes of weights, statistics and of Adam's two averages"
@@ -355,7 +397,7 @@ def test_is_there_room(monkeypatch, tmp_path):
     bytes_ = weights+sum(8*p.numel() for p in learn.model.parameters())
     status = {}
     for free in (bytes_-1, bytes_+1000, 4*bytes_):
-        monkeypatch.setattr(module.shutil, 'disk_usage', lambda folder: SimpleNamespace(free=free))
+        monkeypatch.setattr(costs.shutil, 'disk_usage', lambda folder: SimpleNamespace(free=free))
         status[free-bytes_] = about('disk', learn, only=['a step','disk'])[-1].status
     assert list(status.values())==['wrong','look','ok']
     broken = net('broken')

@@ -8,7 +8,6 @@ __all__ = ['Found', 'some_of', 'inputs', 'OutOfRange', 'Raw', 'raw_items', 'item
 
 # %% ../../nbs/base/items.ipynb #items-004
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import blake2b

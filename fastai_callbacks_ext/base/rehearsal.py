@@ -27,7 +27,7 @@ from .model import resettable, unwrap_model
 from .passes import ExtraPass, leaving_no_trace, precision_of, takes_part
 from .position import load_random_state, random_state
 from .state import FitStart, learner_state, load_learner_state
-from .step import BatchUndo, tensors_in
+from .step import BatchUndo
 
 # %% ../../nbs/base/rehearsal.ipynb #rehearse-006
 @contextmanager
@@ -90,7 +90,12 @@ class Rehearsal:
         self.learn,self.model,self._given = learn,unwrap_model(learn.model),learn.model
         self.loaders = list(map(inner_loader, learn.dls.loaders))
         self.trained = learn.opt is not None and any(map(len, learn.opt.state.values()))
-        self.until,self._read = inf,{}
+        self.until,self._read,self.known,self.fails = inf,{},{},''     # `fails`: why no step can be taken
+        self.n_epoch = self.hours = None
+
+    def need_step(self):
+        "`NotKnown` if it was found that no step can be taken"
+        if self.fails: raise NotKnown(self.fails)
 
     @property
     def left(self)->float: # Seconds
