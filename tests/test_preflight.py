@@ -49,9 +49,10 @@ def test_sound_learners(name):
     "No false alarm; all is put back; the fit is the same"
     if name=='classifier': list(DataLoader([0], num_workers=1))      # PyTorch's signal handler stays
     learn = SETTINGS[name]()
+    gc.collect()        # the pipes of workers
     before,left = bits(learn),traces(learn)
     found = preflight(learn, n_epoch=2)
-    gc.collect()        # the pipes of workers
+    gc.collect()
     assert found.problems==[] and found.ok
     assert bits(learn)==before and traces(learn)==left
     if name=='gan': return
