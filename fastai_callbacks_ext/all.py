@@ -7,9 +7,10 @@ __all__ = []
 
 # %% ../nbs/all.ipynb #728a6161
 from . import (accumulation, activations, averaging, best, checkpoint, gradients, layers,
-        loop, report, rnn, runlog, safety, stopping, throughput, tracing, upgrades)
-_purposes = (accumulation, activations, averaging, best, checkpoint, gradients, layers, loop, report,
-             rnn, runlog, safety, stopping, throughput, tracing, upgrades)     # before functions get their names
+        loop, preflight, report, rnn, runlog, safety, stopping, throughput,
+        tracing, upgrades)
+_purposes = (accumulation, activations, averaging, best, checkpoint, gradients, layers, loop,
+             preflight, report, rnn, runlog, safety, stopping, throughput, tracing, upgrades)     # before functions get their names
 from .accumulation import *
 from .activations import *
 from .averaging import *
@@ -18,6 +19,7 @@ from .checkpoint import *
 from .gradients import *
 from .layers import *
 from .loop import *
+from .preflight import *
 from .report import *
 from .rnn import *
 from .runlog import *

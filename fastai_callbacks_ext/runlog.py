@@ -170,7 +170,9 @@ def receive(self:RunLog,
     row:dict # Numbers, text, lists and dicts
 ):
     "Write the row of another callback"
-    self._write(kind, self._place() | row if self._rows is not None or self._now.in_batch else row)
+    if self._rows is not None or self._now.in_batch: row = self._place() | row
+    elif self._begun: row = dict(step=self.before+self.ran) | row       # between two fits
+    self._write(kind, row)
 
 @patch
 def after_epoch(self:RunLog):

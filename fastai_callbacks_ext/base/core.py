@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['resolve_order', 'check_type', 'check_number', 'nearest', 'Record', 'runs_in', 'ExtCallback', 'smaller_is_better',
-           'interventions', 'own_names', 'n_ranks', 'from_first', 'from_all', 'rank_mean']
+           'pass_on', 'interventions', 'own_names', 'n_ranks', 'from_first', 'from_all', 'rank_mean']
 
 # %% ../../nbs/base/core.ipynb #5a541d45
 import re
@@ -401,7 +401,15 @@ def publish(self:ExtCallback,
     row:dict # Numbers, text, lists and dicts
 ):
     "Pass a row to callbacks that keep what others find out, such as `RunLog`"
-    for cb in getattr(self.learn, 'cbs', ()):
+    pass_on(self.learn, kind, row)
+
+def pass_on(
+    learn:Learner, # Learner whose callbacks get the row
+    kind:str, # What the row is about: 'preflight'
+    row:dict # Numbers, text, lists and dicts
+):
+    "As `ExtCallback.publish`, for a function that is no callback"
+    for cb in getattr(learn, 'cbs', ()):
         if hasattr(type(cb), 'receive'): cb.receive(kind, row)
 
 # %% ../../nbs/base/core.ipynb #f74f6fdb
