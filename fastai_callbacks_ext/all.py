@@ -6,13 +6,14 @@
 __all__ = []
 
 # %% ../nbs/all.ipynb #728a6161
-from . import (accumulation, averaging, best, checkpoint, gradients, loop, rnn, runlog,
+from . import (accumulation, averaging, best, checkpoint, gradients, items, loop, rnn, runlog,
         safety, stopping, tracing, upgrades)
 from .accumulation import *
 from .averaging import *
 from .best import *
 from .checkpoint import *
 from .gradients import *
+from .items import *
 from .loop import *
 from .rnn import *
 from .runlog import *
@@ -26,7 +27,7 @@ from .base.model import unwrap_model
 from .base.passes import refresh_batchnorm
 from .base.step import StepNumbers, all_finite, step_numbers
 
-_purposes = (accumulation, averaging, best, checkpoint, gradients, loop, rnn, runlog,
+_purposes = (accumulation, averaging, best, checkpoint, gradients, items, loop, rnn, runlog,
              safety, stopping, tracing, upgrades)
 # of the base, what a callback of one's own and a script have use for
 _base = ('ExtCallback Record check_number check_type from_all from_first '
