@@ -13,8 +13,6 @@ import numpy as np
 import torch
 from fastai.vision.all import *
 from sklearn.datasets import load_breast_cancer, load_digits, load_wine
-from torch.utils.data import DataLoader as TorchLoader
-from torch.utils.data import TensorDataset
 from fastai_callbacks_ext.items import ItemStats
 from fastai_callbacks_ext.test_utils import digits_model
 from harness import facts, options, seeds_table
@@ -51,12 +49,13 @@ TASKS = {     # data, model, epochs, batch size, largest learning rate
         (passages, lambda x,c: nn.Sequential(nn.EmbeddingBag(x.max().item()+1, 64), nn.Linear(64, c)), 10, 32, 2e-2)}
 
 class Logits(Callback):
-    "Keeps all logits; the loader is not shuffled, but its data set is in random order"
+    "Keeps all logits, by epoch and item"
     run_valid = False
-    def before_fit(self): self.epochs = []
-    def before_epoch(self): self.epochs.append([])
-    def after_backward(self): self.epochs[-1].append(self.pred.detach())
-    def after_fit(self): self.logits = torch.stack([torch.cat(o) for o in self.epochs])
+    def __init__(self, dl, n_epoch, n_classes):
+        self.dl,self.kept = dl,torch.zeros(n_epoch, dl.n, n_classes)
+    def after_backward(self):
+        idxs = self.dl._DataLoader__idxs[self.iter*self.dl.bs:][:self.dl.bs]
+        self.kept[self.epoch,idxs] = self.pred.detach()
 
 def precisions(task, share, seed):
     "Precision at k of each ranking"
@@ -68,13 +67,13 @@ def precisions(task, share, seed):
     n_classes,wrong = int(y.max())+1,rng.permutation(len(x))[:round(share*len(x))]
     y[wrong] = (y[wrong]+torch.tensor(rng.randint(1, n_classes, len(wrong))))%n_classes
     set_seed(seed)
-    dl = TorchLoader(TensorDataset(x, y), bs)
-    stats,kept = ItemStats(),Logits()
+    dl = DataLoader(list(zip(x, y)), bs, shuffle=True)
+    stats,logits = ItemStats(),Logits(dl, n_epoch, n_classes)
     learn = Learner(DataLoaders(dl, dl), model(x, n_classes), loss_func=CrossEntropyLossFlat())
-    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(n_epoch, lr, cbs=[stats, kept])
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(n_epoch, lr, cbs=[stats, logits])
     label = y.expand(n_epoch, -1)[...,None]
-    own,other = kept.logits.gather(-1, label)[...,0],kept.logits.scatter(-1, label, -torch.inf).amax(-1)
-    confidence = kept.logits.softmax(-1).gather(-1, label)[...,0].mean(0)
+    own,other = logits.kept.gather(-1, label)[...,0],logits.kept.scatter(-1, label, -torch.inf).amax(-1)
+    confidence = logits.kept.softmax(-1).gather(-1, label)[...,0].mean(0)
     ranked = {OURS: stats.suspects().index, AUM: (own-other).mean(0).argsort().numpy(),
               CONFIDENCE: confidence.argsort().numpy()}
     return {k: len({*o[:len(wrong)]} & {*wrong})/len(wrong) for k,o in ranked.items()}
