@@ -195,7 +195,6 @@ def _take(self:ItemStats, items, found):
     if self.about is None:
         data = _dataset(self._dls)
         self.about = dict(kind=self._now.kind, n=len(data), data=_mark(data))
-    if self.sums is None: self.sums = _new_sums(self.about['n'], found.device)
     if len(items) and not 0<=items.min()<=items.max()<self.about['n']:
         raise NotClear('the loader draws an index that the data set does not have')
     if n_ranks()>1: self.held.append([torch.from_numpy(items), found])
@@ -203,6 +202,7 @@ def _take(self:ItemStats, items, found):
 
 @patch
 def _add(self:ItemStats, items, found):
+    if self.sums is None: self.sums = _new_sums(self.about['n'], found.device)
     if self.sums.device!=found.device: self.sums = self.sums.to(found.device)
     _add(self.sums, items, found, self.about['kind']=='loss')
 
@@ -215,10 +215,7 @@ def _gather(self:ItemStats):
     mine = [torch.cat([o[0] for o in held]), torch.cat([o[1] for o in held], 1).cpu()] if held else None
     for found in from_all((mine, self.about)):
         self.about = self.about or found[1]
-        if found[0] is None: continue
-        device = next(self.learn.model.parameters()).device
-        if self.sums is None: self.sums = _new_sums(self.about['n'], device)
-        self._add(found[0][0].numpy(), found[0][1].to(self.sums.device))
+        if found[0] is not None: self._add(found[0][0].numpy(), found[0][1])
 
 @patch
 def after_train(self:ItemStats):

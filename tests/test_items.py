@@ -1,5 +1,5 @@
 "Numbers of each training item: right whatever draws the items, whatever the loss, in any fit; no harm done"
-import contextlib, io, json
+import contextlib, io, random
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from fastai.callback.core import (Callback, CancelBackwardException, CancelBatch
 from fastai.callback.data import WeightedDL
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader, SkipItemException
+from fastai.distributed import DistributedDL
 from fastai.learner import Learner
 from fastai.losses import BCEWithLogitsLossFlat, LabelSmoothingCrossEntropyFlat, MSELossFlat
 from fastai.torch_core import set_seed
@@ -19,6 +20,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader as TorchLoader
 from torch.utils.data import IterableDataset, TensorDataset
+from fastai_callbacks_ext import items
 from fastai_callbacks_ext.all import *
 from fastai_callbacks_ext.base.labels import label_numbers, output_kind
 from fastai_callbacks_ext.test_utils import PoisonBatch, digits_learner, text_learner
@@ -84,6 +86,7 @@ def test_numbers_are_those_of_the_items(name):
         seen += truth.seen
     assert_right(stats, seen)
     assert stats.records==[] and type(dl) is cls and 'do_item' not in vars(dl)
+    for o in getattr(getattr(dl, '_iterator', None), '_workers', ()): o.terminate()      # PyTorch takes 5 s
 
 def test_what_waits_is_worked_off_in_between(monkeypatch):
     monkeypatch.setattr(ItemStats, 'most', 30)
@@ -303,3 +306,60 @@ def test_worst_of_texts_tables_and_images():
     import matplotlib.pyplot as plt
     assert 'text' not in stats.worst(3) and plt.gcf().axes[0].get_title().startswith('item ')
     plt.close('all')
+
+def part(rank, world=3, **kwargs):
+    "The part of a process, without the others"
+    dl = DistributedDL(DataLoader(ITEMS, 10, num_workers=0, **kwargs), rank=rank, world_size=world)
+    dl._broadcast = lambda idxs,_: idxs
+    return dl
+
+def test_padding_does_not_count():
+    "50 items for three processes are 51"
+    seen = []
+    for rank in range(3):
+        fit(on_rows(part(rank), stats := ItemStats(), truth := Truth()))
+        assert stats.records==[]
+        seen += stats.table().index.tolist()
+    assert seen==[*range(50)]
+    assert truth.seen[-1][0][-1]==0       # the padding was trained on
+
+def test_what_several_processes_have_found(monkeypatch):
+    "As in two processes, one after the other: each epoch, the second gets what the first has found"
+    sent,seen = [],[]
+    def first(o):
+        sent.append(o)
+        return [o]
+    def second(o): return [sent.pop(0), o]
+    monkeypatch.setattr(items, 'n_ranks', lambda: 2)
+    for rank,from_all in enumerate((first, second)):
+        monkeypatch.setattr(items, 'from_all', from_all)
+        dl = part(rank, 2, shuffle=True)
+        dl.dl.rng = random.Random(3)       # the same order in both
+        learn = on_rows(dl, stats := ItemStats(), truth := Truth())
+        fit(learn, 3)
+        seen.append(truth.seen)
+    assert not sent and stats.records==[]
+    half = len(seen[0])//3
+    in_order = [b for epoch in range(3) for rank in seen for b in rank[epoch*half:][:half]]
+    assert_right(stats, in_order)
+
+class Pair(nn.Module):
+    def __init__(self): super().__init__(); self.m = nn.Linear(4, 3)
+    def forward(self, x): return self.m(x),self.m(x)
+
+def test_predictions_that_say_nothing_about_items(monkeypatch):
+    "Two outputs, two targets, an index that is not there, a data set that cannot be told from others"
+    two = lambda o,*y: nn.functional.cross_entropy(o[0] if isinstance(o, tuple) else o, y[0])
+    pairs = DataLoader([(x,y,y) for x,y in ITEMS], 8, n_inp=1)
+    for dl,model,why in ((DataLoader(ITEMS, 8), Pair(), 'not one tensor'), (pairs, None, 'more than one target')):
+        dls = DataLoaders(dl, dl)
+        dls.n_inp = dls.train.n_inp = 1
+        learn = on_rows(dl, stats := ItemStats('logits'), model=model, loss_func=two)
+        learn.dls.n_inp = 1
+        fit(learn)
+        assert len(stats.records)==1 and why in stats.records[0].why and not len(stats.table())
+    fit(on_rows(DataLoader(ITEMS, 8, get_idxs=lambda: [-1,*range(49)]), stats := ItemStats()))
+    assert 'does not have' in stats.records[0].why and not len(stats.table())
+    monkeypatch.setattr(items, 'fingerprint', lambda o: 1/0)
+    for _ in range(2): fit(on_rows(DataLoader(ITEMS[:], 8), stats))
+    assert stats.table().seen.eq(1).all()
