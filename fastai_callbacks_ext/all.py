@@ -6,10 +6,10 @@
 __all__ = []
 
 # %% ../nbs/all.ipynb #728a6161
-from . import (accumulation, activations, averaging, best, checkpoint, gradients, layers,
-        loop, preflight, report, rnn, runlog, safety, stopping, throughput,
-        tracing, upgrades)
-_purposes = (accumulation, activations, averaging, best, checkpoint, gradients, layers, loop,
+from . import (accumulation, activations, averaging, best, checkpoint, gradients, items,
+        layers, loop, preflight, report, rnn, runlog, safety, stopping,
+        throughput, tracing, upgrades)
+_purposes = (accumulation, activations, averaging, best, checkpoint, gradients, items, layers, loop,
              preflight, report, rnn, runlog, safety, stopping, throughput, tracing, upgrades)     # before functions get their names
 from .accumulation import *
 from .activations import *
@@ -17,6 +17,7 @@ from .averaging import *
 from .best import *
 from .checkpoint import *
 from .gradients import *
+from .items import *
 from .layers import *
 from .loop import *
 from .preflight import *

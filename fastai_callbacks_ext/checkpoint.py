@@ -33,6 +33,7 @@ from .base.identity import (facts_differences, facts_unknown, model_differences,
 from .base.position import (SeededItems, batches_from, keep_workers, load_random_state,
                                                 random_state, skips_exactly)
 from .base.state import FitStart, learner_state, load_learner_state
+from .base.watch import item_layers
 
 # %% ../nbs/06_checkpoint.ipynb #7b2f4560
 class Checkpoint(ExtCallback):
@@ -313,10 +314,9 @@ def before_train(self:Checkpoint):
     self._epoch_start = random_state(self.dls)
     dl = getattr(self.dl, '__dict__', {}).get('dl', self.dl)      # the one in a `DistributedDL`
     if self.seed_items and hasattr(dl, 'fake_l') and dl.fake_l.num_workers:
-        if isinstance(vars(dl).get('do_item'), SeededItems): dl.do_item.epoch = self.epoch
-        else:
-            dl.do_item = SeededItems(dl, self._seed, self.epoch)
-            self.at_end(dl.do_item.take_off)
+        seeded = next((o for o in item_layers(dl) if isinstance(o, SeededItems)), None)
+        if seeded is None: self.at_end(SeededItems(dl, self._seed, self.epoch).take_off)
+        else: seeded.epoch = self.epoch
 
 @patch
 def after_batch(self:Checkpoint):

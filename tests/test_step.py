@@ -10,7 +10,8 @@ from fastai.basics import (Adam, Callback, CancelBatchException, CancelFitExcept
 from fastai.callback.all import MixUp, ModelResetter, PartialDL, RNNCallback, WeightedDL
 from torch import nn
 from fastai_callbacks_ext.all import GradientClip, SkipNonFinite, TerminateOnNaN
-from fastai_callbacks_ext.base.step import BatchUndo, ItemWatch, StepNumbers, step_numbers
+from fastai_callbacks_ext.base.step import BatchUndo, StepNumbers, step_numbers
+from fastai_callbacks_ext.base.watch import ItemWatch
 from fastai_callbacks_ext.test_utils import digits_learner, text_learner
 from common import fit
 
@@ -308,7 +309,7 @@ loaders = {'fastai': (lambda: DataLoader(Rows(50), 8, shuffle=True), True),
            'skips in workers': (lambda: DataLoader(Rows(50, 3), 8, num_workers=2), None),
            'own items': (lambda: Own(Rows(50), 8), False),
            'own batches': (lambda: DataLoader(Rows(50), 8, create_batch=collate), False),
-           'torch': (lambda: torch.utils.data.DataLoader(Rows(50), 8, shuffle=True), False),
+           'torch': (lambda: torch.utils.data.DataLoader(Rows(50), 8, shuffle=True), True),
            'no batches': (lambda: DataLoader(list(zip(torch.zeros(5,8,1), torch.zeros(5,8,1)))), False)}
 
 @pytest.mark.parametrize('name', loaders)

@@ -16,7 +16,8 @@ from torch import Tensor
 from .core import n_ranks
 from .model import unwrap_model
 from .passes import mixed_precision
-from .step import BatchUndo, ItemWatch, all_finite, step_params, tensors_in
+from .step import BatchUndo, all_finite, step_params, tensors_in
+from .watch import ItemWatch
 
 # %% ../../nbs/base/diagnosis.ipynb #d1a90006
 @dataclass(frozen=True)

@@ -24,8 +24,9 @@ from .diagnosis import diagnose
 from .files import Snapshot, map_state
 from .model import unwrap_model
 from .state import load_model_state, load_opt_state, model_state, opt_state
-from .step import (BatchUndo, ItemWatch, all_finite, generators, loss_modules,
+from .step import (BatchUndo, all_finite, generators, loss_modules,
                                             overlaps, set_hypers, step_params)
+from .watch import ItemWatch
 
 # %% ../../nbs/base/guard.ipynb #9a4d0006
 class _Keeper(ExtCallback):

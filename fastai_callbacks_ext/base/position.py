@@ -32,6 +32,7 @@ from torch.utils.data import IterableDataset, Sampler
 from .files import plain_types
 from .plain import NotPlain, all_plain, from_plain, to_plain
 from .step import kind_of, random_kinds
+from .watch import ItemLayer
 
 # %% ../../nbs/base/position.ipynb #d2fb4425
 def random_state(
@@ -260,27 +261,21 @@ class _Skip:
         return self.methods['after_batch'](b)
 
 # %% ../../nbs/base/position.ipynb #884cc843
-class SeededItems:
+class SeededItems(ItemLayer):
     "A `do_item` for a loader with workers. It seeds the random numbers of each item by epoch and index"
     def __init__(self,
         dl:DataLoader, # The loader
         seed:int, # Seed of the run
         epoch:int # Epoch, from 0
     ):
-        own = vars(dl).get('do_item')
-        ours = type(own).__module__.split('.')[0]==__name__.split('.')[0]      # there for a while only
-        self.dl,self.own,self.seed,self.epoch = dl,None if ours else own,seed,epoch
+        super().__init__(dl)
+        self.seed,self.epoch = seed,epoch
 
     def __call__(self, i):
         if i is not None:
             seed = hash((self.seed, self.epoch, i)) % 2**32
             random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
-        return self.own(i) if self.own else type(self.dl).do_item(self.dl, i)
-
-    def take_off(self):
-        "Put the loader back as it was"
-        vars(self.dl).pop('do_item', None)
-        if self.own: self.dl.do_item = self.own
+        return super().__call__(i)
 
 # %% ../../nbs/base/position.ipynb #0b5e11ee
 @contextmanager
