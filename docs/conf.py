@@ -1,15 +1,19 @@
 "Sphinx's settings, for build.py"
+import re
+from functools import cache
+
 from docutils import nodes
 from docutils.utils.math import MathError
 from docutils.utils.math.latex2mathml import tex2mathml
-from bs4 import BeautifulSoup
 from nbdoc import cfg, doc_url, guided, lookup, modules, pages, root, site
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
+from sphinx.search.en import SearchEnglish
 from sphinx.util.logging import getLogger
 
 logger = getLogger(__name__)
+SearchEnglish.stem = cache(SearchEnglish.stem)      # a few words make up most of the text
 project = site.title
 author = copyright = f'the {cfg.lib_name} authors'
 version = release = cfg.version
@@ -62,16 +66,16 @@ def source_pages(app):
 
 def names_in_sidebar(app, pagename, templatename, context, doctree):
     "Below each page of the guide, the names that it explains"
-    tree = BeautifulSoup(context['furo_navigation_tree'], 'html.parser')
+    tree = context['furo_navigation_tree']
     for html,names in guided.items():
+        if not names: continue
         url = context['pathto'](html.removesuffix('.html'))
-        link = tree.find('a', href=url)
-        if not link or not names: continue
         start = '' if url=='#' else url
         item = '<li class="toctree-l2"><a class="reference internal" href="{}#{}">{}</a></li>'
         items = ''.join(item.format(start, o.lower(), o) for o in names)
-        link.parent.append(BeautifulSoup(f'<ul>{items}</ul>', 'html.parser'))
-    context['furo_navigation_tree'] = str(tree)
+        link = rf'(<a [^>]*href="{re.escape(url)}"[^>]*>.*?</a>)'
+        tree = re.sub(link, rf'\1<ul>{items}</ul>', tree, count=1)
+    context['furo_navigation_tree'] = tree
 
 def repo_links(app, pagename, templatename, context, doctree):
     "View and edit links to the notebook that the page came from"

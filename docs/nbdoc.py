@@ -1,7 +1,7 @@
 "nbdev notebooks -> MyST pages, Markdown pages, README.md, by nbdev's processors; no notebook is executed"
 import os, re, shutil, sys
 from base64 import b64decode
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from inspect import Parameter
 from io import BufferedWriter
@@ -21,11 +21,13 @@ from nbdev.config import get_config, nbpath2html
 from nbdev.doclinks import NbdevLookup, nbglob
 from nbdev.frontmatter import FrontmatterProc
 from nbdev.process import NBProcessor, Processor
+from nbdev import processors
 from nbdev.processors import *
 
 root = Path(__file__).resolve().parent.parent
 os.chdir(root)                      # where nbdev looks for its settings
 sys.path.insert(0, str(root))
+processors.get_config = cache(get_config)      # it reads the file again for each cell
 cfg,site = get_config(),Config.find('settings.ini')
 doc_url = cfg.doc_url and cfg.doc_url.rstrip('/')+'/'
 # {module: {symbol: (page#anchor, file)}}

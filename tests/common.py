@@ -1,6 +1,7 @@
 "What the tests share: the public callbacks, a learner for each, and what a fit may leave behind"
 import os, signal, subprocess, sys, tempfile, threading, traceback, warnings
 from contextlib import contextmanager
+from functools import partial
 
 import cloudpickle, torch
 import fastai.callback.all   # for what it adds to `Learner`: `fit_one_cycle`, `lr_find`, `no_bar`, ...
@@ -59,9 +60,25 @@ def forked(f):
 def exit_code(f, new=False):
     "The same, in a new process if asked, or where there is CUDA, which a forked one cannot use"
     if not new and not torch.cuda.is_available(): return forked(f)
-    code = 'import conftest, pickle, sys; pickle.load(sys.stdin.buffer)()'
+    code = 'import conftest, pickle, sys; conftest.prepare(); pickle.load(sys.stdin.buffer)()'
     env = os.environ|dict(PYTHONPATH=os.pathsep.join([os.path.dirname(__file__), *sys.path]))
     return subprocess.run([sys.executable, '-c', code], input=cloudpickle.dumps(f), env=env).returncode
+
+def printing_into(f, path):
+    "Call `f` in a process of its own, whose output goes into the file `path`"
+    sys.stdout.flush(), sys.stderr.flush()
+    out = os.open(path, os.O_WRONLY|os.O_CREAT|os.O_TRUNC)
+    os.dup2(out, 1), os.dup2(out, 2)
+    sys.stdout,sys.stderr = (open(o, 'w', buffering=1, closefd=False) for o in (1, 2))
+    try: f()
+    except SystemExit as e:
+        if e.code: raise
+    finally: sys.stdout.flush()
+
+def into_file(f, path):
+    "Exit status of a process that runs `f`, and all that it printed"
+    code = exit_code(partial(printing_into, f, path))
+    return code,path.read_text()
 
 class Exports(Callback):
     "Exports in mid-fit: after some batch, and after the first epoch"

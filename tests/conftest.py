@@ -1,25 +1,28 @@
 "How tests are spread over workers; what is read once; what coverage leaves out; the same bits on a GPU"
-import copy, gc, os, random
+import copy, gc, os, random, re
 from functools import cache
 from itertools import groupby
 os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
 os.environ.setdefault('OMP_NUM_THREADS', '1')       # a forked child hangs where its parent has used more
 
-import pytest, sklearn.datasets, torch
+import pytest
 from cases import every_case
 from xdist.scheduler import LoadScopeScheduling
 
-if torch.cuda.is_available():
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.backends.cudnn.benchmark = torch.backends.cudnn.allow_tf32 = False
-else:       # PyTorch notes each seed for devices that are not there, with the stack it was set in
-    for device in torch.cuda,torch.xpu,torch.mtia: device.manual_seed_all = lambda seed: None
-
-load_digits = cache(sklearn.datasets.load_digits)      # unpacks and reads a text each time
-sklearn.datasets.load_digits = lambda *args, **kwargs: copy.deepcopy(load_digits(*args, **kwargs))
+def prepare():
+    "In each process that runs tests; the one that only starts others is quicker without these imports"
+    import sklearn.datasets, torch
+    if torch.cuda.is_available():
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.benchmark = torch.backends.cudnn.allow_tf32 = False
+    else:       # PyTorch notes each seed for devices that are not there, with the stack it was set in
+        for device in torch.cuda,torch.xpu,torch.mtia: device.manual_seed_all = lambda seed: None
+    load_digits = cache(sklearn.datasets.load_digits)      # unpacks and reads a text each time
+    sklearn.datasets.load_digits = lambda *args, **kwargs: copy.deepcopy(load_digits(*args, **kwargs))
 
 @pytest.fixture(autouse=True)
 def autocast_is_left():
+    import torch
     yield
     left = [o for o in ('cpu','cuda') if torch.is_autocast_enabled(o)]
     for o in left: torch.set_autocast_enabled(o, False)
@@ -27,6 +30,7 @@ def autocast_is_left():
 
 def pytest_configure(config):
     "In a worker pytest-cov starts twice, and `no_cover` pauses the second only"
+    if hasattr(config, 'workerinput') or not config.getoption('numprocesses', None): prepare()
     cov = config.pluginmanager.get_plugin('_cov')
     if hasattr(config, 'workerinput') and cov and cov.cov_controller: cov.cov_controller.cov.stop()
 
@@ -34,7 +38,7 @@ class ByFile(LoadScopeScheduling):
     """A file on one worker, so that what its tests share is started once
 
     Files whose tests share nothing are last, and spread one by one; those in a notebook share its kernel."""
-    alone = 'test_contract.py','test_notebooks.py'
+    alone = 'test_notebooks.py','test_contract.py'
     def _split_scope(self, nodeid):
         file = nodeid.split('::')[0]
         if nodeid.endswith('in_a_notebook'): return 'one kernel'
@@ -60,8 +64,8 @@ def few(cases):
         cases.remove(best)
         yield best
 
-# Coverage slows a test down by half. It sees the notebooks, and of these files the first case of each test,
-# but of long ones
+# Coverage slows a test down by half. It sees the notebooks that have code of the package, and of these files
+# the first case of each test, but of long ones
 TRACED = """
 test_best test_checkpoint test_files test_gradients test_identity test_losses test_loop test_preflight
 test_resume test_step test_upgrade""".split()
@@ -72,7 +76,7 @@ test_in_another_process""".split()
 def traced(tests):
     "Those of the cases of a test that coverage sees"
     file,first = tests[0].path.stem,tests[0]
-    if file=='test_notebooks': return tests
+    if file=='test_notebooks': return [o for o in tests if not re.search(r'\[(index|tutorials/)', o.name)]
     return [first] if file in TRACED and first.originalname not in LONG else []
 
 def pytest_collection_modifyitems(items):
@@ -83,7 +87,7 @@ def pytest_collection_modifyitems(items):
         for o in {*tests}-{*traced(tests)}: o.add_marker('no_cover')
         kept += tests
     if left := [o for o in items if o not in kept]: items[0].config.hook.pytest_deselected(items=left)
-    items[:] = kept
+    items[:] = sorted(kept, key=lambda o: o.path.stem=='test_contract')     # short ones last: no worker waits
 
 def pytest_collection_finish():
     "What is imported by now stays: collections of garbage need not look at it, and tests ask for many"

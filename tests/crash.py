@@ -277,14 +277,14 @@ def soak(kills, cases, root, first=0, most=8):
             problems += found
             if sum(done.values())>=kills: return done,problems
 
-def main():
+def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument('--kills', type=int, default=500, help='kills in all')
     p.add_argument('--most', type=int, default=8, help='kills of one run')
     p.add_argument('--cases', nargs='+', default=list(CASES), choices=CASES)
     p.add_argument('--jobs', type=int, default=2, help='processes that train at a time')
     p.add_argument('--seed', type=int, default=0)
-    args = p.parse_args()
+    args = p.parse_args(argv)
     import torch._dynamo      # optimizers of PyTorch's and DDP import it: once for all that are forked
     root,start = Path(tempfile.mkdtemp()),time.time()
     torch.set_num_threads(1)

@@ -1,8 +1,11 @@
-"""Run by torchrun, once for all tests of several processes: `ranks.py OUT PARTS` writes OUT/RANK.json
+"""Several processes, once for all tests that need them: each writes OUT/RANK.json
 
-`PARTS` is JSON: for each part its arguments. `launch` starts it and gives what each process saw."""
-import contextlib, io, json, os, subprocess, sys, warnings
+`launch` starts them, forked or by torchrun (`ranks.py OUT PARTS`; `PARTS` is JSON: for each part its
+arguments), and gives what each process saw."""
+import contextlib, io, json, os, socket, subprocess, sys, time, warnings
 from datetime import timedelta
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 warnings.filterwarnings('ignore')
 
@@ -10,19 +13,40 @@ import torch
 import torch.distributed as dist
 from fastcore.xtras import working_directory
 from torch.nn.parallel import DistributedDataParallel
-from common import finite, quiet
+from common import finite, printing_into, quiet
 from fastai_callbacks_ext.all import TerminateOnNaN
 from fastai_callbacks_ext.test_utils import PoisonBatch, digits_learner
 
 def launch(world, out, seconds, **parts):
     "Run `parts` in `world` processes; for each part, what each process saw"
-    cpus = {'CUDA_VISIBLE_DEVICES':'', 'ACCELERATE_USE_CPU':'1', 'OMP_NUM_THREADS':'1'}
+    if not torch.cuda.is_available(): _forked(world, Path(out), seconds, parts)
+    else: _torchrun(world, out, seconds, parts)
+    seen = [json.loads((Path(out)/f'{r}.json').read_text()) for r in range(world)]
+    return {k: [o[k] for o in seen] for k in parts}
+
+cpus = {'CUDA_VISIBLE_DEVICES':'', 'ACCELERATE_USE_CPU':'1', 'OMP_NUM_THREADS':'1'}
+
+def _torchrun(world, out, seconds, parts):
     torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(world)]
     cmd = [*torchrun, __file__, out, json.dumps(parts)]
     res = subprocess.run(cmd, env=os.environ | cpus, capture_output=True, text=True, timeout=seconds)
     if res.returncode: raise RuntimeError(res.stderr[-3000:])
-    seen = [json.loads((Path(out)/f'{r}.json').read_text()) for r in range(world)]
-    return {k: [o[k] for o in seen] for k in parts}
+
+def _forked(world, out, seconds, parts):
+    "As torchrun does it, but all has been imported already"
+    with socket.create_server(('127.0.0.1', 0)) as o: port = o.getsockname()[1]
+    def one(rank):
+        os.environ |= cpus | dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
+                                  LOCAL_WORLD_SIZE=str(world), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+        work(out, parts)
+    said,end = [out/f'{r}.txt' for r in range(world)],time.monotonic()+seconds
+    start = get_context('fork').Process
+    processes = [start(target=printing_into, args=(partial(one, r), said[r])) for r in range(world)]
+    for p in processes: p.start()
+    for p in processes: p.join(end-time.monotonic())
+    for p in processes: p.kill(), p.join()
+    failed = [said[r].read_text()[-3000:] for r,p in enumerate(processes) if p.exitcode]
+    if failed: raise RuntimeError('\n'.join(failed))
 
 # --- the parts ----------------------------------------------------------------------------------
 def nan(wheres):
@@ -84,11 +108,13 @@ def without_gpu():
 PARTS = dict(nan=nan, gradients=gradients, stopping=stopping, checkpoint=checkpoint, safety=safety,
              contract=contract)
 
-if __name__=='__main__':
-    out,parts = Path(sys.argv[1]),json.loads(sys.argv[2])
+def work(out, parts):
+    "What each process does"
     dist.init_process_group('gloo', timeout=timedelta(seconds=60))
     (folder := out/'work').mkdir(exist_ok=True)
     with working_directory(folder):
         found = {k: PARTS[k](args) for k,args in parts.items()}
     (out/f'{dist.get_rank()}.json').write_text(json.dumps(found))
     dist.destroy_process_group()
+
+if __name__=='__main__': work(Path(sys.argv[1]), json.loads(sys.argv[2]))

@@ -1,18 +1,19 @@
 "Some of the kills of `make soak-crash`: runs of each case are killed once"
-import os, re, subprocess, sys
-from pathlib import Path
+import re
+from functools import partial
 
 import pytest
+import crash
+from common import into_file
 from crash import CASES
 
 @pytest.fixture(scope='module')
-def soak():
+def soak(tmp_path_factory):
     "What a soak of 7 kills printed"
-    env = os.environ | {'OMP_NUM_THREADS':'1', 'PYTHONWARNINGS':'ignore'}
-    cmd = [sys.executable, Path(__file__).parent/'crash.py', '--kills', '7', '--most', '1', '--jobs', '1']
-    res = subprocess.run(cmd, env=env, capture_output=True, text=True, timeout=400)
-    assert res.returncode==0, res.stdout[-5000:]+res.stderr[-3000:]
-    return res.stdout
+    args = ['--kills', '7', '--most', '1', '--jobs', '1']
+    code,said = into_file(partial(crash.main, args), tmp_path_factory.mktemp('soak')/'said')
+    assert code==0, said[-5000:]
+    return said
 
 def test_nothing_is_lost(soak):
     assert int(re.search(r'(\d+) kills in .* the same bits, no unreadable state', soak)[1])>=7

@@ -1,23 +1,30 @@
 "The main job, in small, and its bad input"
-import os, runpy, subprocess, sys
+import runpy, sys
+from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
+from common import into_file
 
 root = Path(__file__).parent.parent
 script = root/'examples'/'language_model.py'
+
+def as_script(*args):
+    sys.path.insert(0, str(script.parent))      # as Python does
+    sys.argv = [str(script), *args]
+    runpy.run_path(str(script), run_name='__main__')
+
 def test_small_run(tmp_path):
     "As a process of its own"
     fig,corpus = tmp_path/'figure.png',tmp_path/'corpus'
     corpus.write_text(' '.join(topics[k] for k in sorted(topics)[:25]))
-    cmd = [sys.executable, script, corpus, '--size', 'tiny', '--epochs', '1', '--out', fig]
-    env = os.environ|{'PYTHONWARNINGS':'ignore'}
-    res = subprocess.run(cmd, cwd=root, capture_output=True, text=True, env=env, timeout=300)
-    assert res.returncode==0, res.stderr[-3000:]
-    assert fig.stat().st_size>10_000 and str(fig) in res.stdout
-    assert all(o in res.stdout.lower() for o in ('perplexity','trigram','nan'))
-    assert 'Traceback' not in res.stderr
+    args = [corpus, '--size', 'tiny', '--epochs', '1', '--out', fig]
+    code,said = into_file(partial(as_script, *map(str, args)), tmp_path/'said')
+    assert code==0, said[-3000:]
+    assert fig.stat().st_size>10_000 and str(fig) in said
+    assert all(o in said.lower() for o in ('perplexity','trigram','nan'))
+    assert 'Traceback' not in said
 
 @pytest.fixture(scope='module')
 def main(): return runpy.run_path(script)['main']

@@ -11,6 +11,7 @@ from fastai.torch_core import TensorImage
 from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
+from cases import every_case
 from common import forked
 from fastai_callbacks_ext.base.files import (BackgroundWriter, DamagedFile, FolderLock, Snapshot, StateFiles,
                                              load_state, map_state, replacing, save_state)
@@ -18,7 +19,7 @@ from fastai_callbacks_ext.base.files import (BackgroundWriter, DamagedFile, Fold
 torch.set_num_threads(1)     # a child forked beside a pool of threads hangs in its first large operation
 STATE = {'model': OrderedDict(w=torch.arange(600.).view(20,30), b=torch.ones(7).half()),
          'rng': (3, (1, 2**200), None), 'name': 'é', 'ids': [1j, True, float('inf')]}
-quick = settings(deadline=None, max_examples=60, derandomize=True,
+quick = settings(deadline=None, max_examples=60 if every_case else 25, derandomize=True,
                  suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 def bits(o):

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import fastai_callbacks_ext.all as ext
 from fastai.callback import schedule
+from fastai_callbacks_ext import test_utils
 from fastai_callbacks_ext.test_utils import digits_learner
 from fastcore.nbio import read_nb
 from PIL import Image
+from cases import every_case
 from common import public_callbacks
 
 guide = Path(__file__).parent.parent/'nbs'/'guide'
@@ -55,9 +57,13 @@ def examples():
                 script = c.source if 'import *' in c.source else f'{imports(cells)}\n{c.source}'
                 yield pytest.param(script, id=f'{page}-{name}-{n}')
 
+all_images = test_utils.digits_dls
+def few(bs=64, n=1024, **kwargs): return all_images(bs, min(n, 320), **kwargs)
+
 @pytest.mark.parametrize('script', examples())
 def test_example(script, tmp_path, monkeypatch):
-    "With fastai's progress bar on"
+    "With fastai's progress bar on; on few images, and on all where the pages are made, and in the soak"
+    if not every_case: monkeypatch.setattr(test_utils, 'digits_dls', few)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr('matplotlib.pyplot.show', lambda: None)
     exec(compile(ast.parse(script), 'example', 'exec'), {'__name__':'__main__'})
