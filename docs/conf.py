@@ -40,13 +40,13 @@ def anchors(app, doctree):
     symbols = pages[html].symbols if html in pages else {}
     for s in doctree.findall(nodes.section):
         name = s[0].astext()
+        if name not in symbols: continue
         anchor = name.lower()
-        if anchor not in symbols: continue
         if anchor not in s['ids']: s['ids'].append(anchor)
         page = lookup.syms.get(name, [f'own:{html}'])[0]
         if not page.startswith(f'own:{html}'): continue       # the guide has it
         kind = 'method' if '.' in name else 'class' if name[0].isupper() else 'function'
-        app.env.get_domain('py').note_object(symbols[anchor], kind, anchor, location=s)
+        app.env.get_domain('py').note_object(symbols[name], kind, anchor, location=s)
 
 def name_columns(app, doctree, docname):
     "The head of its column in each cell but the first: a narrow screen shows rows as lists"

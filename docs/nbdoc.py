@@ -113,7 +113,7 @@ class render_show_docs(Processor):
     def begin(self):
         self.ns = {name:getattr(m, name) for m in map(import_module, modules) for name in m.__all__}
         self.ns['show_doc'] = partial(show_doc, in_guide=self.nb.in_guide_)
-        # full names by anchor; level of the last heading, and of the symbols below it
+        # full names by name; level of the last heading, and of the symbols below it
         self.nb.symbols_,self.level,self.here = {},1,{}
 
     def cell(self, cell):
@@ -127,7 +127,7 @@ class render_show_docs(Processor):
             elif name not in self.here:
                 self.here[name] = self.here.get(name.rpartition('.')[0], self.level) + 1
                 md = f"{'#'*self.here[name]} " + name.replace('_', r'\_') + f'\n\n{md}'
-            if md: self.nb.symbols_[name.lower()] = full
+            if md: self.nb.symbols_[name] = full
             cell.clear()
             cell.update(mk_cell(md, 'markdown'))
 
@@ -190,7 +190,7 @@ def target(page, url):
     path,_,anchor = url.partition('#')
     if path.startswith('own:'):
         path = path.removeprefix('own:')
-        while path in pages and anchor and anchor not in pages[path].symbols:
+        while path in pages and anchor and anchor not in map(str.lower, pages[path].symbols):
             anchor = anchor.rpartition('.')[0]
         return path,anchor
     f = (cfg.nbs_path/page.rel.parent/path).resolve()

@@ -529,7 +529,7 @@ def test_which_callbacks_act():
         'EMA', 'SWA', 'LAWA', 'GradientAccumulation', 'GradientCentralization', 'GradientClip',
         'GradientNoise', 'LookaheadWeights', 'SAM', 'ModelResetter', 'RNNCallback', 'RNNRegularizer'}
     watch_guard_or_save = {'ActivationStats', 'Checkpoint', 'EarlyStopping', 'FastLoop', 'ItemStats',
-                           'LayerStats', 'PreemptionGuard', 'Report', 'RunLog', 'SampleLimit', 'SaveTopK',
+                           'LayerStats', 'PreemptionGuard', 'RunLog', 'SampleLimit', 'SaveTopK',
                            'SkipNonFinite', 'SpikeGuard', 'StepLimit', 'StopFile', 'TerminateOnNaN',
                            'Throughput', 'TimeLimit'}
     assert {o.__name__ for o in public_callbacks() if o not in acting}==watch_guard_or_save

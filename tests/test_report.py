@@ -1,4 +1,4 @@
-"`report` and `Report`: what is on the page, whatever a log contains, and however a fit ends"
+"`report` and `WriteReport`: what is on the page, whatever a log contains, and however a fit ends"
 import base64, json, random, re, subprocess, sys
 from html.parser import HTMLParser
 
@@ -7,7 +7,7 @@ from fastai.callback.core import Callback
 from fastcore.xtras import working_directory
 from common import fit
 from fastai_callbacks_ext import report as module
-from fastai_callbacks_ext.all import Report, RunLog, SkipNonFinite, Throughput, read_log, report
+from fastai_callbacks_ext.all import WriteReport, RunLog, SkipNonFinite, Throughput, read_log, report
 from fastai_callbacks_ext.base.rows import RowFile
 from fastai_callbacks_ext.report import main
 from fastai_callbacks_ext.test_utils import PoisonBatch, digits_learner
@@ -118,11 +118,11 @@ class Fails(Callback):
     (KeyboardInterrupt(), 'The run was interrupted, after 0 epochs'),
     (ValueError('<b>bad</b>'), 'bad&lt;/b')])
 def test_a_report_at_the_end_of_each_fit(no_figures, tmp_path, capsys, error, said):
-    learn = digits_learner([RunLog(tmp_path, every=1), Report(), Throughput(skip=0)], n=160, bs=32)
+    learn = digits_learner([RunLog(tmp_path, every=1), WriteReport(), Throughput(skip=0)], n=160, bs=32)
     try: fit(learn, cbs=Fails(error) if error else None)
     except (KeyboardInterrupt,ValueError): pass
     path, = tmp_path.glob('*.html')
-    assert said in path.read_text() and f'report: {path}' in capsys.readouterr().out
+    assert said in path.read_text() and f'write_report: {path}' in capsys.readouterr().out
     fit(learn)
     assert len(list(tmp_path.glob('*.html')))==1
 
@@ -138,7 +138,7 @@ def test_a_report_in_mid_run(no_figures, tmp_path):
 
 def test_a_report_that_fails_is_said_and_the_run_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(module, 'to_xml', lambda *args,**kwargs: 1/0)
-    learn = digits_learner([RunLog(tmp_path), rep := Report()], n=160, bs=32)
+    learn = digits_learner([RunLog(tmp_path), rep := WriteReport()], n=160, bs=32)
     fit(learn, 2)
     assert [r.what for r in rep.records]==['writes no report'] and len(learn.recorder.values)==2
 
@@ -151,14 +151,14 @@ def test_what_is_refused(tmp_path):
     learn = digits_learner(n=160, bs=32)
     with pytest.raises(ValueError, match='no RunLog is on the learner'): report(learn)
     with pytest.raises(ValueError, match='has written nothing yet'): report(learn.add_cb(RunLog(tmp_path)))
-    with pytest.raises(ValueError, match="compare='nowhere'"): fit(learn, cbs=Report('nowhere'))
-    with pytest.raises(TypeError, match='compare=3'): Report(compare=3)
+    with pytest.raises(ValueError, match="compare='nowhere'"): fit(learn, cbs=WriteReport('nowhere'))
+    with pytest.raises(TypeError, match='compare=3'): WriteReport(compare=3)
     (tmp_path/'empty').mkdir()
     with pytest.raises(ValueError, match='no file'): report(tmp_path/'empty')
 
 def test_without_a_log_there_is_no_report():
-    fit(digits_learner([rep := Report()], n=160, bs=32))
-    assert [str(r) for r in rep.records]==['report: writes no report in epoch 0: no RunLog is on the '
+    fit(digits_learner([rep := WriteReport()], n=160, bs=32))
+    assert [str(r) for r in rep.records]==['write_report: writes no report in epoch 0: no RunLog is on the '
                                            'learner; add RunLog()']
 
 def test_the_command(no_figures, tmp_path, capsys):
