@@ -6,11 +6,12 @@
 __all__ = []
 
 # %% ../nbs/all.ipynb #728a6161
-from . import (accumulation, activations, averaging, best, checkpoint, gradients, items,
-        layers, loop, preflight, report, rnn, runlog, safety, stopping,
-        throughput, tracing, upgrades)
+from . import (accumulation, activations, averaging, best, checkpoint,
+        gradients, items, layers, loop, preflight, report, rnn,
+        runlog, safety, stopping, throughput, tracing, upgrades)
+# before the stars, which hide some of them
 _purposes = (accumulation, activations, averaging, best, checkpoint, gradients, items, layers, loop,
-             preflight, report, rnn, runlog, safety, stopping, throughput, tracing, upgrades)     # before functions get their names
+             preflight, report, rnn, runlog, safety, stopping, throughput, tracing, upgrades)    # before stars hide some of them
 from .accumulation import *
 from .activations import *
 from .averaging import *

@@ -373,7 +373,8 @@ class WriteReport(ExtCallback):
         "Refuse a log that is not there; say if there will be no report"
         if self.compare and not Path(self.compare).exists():
             raise ValueError(f'compare={str(self.compare)!r}: there is no such file')
-        if _log_of(self.learn) is None: self.tell('writes no report', 'no RunLog is on the learner; add RunLog()')
+        if _log_of(self.learn) is None:
+            self.tell('writes no report', 'no RunLog is on the learner; add RunLog()')
 
     def after_fit(self):
         "The fit has ended, or a callback has ended it"

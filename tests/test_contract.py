@@ -233,6 +233,7 @@ def test_wrong_arguments(cls):
     "An argument of a type that nothing accepts is refused by a message that names it, and what is accepted"
     if cls.__init__ is ExtCallback.__init__: return
     for name in inspect.signature(cls).parameters:
+        if (cls.__name__, name)==('ActivationStats','modules'): continue    # names, looked up in the fit
         wrong = {name: ['wrong']}
         with pytest.raises((TypeError, ValueError), match=f'{name}=.*expected'): make(cls, **wrong)
 

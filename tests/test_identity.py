@@ -531,7 +531,7 @@ def test_which_callbacks_act():
     watch_guard_or_save = {'ActivationStats', 'Checkpoint', 'EarlyStopping', 'FastLoop', 'ItemStats',
                            'LayerStats', 'PreemptionGuard', 'RunLog', 'SampleLimit', 'SaveTopK',
                            'SkipNonFinite', 'SpikeGuard', 'StepLimit', 'StopFile', 'TerminateOnNaN',
-                           'Throughput', 'TimeLimit'}
+                           'Throughput', 'TimeLimit', 'WriteReport'}
     assert {o.__name__ for o in public_callbacks() if o not in acting}==watch_guard_or_save
 
 def test_what_a_callback_is_made_with_is_kept_in_copies_and_not_in_files():

@@ -19,21 +19,25 @@ def rows(n=40, evil='plain', items=50):
     "A log with rows of every kind, in which all names are `evil`"
     r = random.Random(0)
     yield dict(kind='start', t=0, fit=0, step=0, host=evil, command=[evil], commit='abc', device=evil)
-    yield dict(kind='preflight', t=0, fit=0, step=0, checks=[dict(name=evil, status='look', what=evil, why=evil)])
+    checks = [dict(name=evil, status='look', what=evil, why=evil)]
+    yield dict(kind='preflight', t=0, fit=0, step=0, checks=checks)
     for f in range(2):
         yield dict(kind='fit', t=f, fit=f, step=f*n, n_epoch=1, facts={'model': {evil: evil}, 'rate': f})
         for i in range(f*n, f*n+n):
             at = dict(t=i, fit=f, step=i, epoch=0, batch=i-f*n)
-            yield dict(kind='step', loss=r.random() if i%7 else 'nan', smooth_loss=r.random(), lr=.1/(i+1)) | at
+            loss = r.random() if i%7 else 'nan'
+            yield dict(kind='step', loss=loss, smooth_loss=r.random(), lr=.1/(i+1)) | at
             if i%10: continue
             yield dict(kind='throughput', steps=10, items_per_s=100*r.random(), step_ms=6., memory_MB=50+i,
                        validation_s=1., worker_start_s=0.) | {f'{p}_ms': 1. for p in module._parts} | at
             norms = dict(weight_norm=[1.,2.], grad_norm=[.1,.2], update_norm=[.1,.2], update_ratio=[.1,0.])
-            yield dict(kind='layers', names=[evil,'b'], grad_norm_total=r.random(), noise_scale=None) | norms | at
+            norms |= dict(names=[evil,'b'], grad_norm_total=r.random(), noise_scale=None)
+            yield dict(kind='layers') | norms | at
             yield dict(kind='activations', names=[evil,'b'], mean=[0.,1.], std=[1.,1.], near_zero=[.1,.2],
                        dead_units=[i%4,None], units=[4,0]) | at
         at = dict(t=f*n+n, fit=f, step=f*n+n, epoch=0)
-        yield dict(kind='epoch', metrics={'train_loss': .5, 'valid_loss': .5-f/10, evil: f+.5, 'accuracy': .7}) | at
+        metrics = {'train_loss': .5, 'valid_loss': .5-f/10, evil: f+.5, 'accuracy': .7}
+        yield dict(kind='epoch', metrics=metrics) | at
         yield dict(kind='event', callback=evil, what=evil, why=evil, iteration=1) | at
         yield dict(kind='verdict', what=evil, why=evil, next=evil) | at
         worst = [dict(index=i, label=evil, predicted=evil, confidence=.1, image=o, text=evil)
@@ -133,7 +137,8 @@ class Asks(Callback):
         if self.epoch==0: self.page = report(self.learn).read_text()
 
 def test_a_report_in_mid_run(no_figures, tmp_path):
-    fit(digits_learner([RunLog(tmp_path, every=1), asks := Asks(), PoisonBatch(2), SkipNonFinite()], n=160, bs=32), 2)
+    cbs = [RunLog(tmp_path, every=1), asks := Asks(), PoisonBatch(2), SkipNonFinite()]
+    fit(digits_learner(cbs, n=160, bs=32), 2)
     assert 'The run goes on, or was killed, after 1 epochs' in asks.page and 'skip_non_finite' in asks.page
 
 def test_a_report_that_fails_is_said_and_the_run_goes_on(tmp_path, monkeypatch):

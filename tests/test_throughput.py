@@ -174,7 +174,8 @@ def test_the_marks_of_a_gpu_count(monkeypatch):
     try: fit(learn, 3)
     finally: pc.stop()
     assert len(rows)>6 and not clock.seconds
-    assert module._scaled(module.Counter(forward=3, data=1), 8.)==dict.fromkeys(PARTS, 0) | dict(forward=6, data=2)
+    scaled = module._scaled(module.Counter(forward=3, data=1), 8.)
+    assert scaled==dict.fromkeys(PARTS, 0) | dict(forward=6, data=2)
 
 def test_nothing_is_changed():
     "Weights, and what is on the learner and its loaders"

@@ -16,6 +16,7 @@ class Measure(ExtCallback):
     "Measures now and then; `_row` gets the numbers when they have arrived"
     run_valid = False
     transient = dict(_late=None, _off=False)
+    _late,_off = None,False
 
     def before_fit(self):
         "Nothing is measured yet"
