@@ -11,7 +11,7 @@ from . import (accumulation, activations, averaging, best, checkpoint,
         runlog, safety, stopping, throughput, tracing, upgrades)
 # before the stars, which hide some of them
 _purposes = (accumulation, activations, averaging, best, checkpoint, gradients, items, layers, loop,
-             preflight, report, rnn, runlog, safety, stopping, throughput, tracing, upgrades)    # before stars hide some of them
+             preflight, report, rnn, runlog, safety, stopping, throughput, tracing, upgrades)
 from .accumulation import *
 from .activations import *
 from .averaging import *
