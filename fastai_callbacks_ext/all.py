@@ -6,8 +6,8 @@
 __all__ = []
 
 # %% ../nbs/all.ipynb #728a6161
-from . import (accumulation, averaging, best, checkpoint, gradients, items, loop, rnn, runlog,
-        safety, stopping, tracing, upgrades)
+from . import (accumulation, averaging, best, checkpoint, gradients, items, loop, rnn,
+        runlog, safety, stopping, tracing, upgrades)
 from .accumulation import *
 from .averaging import *
 from .best import *

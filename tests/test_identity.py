@@ -529,8 +529,8 @@ def test_which_callbacks_act():
         'EMA', 'SWA', 'LAWA', 'GradientAccumulation', 'GradientCentralization', 'GradientClip',
         'GradientNoise', 'LookaheadWeights', 'SAM', 'ModelResetter', 'RNNCallback', 'RNNRegularizer'}
     watch_guard_or_save = {'Checkpoint', 'EarlyStopping', 'FastLoop', 'ItemStats', 'PreemptionGuard',
-                           'RunLog', 'SampleLimit', 'SaveTopK', 'SkipNonFinite', 'SpikeGuard', 'StepLimit', 'StopFile',
-                           'TerminateOnNaN', 'TimeLimit'}
+                           'RunLog', 'SampleLimit', 'SaveTopK', 'SkipNonFinite', 'SpikeGuard', 'StepLimit',
+                           'StopFile', 'TerminateOnNaN', 'TimeLimit'}
     assert {o.__name__ for o in public_callbacks() if o not in acting}==watch_guard_or_save
 
 def test_what_a_callback_is_made_with_is_kept_in_copies_and_not_in_files():

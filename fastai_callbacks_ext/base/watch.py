@@ -76,10 +76,20 @@ def _own(dl, name):
     if name=='do_item': return not (of_class and all(isinstance(o, ItemLayer) for o in item_layers(dl)))
     return name in vars(dl) or not of_class
 
+class _Listed:
+    "A `get_idxs` for once. fastai's `SortedDL` gives an iterator, of which nobody could say what it gave"
+    def __init__(self, dl): self.dl = dl
+    def __call__(self):
+        self.take_off()
+        idxs = type(self.dl).get_idxs(self.dl)
+        return idxs if isinstance(idxs, list) else list(idxs)
+    def take_off(self):
+        if vars(self.dl).get('get_idxs') is self: del self.dl.get_idxs
+
 class _ByList:
     "The items of fastai's loaders, by the list of indices of the epoch"
     def __init__(self, dl):
-        self.dl,self.inner,self.noted = dl,inner_loader(dl),None
+        self.dl,self.inner,self.noted,self.listed = dl,inner_loader(dl),None,_Listed(dl)
         try: self.noted = next((o for o in item_layers(self.inner) if type(o) is _Noted), None)
         finally: self.noted = self.noted or _Noted(self.inner)
         self.noted.users += 1
@@ -98,10 +108,15 @@ class _ByList:
         own = next((type(f).__name__ for f in tfms if not is_fastais(type(f))), None)
         return f'the batch transform {own} may change the order of the items' if own else ''
 
-    def restart(self): self.noted.left_out.fill_(0)
+    def restart(self):
+        self.noted.left_out.fill_(0)
+        if self.dl is not self.inner or self.dl.n is None: return
+        # what others draw may be drawn late, between the items
+        if not any(_own(self.dl, o) for o in ('get_idxs','shuffle_fn')): self.dl.get_idxs = self.listed
 
     def batch(self, learn, n):
         "Indices in this batch, the `n`th since `restart`, and how many of them are not there as padding only"
+        if not n: self.listed.take_off()
         if self.noted not in item_layers(self.inner): return 'the loader has got another do_item'
         if self.noted.left_out.item(): return 'the loader has left out an item'
         idxs,bs = vars(self.dl).get('_DataLoader__idxs'),self.inner.bs
@@ -114,6 +129,7 @@ class _ByList:
         return res,min(max(self.dl.n-begin, 0), len(res))
 
     def close(self):
+        self.listed.take_off()
         self.noted.users -= 1
         if not self.noted.users: self.noted.take_off()
 
