@@ -182,6 +182,14 @@ class Poisoned(Callback):
     def after_pred(self):
         self.learn.pred = torch.where(self.xb[0][:,:1]==7, torch.nan, self.pred)
 
+def test_predictions_that_are_changed_later_do_not_count():
+    class Overwrites(Callback):
+        order = 100
+        def after_batch(self):
+            if self.training and self.iter==3: self.pred.detach().zero_()
+    fit(on_rows(DataLoader(ITEMS, 8), stats := ItemStats(), Overwrites()))
+    assert [*stats.table().index]==[*range(24), *range(32, 50)]
+
 def test_label_smoothing_changes_no_number():
     fit(on_rows(LOADERS['fastai'](), stats := ItemStats(), truth := Truth(),
                 loss_func=LabelSmoothingCrossEntropyFlat()))

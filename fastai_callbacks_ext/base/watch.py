@@ -215,15 +215,22 @@ class _Rows:
 
     def are_in(self, t):
         "Are these the rows of `t`? It may be another object: fastai changes the class"
-        mine = self.t
-        place = lambda o: (o.data_ptr(), o.shape, o.stride())
-        return (t is mine or place(t)==place(mine)) and t._version==self.version
+        return t._version==self.version and (t is self.t or _place(t)==_place(self.t))
 
     def same(self, t):
         "Are the numbers what they were? A tensor on the device"
         now,then = self._marks(t),self.marks
         if now.shape!=then.shape: return torch.zeros((), dtype=torch.bool, device=now.device)
         return ((now==then) | (now!=now) & (then!=then)).all()
+
+def _place(t):
+    with torch._C.DisableTorchFunctionSubclass():      # fastai's classes are slow
+        return t.data_ptr(),t.shape,t.stride()
+
+def _in_batch(learn):
+    "The tensors in the batch; quick if there is nothing else"
+    batch = [*learn.xb, *learn.yb]
+    return batch if all(isinstance(o, Tensor) for o in batch) else tensors_in(batch)
 
 class ItemWatch:
     "Knows the items of each training batch, if they are certain"
@@ -248,7 +255,7 @@ class ItemWatch:
         self.n += 1
         if self.source is None: return
         if len(self.learn.cbs)!=self._seen: self._look_at_callbacks()
-        self._batch = [_Rows(t, self._marked) for t in tensors_in([self.learn.xb, self.learn.yb])]
+        self._batch = [_Rows(t, self._marked) for t in _in_batch(self.learn)]
 
     def _look_at_callbacks(self):
         others = (cb for cb in self.learn.cbs if not is_fastais(type(cb)))
@@ -260,7 +267,7 @@ class ItemWatch:
         if self.source is None: return [],0
         learn = self.learn
         found = self.source.batch(learn, self.n) if learn.dl is self.dl else 'the learner has another loader'
-        batch = tensors_in([learn.xb, learn.yb])
+        batch = _in_batch(learn)
         if len(batch)!=len(self._batch) or not all(o.are_in(t) for t,o in zip(batch, self._batch)):
             mixes = (f'{type(cb).__name__} mixes items' for cb in learn.cbs if isinstance(cb, MixHandler))
             found = next(mixes, 'a callback or the model changes the batch')
@@ -274,7 +281,7 @@ class ItemWatch:
     def same(self)->Tensor|None: # On the device of the batch; None if only callbacks of fastai act on it
         "Has nobody changed the batch unseen by PyTorch?"
         if not self._marked: return None
-        batch = tensors_in([self.learn.xb, self.learn.yb])
+        batch = _in_batch(self.learn)
         same = [o.same(t) for t,o in zip(batch, self._batch)]
         return torch.stack([o.to(same[0].device) for o in same]).all()
 
