@@ -51,7 +51,7 @@ def _add(sums, items, found, loss):
     for turn in turns:
         at,new = _to(items[turn], sums.device),found if len(turns)==1 else found[:,_to(turn, sums.device)]
         value,margin,right,label,guess = new
-        old = sums[:,at]
+        old = sums.index_select(1, at)
         n,mean,squares,margins,capped,forgotten,was_right,_,most,votes = old
         toward = lambda mean,x: mean+(x-mean)/(n+1)
         counts = -value if loss else margin.clamp(max=1)
@@ -59,7 +59,7 @@ def _add(sums, items, found, loss):
                toward(margins, margin), toward(capped, counts), forgotten+((was_right==1) & (right==0)),
                right, label, guess.where(votes==0, most), (votes+(guess==most)*2-1).where(votes>0, 1)]
         fine = value.isfinite() & counts.isfinite()
-        sums[:,at] = torch.stack(now).where(fine, old)
+        sums.index_copy_(1, at, torch.stack(now).where(fine, old))
 
 # %% ../nbs/18_items.ipynb #items-010
 class _Now:
@@ -164,8 +164,10 @@ def _keep(self:ItemStats, items, n, pred, yb, loss_func, same):
         raise NotClear('the predictions are not one tensor of real numbers, with a row for each item')
     if len(yb)!=1 or not isinstance(yb[0], Tensor): raise NotClear('there is more than one target')
     if now.waiting and pred.shape[1:]!=now.waiting[-1][2].shape[1:]: self._flush()
-    copy = lambda o,dtype: o.detach().as_subclass(Tensor).to(dtype, copy=True)
-    now.waiting.append((items, n, copy(pred, torch.float32), copy(yb[0], yb[0].dtype), same))
+    pred = pred.detach()
+    # a compiled model may write its next output to the same place of a GPU
+    if not (pred.is_cpu and _alone(pred)): pred = pred.to(torch.float32, copy=True)
+    now.waiting.append((items, n, pred, yb[0].detach(), same, (pred._version, yb[0]._version)))
     now.numbers += pred.numel()
     if now.numbers>=self.most: self._flush()
 
@@ -174,16 +176,28 @@ def _flush(self:ItemStats):
     "Work off the predictions that are waiting"
     now = self._now
     if now is None or not now.waiting: return
-    waiting,now.waiting,now.numbers = now.waiting,[],0
-    items,ns,preds,targs,same = zip(*waiting)
+    waiting,now.waiting,now.numbers = [o for o in now.waiting if _unchanged(o)],[],0
+    if waiting: self._work_off(*zip(*waiting))
+
+@patch
+def _work_off(self:ItemStats, items, ns, preds, targs, same, _):
     with torch.no_grad():
-        found = now.observe(torch.cat(preds), torch.cat(targs))
+        found = self._now.observe(*(torch.cat(o).as_subclass(Tensor) for o in (preds, targs)))
         if any(o is not None for o in same):      # those that somebody has changed do not count
             found[0] = found[0].where(torch.cat([_each(o, p) for o,p in zip(same, preds)]), torch.nan)
     if not all(n==len(o) for n,o in zip(ns, items)):      # the rest is there as padding only
         at = np.flatnonzero(np.concatenate([np.arange(len(o))<n for n,o in zip(ns, items)]))
         found,items = found[:,_to(at, found.device)],[o[:n] for n,o in zip(ns, items)]
     self._take(np.concatenate([np.asarray(o, int) for o in items]), found)
+
+def _alone(t):
+    "Is it in single precision, and would it keep no other memory?"
+    return t.dtype==torch.float32 and t.untyped_storage().nbytes()<=2*t.nbytes
+
+def _unchanged(waiting):
+    "Are predictions and targets what they were in their batch?"
+    _,_,pred,targ,_,versions = waiting
+    return (pred._version,targ._version)==versions
 
 def _each(same, pred):
     "The answer for a batch, for each of its items"
@@ -207,8 +221,8 @@ def _add(self:ItemStats, items, found):
     _add(self.sums, items, found, self.about['kind']=='loss')
 
 @patch
-def _gather(self:ItemStats):
-    "At the end of an epoch: what all processes have found, in the same order in each"
+def after_train(self:ItemStats):
+    "Count what is waiting; what all processes have found, in the same order in each"
     self._safely(self._flush)
     if n_ranks()==1: return
     held,self.held = self.held,[]
@@ -218,14 +232,9 @@ def _gather(self:ItemStats):
         if found[0] is not None: self._add(found[0][0].numpy(), found[0][1])
 
 @patch
-def after_train(self:ItemStats):
-    "Count what is waiting"
-    self._gather()
-
-@patch
 def after_fit(self:ItemStats):
     "Count what is waiting, and publish the numbers"
-    self._gather()
+    self.after_train()
     seen = any(hasattr(type(cb), 'receive') for cb in self.learn.cbs)
     if seen and rank_distrib()==0: self._safely(self._publish)
 

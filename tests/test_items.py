@@ -15,6 +15,7 @@ from fastai.data.load import DataLoader, SkipItemException
 from fastai.distributed import DistributedDL
 from fastai.learner import Learner
 from fastai.losses import BCEWithLogitsLossFlat, LabelSmoothingCrossEntropyFlat, MSELossFlat
+from fastai.text.data import SortedDL
 from fastai.torch_core import set_seed
 from PIL import Image
 from torch import nn
@@ -65,8 +66,8 @@ def assert_right(stats, seen, loss_func=nn.CrossEntropyLoss()):
 def on_rows(dl, *cbs, model=None, loss_func=None, **kwargs):
     set_seed(3)
     layers = nn.BatchNorm1d(4, affine=False),nn.Linear(4, 16),nn.ReLU(),nn.Linear(16, 3)
-    model = model or nn.Sequential(*layers)
     loss_func = loss_func or nn.CrossEntropyLoss()
+    model = model or nn.Sequential(*layers)
     return Learner(DataLoaders(dl, dl), model, loss_func=loss_func, lr=.05, cbs=[*cbs])
 
 LOADERS = {'fastai': lambda: DataLoader(ITEMS, 8, shuffle=True),
@@ -154,8 +155,7 @@ class Raise(Callback):
 CANCELLED = [Raise('before_batch', CancelBatchException()), Raise('after_loss', CancelBatchException()),
              Raise('before_backward', CancelBackwardException()), Raise('before_step', CancelStepException())]
 
-@pytest.mark.parametrize('cb', [*CANCELLED, 'SkipNonFinite','SpikeGuard'],
-                         ids=lambda o: getattr(o, 'name', o))
+@pytest.mark.parametrize('cb', [*CANCELLED, 'SkipNonFinite','SpikeGuard'], ids=str)
 def test_cancelled_batches_do_not_count(cb):
     cbs = [cb] if isinstance(cb, Callback) else [PoisonBatch(1), globals()[cb]()]
     fit(on_rows(DataLoader(ITEMS, 8), stats := ItemStats(), *cbs))
@@ -182,6 +182,14 @@ class Poisoned(Callback):
     def after_pred(self):
         self.learn.pred = torch.where(self.xb[0][:,:1]==7, torch.nan, self.pred)
 
+def test_predictions_that_are_changed_later_do_not_count():
+    class Overwrites(Callback):
+        order = 100
+        def after_batch(self):
+            if self.training and self.iter==3: self.pred.detach().zero_()
+    fit(on_rows(DataLoader(ITEMS, 8), stats := ItemStats(), Overwrites()))
+    assert [*stats.table().index]==[*range(24), *range(32, 50)]
+
 def test_label_smoothing_changes_no_number():
     fit(on_rows(LOADERS['fastai'](), stats := ItemStats(), truth := Truth(),
                 loss_func=LabelSmoothingCrossEntropyFlat()))
@@ -191,9 +199,8 @@ def test_label_smoothing_changes_no_number():
 def test_other_targets(kind):
     "Which columns there are"
     targets = dict(regression=X[:,:1], soft=torch.eye(3)[Y], **{'many labels': torch.eye(3)[Y]})[kind]
-    losses = {'regression': MSELossFlat(), 'soft': nn.CrossEntropyLoss(),
-              'many labels': BCEWithLogitsLossFlat()}
-    loss = losses[kind]
+    losses = dict(regression=MSELossFlat, soft=nn.CrossEntropyLoss)
+    loss = losses.get(kind, BCEWithLogitsLossFlat)()
     model = nn.Linear(4, targets.shape[1])
     dl = DataLoader(list(zip(X/50, targets)), 8)
     fit(on_rows(dl, stats := ItemStats(), model=model, loss_func=loss), 2)
@@ -281,8 +288,8 @@ def test_few_of_many_items_are_published():
 def test_goes_on_where_it_was_stopped(make):
     "In the middle of an epoch"
     def run(folder, *cbs):
-        saved = Checkpoint(folder, steps=1, background=False)
-        learn = on_rows(LOADERS[make](), stats := ItemStats(), saved, *cbs)
+        saves = Checkpoint(folder, steps=1, background=False)
+        learn = on_rows(LOADERS[make](), stats := ItemStats(), saves, *cbs)
         with contextlib.suppress(KeyboardInterrupt): fit(learn, 2)
         return stats
     want = run('whole').table()
@@ -297,13 +304,26 @@ def test_seeded_items_and_a_guard_beside_it():
     assert_right(stats, truth.seen)
     assert 'do_item' not in vars(dl)
 
+def test_texts_that_are_sorted_by_length():
+    "fastai gives their order as an iterator"
+    texts = [torch.arange(i, i+3) for i in range(50)]
+    dl = SortedDL(list(zip(texts, Y)), sort_func=lambda o: o[0][0]%7, bs=8, shuffle=True, num_workers=0)
+    class First(Callback):
+        run_valid,order = False,5
+        def after_backward(self):
+            if self.iter: return
+            items,_ = stats._now.watch.batch()
+            assert len(items)==8 and self.yb[0].tolist()==Y[items].tolist() and 'get_idxs' not in vars(dl)
+    model = nn.Sequential(nn.EmbeddingBag(60, 4), nn.Linear(4, 3))
+    fit(on_rows(dl, stats := ItemStats(), First(), model=model), 2)
+    assert stats.records==[] and stats.table().seen.eq(2).all() and len(stats.table())==50
+
 def test_worst_of_texts_tables_and_images():
     import pandas as pd
     from fastai.tabular.all import CategoryBlock, Categorify, Normalize, TabularDataLoaders, tabular_learner
     df = pd.DataFrame(dict(size=np.arange(64.), kind=list('ab')*32, label=['low']*32+['high']*32))
-    dls = TabularDataLoaders.from_df(df, procs=[Categorify, Normalize],
-                                     cat_names=['kind'], cont_names=['size'],
-                                     y_names='label', y_block=CategoryBlock(), valid_idx=[0,1], bs=16)
+    names = dict(cat_names=['kind'], cont_names=['size'], y_names='label', y_block=CategoryBlock())
+    dls = TabularDataLoaders.from_df(df, procs=[Categorify, Normalize], valid_idx=[0,1], bs=16, **names)
     learn = tabular_learner(dls, layers=[8], cbs=(stats := ItemStats()))
     fit(learn, 2)
     worst = stats.worst(3)
@@ -361,10 +381,8 @@ def test_predictions_that_say_nothing_about_items(monkeypatch):
     "Two outputs, two targets, an index that is not there, a data set that cannot be told from others"
     two = lambda o,*y: nn.functional.cross_entropy(o[0] if isinstance(o, tuple) else o, y[0])
     pairs = DataLoader([(x,y,y) for x,y in ITEMS], 8, n_inp=1)
-    for dl,model,why in ((DataLoader(ITEMS, 8), Pair(), 'not one tensor'),
-                         (pairs, None, 'more than one target')):
-        dls = DataLoaders(dl, dl)
-        dls.n_inp = dls.train.n_inp = 1
+    cases = (DataLoader(ITEMS, 8), Pair(), 'not one tensor'),(pairs, None, 'more than one target')
+    for dl,model,why in cases:
         learn = on_rows(dl, stats := ItemStats('logits'), model=model, loss_func=two)
         learn.dls.n_inp = 1
         fit(learn)

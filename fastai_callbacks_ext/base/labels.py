@@ -53,7 +53,7 @@ def _shapes_differ(pred, targ):
 
 def _mean(values, ok):
     "Mean over the positions of an item that count; NaN if there are none"
-    return (values*ok).sum(1)/ok.sum(1)
+    return values.where(ok, 0).sum(1)/ok.sum(1)
 
 def _of_classes(pred, targ, log, axis, ignore):
     "Probability of the label, margin, was it right, label, class predicted: a row each, a column an item"
@@ -64,12 +64,13 @@ def _of_classes(pred, targ, log, axis, ignore):
     at = y.where(ok, 0).unsqueeze(-1)
     x = log(x)
     own,other = x.gather(-1, at)[...,0],x.scatter(-1, at, -torch.inf).amax(-1)
-    value,margin = own.exp().where(ok, 0),(own-other).where(ok, 0)
-    guess = x.argmax(-1)
-    single = y.shape[1]==1
+    value,margin = own.exp(),own-other
+    if y.shape[1]==1:
+        guess = x[:,0].argmax(-1)
+        return torch.stack([value[:,0].where(ok[:,0], torch.nan), margin[:,0],
+                            *(o.to(value.dtype) for o in (guess==y[:,0], y[:,0], guess))])
     none = torch.full_like(value[:,0], torch.nan)
-    facts = [o[:,0].to(value) for o in (guess==y, y, guess)] if single else [none]*3
-    return torch.stack([_mean(value, ok), _mean(margin, ok), *facts])
+    return torch.stack([_mean(value, ok), _mean(margin, ok), none, none, none])
 
 def _of_labels(pred, targ, logits):
     "The same where each label is there or not"

@@ -76,10 +76,20 @@ def _own(dl, name):
     if name=='do_item': return not (of_class and all(isinstance(o, ItemLayer) for o in item_layers(dl)))
     return name in vars(dl) or not of_class
 
+class _Listed:
+    "A `get_idxs` for once. fastai's `SortedDL` gives an iterator, of which nobody could say what it gave"
+    def __init__(self, dl): self.dl = dl
+    def __call__(self):
+        self.take_off()
+        idxs = type(self.dl).get_idxs(self.dl)
+        return idxs if isinstance(idxs, list) else list(idxs)
+    def take_off(self):
+        if vars(self.dl).get('get_idxs') is self: del self.dl.get_idxs
+
 class _ByList:
     "The items of fastai's loaders, by the list of indices of the epoch"
     def __init__(self, dl):
-        self.dl,self.inner,self.noted = dl,inner_loader(dl),None
+        self.dl,self.inner,self.noted,self.listed = dl,inner_loader(dl),None,_Listed(dl)
         try: self.noted = next((o for o in item_layers(self.inner) if type(o) is _Noted), None)
         finally: self.noted = self.noted or _Noted(self.inner)
         self.noted.users += 1
@@ -98,10 +108,15 @@ class _ByList:
         own = next((type(f).__name__ for f in tfms if not is_fastais(type(f))), None)
         return f'the batch transform {own} may change the order of the items' if own else ''
 
-    def restart(self): self.noted.left_out.fill_(0)
+    def restart(self):
+        self.noted.left_out.fill_(0)
+        if self.dl is not self.inner or self.dl.n is None: return
+        # what others draw may be drawn late, between the items
+        if not any(_own(self.dl, o) for o in ('get_idxs','shuffle_fn')): self.dl.get_idxs = self.listed
 
     def batch(self, learn, n):
         "Indices in this batch, the `n`th since `restart`, and how many of them are not there as padding only"
+        if not n: self.listed.take_off()
         if self.noted not in item_layers(self.inner): return 'the loader has got another do_item'
         if self.noted.left_out.item(): return 'the loader has left out an item'
         idxs,bs = vars(self.dl).get('_DataLoader__idxs'),self.inner.bs
@@ -114,6 +129,7 @@ class _ByList:
         return res,min(max(self.dl.n-begin, 0), len(res))
 
     def close(self):
+        self.listed.take_off()
         self.noted.users -= 1
         if not self.noted.users: self.noted.take_off()
 
@@ -199,15 +215,22 @@ class _Rows:
 
     def are_in(self, t):
         "Are these the rows of `t`? It may be another object: fastai changes the class"
-        mine = self.t
-        place = lambda o: (o.data_ptr(), o.shape, o.stride())
-        return (t is mine or place(t)==place(mine)) and t._version==self.version
+        return t._version==self.version and (t is self.t or _place(t)==_place(self.t))
 
     def same(self, t):
         "Are the numbers what they were? A tensor on the device"
         now,then = self._marks(t),self.marks
         if now.shape!=then.shape: return torch.zeros((), dtype=torch.bool, device=now.device)
         return ((now==then) | (now!=now) & (then!=then)).all()
+
+def _place(t):
+    with torch._C.DisableTorchFunctionSubclass():      # fastai's classes are slow
+        return t.data_ptr(),t.shape,t.stride()
+
+def _in_batch(learn):
+    "The tensors in the batch; quick if there is nothing else"
+    batch = [*learn.xb, *learn.yb]
+    return batch if all(isinstance(o, Tensor) for o in batch) else tensors_in(batch)
 
 class ItemWatch:
     "Knows the items of each training batch, if they are certain"
@@ -232,7 +255,7 @@ class ItemWatch:
         self.n += 1
         if self.source is None: return
         if len(self.learn.cbs)!=self._seen: self._look_at_callbacks()
-        self._batch = [_Rows(t, self._marked) for t in tensors_in([self.learn.xb, self.learn.yb])]
+        self._batch = [_Rows(t, self._marked) for t in _in_batch(self.learn)]
 
     def _look_at_callbacks(self):
         others = (cb for cb in self.learn.cbs if not is_fastais(type(cb)))
@@ -244,7 +267,7 @@ class ItemWatch:
         if self.source is None: return [],0
         learn = self.learn
         found = self.source.batch(learn, self.n) if learn.dl is self.dl else 'the learner has another loader'
-        batch = tensors_in([learn.xb, learn.yb])
+        batch = _in_batch(learn)
         if len(batch)!=len(self._batch) or not all(o.are_in(t) for t,o in zip(batch, self._batch)):
             mixes = (f'{type(cb).__name__} mixes items' for cb in learn.cbs if isinstance(cb, MixHandler))
             found = next(mixes, 'a callback or the model changes the batch')
@@ -258,7 +281,7 @@ class ItemWatch:
     def same(self)->Tensor|None: # On the device of the batch; None if only callbacks of fastai act on it
         "Has nobody changed the batch unseen by PyTorch?"
         if not self._marked: return None
-        batch = tensors_in([self.learn.xb, self.learn.yb])
+        batch = _in_batch(self.learn)
         same = [o.same(t) for t,o in zip(batch, self._batch)]
         return torch.stack([o.to(same[0].device) for o in same]).all()
 
