@@ -6,14 +6,15 @@
 __all__ = []
 
 # %% ../nbs/all.ipynb #728a6161
-from . import (accumulation, averaging, best, checkpoint, gradients, loop, rnn, runlog,
-        safety, stopping, tracing, upgrades)
+from . import (accumulation, averaging, best, checkpoint, gradients, loop, progress, rnn,
+        runlog, safety, stopping, tracing, upgrades)
 from .accumulation import *
 from .averaging import *
 from .best import *
 from .checkpoint import *
 from .gradients import *
 from .loop import *
+from .progress import *
 from .rnn import *
 from .runlog import *
 from .safety import *
@@ -26,8 +27,8 @@ from .base.model import unwrap_model
 from .base.passes import refresh_batchnorm
 from .base.step import StepNumbers, all_finite, step_numbers
 
-_purposes = (accumulation, averaging, best, checkpoint, gradients, loop, rnn, runlog,
-             safety, stopping, tracing, upgrades)
+_purposes = (accumulation, averaging, best, checkpoint, gradients, loop, progress, rnn,
+             runlog, safety, stopping, tracing, upgrades)
 # of the base, what a callback of one's own and a script have use for
 _base = ('ExtCallback Record check_number check_type from_all from_first '
          'interventions n_ranks rank_mean resolve_order smaller_is_better unwrap_model '

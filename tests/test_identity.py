@@ -528,7 +528,7 @@ def test_which_callbacks_act():
     assert {o.__name__ for o in acting}=={
         'EMA', 'SWA', 'LAWA', 'GradientAccumulation', 'GradientCentralization', 'GradientClip',
         'GradientNoise', 'LookaheadWeights', 'SAM', 'ModelResetter', 'RNNCallback', 'RNNRegularizer'}
-    watch_guard_or_save = {'Checkpoint', 'EarlyStopping', 'FastLoop', 'PreemptionGuard', 'RunLog',
+    watch_guard_or_save = {'Checkpoint', 'EarlyStopping', 'FastLoop', 'PreemptionGuard', 'Progress', 'RunLog',
                            'SampleLimit', 'SaveTopK', 'SkipNonFinite', 'SpikeGuard', 'StepLimit', 'StopFile',
                            'TerminateOnNaN', 'TimeLimit'}
     assert {o.__name__ for o in public_callbacks() if o not in acting}==watch_guard_or_save
