@@ -1626,8 +1626,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'fastai_callbacks_ext/progress.py'),
                                                'fastai_callbacks_ext.progress._of_fit': ( 'progress.html#_of_fit',
                                                                                           'fastai_callbacks_ext/progress.py'),
-                                               'fastai_callbacks_ext.progress._put_back': ( 'progress.html#_put_back',
-                                                                                            'fastai_callbacks_ext/progress.py'),
                                                'fastai_callbacks_ext.progress._silent': ( 'progress.html#_silent',
                                                                                           'fastai_callbacks_ext/progress.py')},
             'fastai_callbacks_ext.rnn': { 'fastai_callbacks_ext.rnn.ModelResetter': ( 'rnn.html#modelresetter',

@@ -27,23 +27,19 @@ class Progress(ExtCallback):
     Use it in any fit that takes longer than a minute, and in scripts that run on a cluster."""
     order,run_outside,name = 59,True,'time_left'    # just before fastai's, which is `learn.progress`
     single = True
+    transient = dict(fit=None)
 
     def before_fit(self):
         "Give fastai's callback our bars for the time of this fit"
+        if self.fitting: vars(self)['fit'] = _Fit(self.learn)
         for cb in self.learn.cbs:
             if type(cb) is not ProgressCallback: continue
             cb.__class__ = _Bars
-            vars(cb)['_fit'] = _Fit(self.learn) if self.fitting else None
-            self.at_end(_put_back, cb)
-
-def _put_back(cb):
-    cb.__class__ = ProgressCallback
-    vars(cb).pop('_fit', None)
+            self.at_end(setattr, cb, '__class__', ProgressCallback)
 
 # %% ../nbs/20_progress.ipynb #progress-009
 class _Bars(ProgressCallback):
     "fastai's callback, with our bars"
-    name,_stateattrs = 'progress',(*ProgressCallback._stateattrs, '_fit')
     def before_fit(self):
         "As fastai's"
         if self.create_mbar: self.mbar = _master()(list(range(self.n_epoch)))
@@ -54,12 +50,15 @@ class _Bars(ProgressCallback):
 
     def _launch_pbar(self):
         self.pbar = _bar()(self.dl, parent=getattr(self, 'mbar', None), leave=False)
-        if self._fit: self.pbar.fit = self._fit
+        if self.learn.time_left.fitting: self.pbar.fit = self.learn.time_left.fit
         self.pbar.update(0)
 
     def __reduce_ex__(self, protocol):
         "Copies and exports have fastai's class"
         return _reconstructor,(ProgressCallback, object, None),self.__getstate__()
+
+# it is shown, and saved by `Checkpoint`, under the name that it has outside of the fit
+for o in ('__module__','__name__','__qualname__'): setattr(_Bars, o, getattr(ProgressCallback, o))
 
 # %% ../nbs/20_progress.ipynb #progress-011
 def _n_valid(learn):
@@ -94,10 +93,13 @@ class _OfFit:
             main.progress = html_progress_bar(part*main.total, main.total, label)
         return text
 
-class _Silent(ProgressBar): "For log files"
+class _Silent(ProgressBar):
+    "For log files"
+    __module__ = ProgressBar.__module__     # as the others: no part of the state of a run
+
 class _SilentMaster(ConsoleMasterBar):
     "Writes the lines of the table only"
-    pcls,total_time = _Silent,False
+    pcls,total_time,__module__ = _Silent,False,ProgressBar.__module__
     def __init__(self, gen): MasterBar.__init__(self, gen, _Silent)
 
 def _silent(): return not (issubclass(fastais.progress_bar, NBProgressBar) or on_screen())
@@ -105,4 +107,4 @@ def _master(): return _SilentMaster if _silent() else fastais.master_bar
 def _bar(): return _Silent if _silent() else _of_fit(fastais.progress_bar)
 
 @cache
-def _of_fit(bar): return type(bar.__name__, (_OfFit, bar), {})
+def _of_fit(bar): return type(bar.__name__, (_OfFit, bar), dict(__module__=bar.__module__))

@@ -193,7 +193,7 @@ def test_put_back_however_it_ends(exc):
     theirs = learn.progress
     with contextlib.suppress(OSError, KeyboardInterrupt): said(lambda: learn.fit(1))
     assert issubclass(leave.seen, ProgressCallback) and leave.seen is not ProgressCallback
-    assert learn.progress is theirs and type(theirs) is ProgressCallback and '_fit' not in vars(theirs)
+    assert learn.progress is theirs and type(theirs) is ProgressCallback
     learn.remove_cb(leave)
     assert '\r' not in said(lambda: learn.fit(1))
 
@@ -212,7 +212,7 @@ def test_an_export_in_mid_fit_has_fastais_callback(tmp_path):
     said(lambda: learn.fit(1))
     for name in ('batch.pkl','epoch.pkl'):
         loaded = load_learner(tmp_path/name, cpu=not torch.cuda.is_available())
-        assert type(loaded.progress) is ProgressCallback and '_fit' not in vars(loaded.progress)
+        assert type(loaded.progress) is ProgressCallback
         assert '\r' not in said(lambda: loaded.get_preds(dl=learn.dls.valid))
 
 def test_with_the_fast_loop_it_is_as_quick():
@@ -250,6 +250,37 @@ def test_bars_of_another_kind(monkeypatch):
     out = said(lambda: learner(ext.Progress).fit(1), Terminal)
     assert '|#' in out and 'left]' in out
     assert progress._of_fit(Mine) is progress._of_fit(Mine)
+
+@pytest.mark.parametrize('to', [io.StringIO, Terminal], ids=['file','terminal'])
+def test_a_checkpoint_is_the_same_with_it_and_without(to):
+    "Nothing of the bars is saved; a run may go on without it, or with it"
+    saves = lambda: ext.Checkpoint('run', steps=2, background=False)
+    class Stop(Callback):
+        order = 3000
+        def __init__(self, *at): self.at = at
+        def after_batch(self):
+            if self.training and (self.epoch,self.iter)==self.at: raise KeyboardInterrupt
+    def go(*cbs):
+        learn = learner(cbs=[*cbs, saves()])
+        with contextlib.suppress(KeyboardInterrupt): learn.fit(3)
+        return learn
+    want = learner(cbs=[])
+    said(lambda: want.fit(3))
+    out = said(lambda: go(ext.Progress(), Stop(0, 2)), to)
+    out += said(lambda: go(Stop(1, 1)), to)
+    learn = []
+    out += said(lambda: learn.append(go(ext.Progress())), to)
+    assert out.count('resumed')==2 and 'cannot' not in out and 'lost' not in out, out
+    for p,q in zip(learn[0].model.parameters(), want.model.parameters()): assert torch.equal(p, q)
+
+def test_a_validation_inside_a_fit_is_not_counted():
+    class Validates(Callback):
+        order = 90
+        def after_train(self):
+            with self.learn.no_logging(): self.learn._do_epoch_validate()
+            self.learn.model.train()
+    learn = learner(cbs=[Validates(), ext.Progress()])
+    assert 'left]' in said(lambda: learn.fit(2), Terminal) and len(learn.recorder.values)==2
 
 def test_upgrade_adds_it(capsys):
     learn = ext.upgrade(learner())
