@@ -7,11 +7,11 @@ __all__ = []
 
 # %% ../nbs/all.ipynb #728a6161
 from . import (accumulation, activations, averaging, best, checkpoint,
-        gradients, items, layers, loop, preflight, report, rnn,
-        runlog, safety, stopping, throughput, tracing, upgrades)
+        gradients, items, layers, loop, preflight, progress, report,
+        rnn, runlog, safety, stopping, throughput, tracing, upgrades)
 # before the stars, which hide some of them
 _purposes = (accumulation, activations, averaging, best, checkpoint, gradients, items, layers, loop,
-             preflight, report, rnn, runlog, safety, stopping, throughput, tracing, upgrades)
+             preflight, progress, report, rnn, runlog, safety, stopping, throughput, tracing, upgrades)
 from .accumulation import *
 from .activations import *
 from .averaging import *
@@ -22,6 +22,7 @@ from .items import *
 from .layers import *
 from .loop import *
 from .preflight import *
+from .progress import *
 from .report import *
 from .rnn import *
 from .runlog import *

@@ -21,6 +21,7 @@ from fastai.torch_core import find_bs, num_distrib, to_detach
 from fastcore.foundation import L
 from fastcore.xtras import modify_exception
 from torch import Tensor
+from .base.calls import call_times
 from .base.core import ExtCallback
 
 # %% ../nbs/03_loop.ipynb #f3d246db
@@ -30,22 +31,28 @@ _calls = Callback.__call__,ExtCallback.__call__
 _inner = frozenset(_inner_loop)
 
 class _Table(dict):
-    "For each event of a batch: callbacks, the events that fastai sends to each, its method or `None`"
+    "For each event of a batch: callbacks, how fastai calls each, in which events that is done, its method"
     def __init__(self, learn):
-        self.cbs = list(learn.cbs)
+        self.cbs,self.times = list(learn.cbs),call_times(learn)
         # with several processes, fastai gathers the values in each batch: keep `Recorder.after_batch`
         gathers = num_distrib()>1 or hasattr(learn.dl, 'to_detach')
         self.faster = {k:v for k,v in _faster.items() if not (gathers and k is Recorder.after_batch)}
         cbs = learn.cbs.sorted('order')
-        super().__init__({e:[self._entry(cb, e, hasattr(learn, e)) for cb in cbs] for e in _inner})
+        entry = self._timed if self.times else self._entry
+        super().__init__({e:[entry(cb, e, hasattr(learn, e)) for cb in cbs] for e in _inner})
+
+    def _timed(self, cb, event_name, reads_through):
+        "With `profile_callbacks`"
+        cb,send,fastais,method = self._entry(cb, event_name, reads_through)
+        return cb,self.times.of(cb, event_name),fastais,method and self.times.timed(cb, event_name, method)
 
     def _entry(self, cb, event_name, reads_through):
         cls = type(cb)
         special = cls.__call__ not in _calls or hasattr(cls, 'training') or 'training' in vars(cb)
-        if special or reads_through: return cb,_inner,None
+        if special or reads_through: return cb,cb,_inner,None
         method = getattr(cls, event_name, None)
-        if method in self.faster: return cb,vars(cb),self.faster[method](cb)
-        return cb,vars(cb),method and getattr(cb, event_name)
+        if method in self.faster: return cb,cb,vars(cb),self.faster[method](cb)
+        return cb,cb,vars(cb),method and getattr(cb, event_name)
 
 # %% ../nbs/03_loop.ipynb #b235f8e7
 class _FastEvents:
@@ -60,8 +67,8 @@ class _FastEvents:
         table = type(self)._table
         if table is None or table.cbs!=self.cbs.items:
             table = type(self)._table = _Table(self)
-        for cb,fastais,method in table[event_name]:
-            if event_name in fastais or (method and cb.learn is not self): cb(event_name)
+        for cb,send,fastais,method in table[event_name]:
+            if event_name in fastais or (method and cb.learn is not self): send(event_name)
             elif method and cb.run and (cb.run_train if self.training else cb.run_valid):
                 try: method()
                 except _cancel: raise
@@ -168,7 +175,8 @@ def _replaced(learn):
     "Which of `__call__` and `_call_one` of `learn` are not fastai's own"
     file = lambda f: getattr(getattr(f, '__code__', None), 'co_filename', None)
     own = lambda name: name in vars(learn) or file(getattr(type(learn), name))!=fastai.learner.__file__
-    return list(filter(own, ('__call__','_call_one')))
+    names = ('__call__',) if call_times(learn) else ('__call__','_call_one')
+    return list(filter(own, names))
 
 class FastLoop(ExtCallback):
     "Makes the training loop faster: a callback without a method for an event costs nothing; same results"

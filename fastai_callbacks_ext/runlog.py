@@ -24,7 +24,6 @@ import torch
 from fastai.torch_core import rank_distrib
 from fastcore.basics import patch
 from fastcore.foundation import L
-from fastcore.imports import IN_NOTEBOOK
 from fastprogress.fastprogress import format_time
 from torch import Tensor
 from .base.core import ExtCallback, check_number, check_type, n_ranks, nearest
@@ -32,6 +31,7 @@ from .base.identity import run_facts
 from .base.late import LateNumbers
 from .base.logged import LoggedRun, flat, read_log
 from .base.rows import RowFeed, RowFile
+from .base.timeleft import TimeLeft, on_screen
 
 _all_ = ['LoggedRun','read_log']
 
@@ -45,7 +45,7 @@ class RunLog(ExtCallback):
     order,run_valid,run_outside,single = 1990,False,True,True     # before `Checkpoint` saves
     state_attrs = 'file','fit','before'
     transient = dict(_rows=None, _waiting=[], _feeds=[], _off=False, _begun=False, _resumed=False,
-                     _sent=None, _now=SimpleNamespace(in_batch=False, done=0))
+                     _sent=None, _echo=None, _now=SimpleNamespace(in_batch=False, done=0))
     def __init__(self,
         path:str|Path='runs', # Folder for the files, made if need be
         every:int=50, # Write a row of numbers after every n-th training batch
@@ -90,6 +90,14 @@ class RunLog(ExtCallback):
         if self._late: self._write_late()
         self._echo.tick()
         self._now.in_batch = False
+
+    def before_validate(self):
+        "For the time left"
+        if self.fitting: self._echo.validate(0)
+
+    def after_validate(self):
+        "For the time left"
+        if self.fitting: self._echo.validate(len(self.dl))
 
     def _place(self):
         "Where the run is; a batch is counted from its beginning on"
@@ -269,22 +277,24 @@ class _Echo:
     "Prints a line of progress now and then"
     def __init__(self, cb):
         self.cb,self.best = cb,None
-        seen = IN_NOTEBOOK or getattr(sys.stdout, 'isatty', bool)()
-        self.every = cb.echo if cb.echo is not None else inf if seen else 60
-        self.due,self.start = monotonic()+self.every,None
+        self.every = cb.echo if cb.echo is not None else inf if on_screen() else 60
+        self.due,self.left = monotonic()+self.every,TimeLeft(cb.learn.n_epoch, len(cb.learn.dls.train), 0)
+
+    def validate(self, done): self.left.mark(self.cb.learn.epoch, False, done, len(self.cb.learn.dl))
 
     def tick(self):
         "After a training batch"
-        now = monotonic()
-        if self.start is None: self.start = now,self.cb.learn.pct_train     # the first batch is slow
-        if now<self.due: return
-        self.due = now+self.every
-        print(self.line(now), flush=True)
+        if self.every==inf: return
+        learn = self.cb.learn
+        self.left.mark(learn.epoch, True, learn.iter+1, learn.n_iter)
+        if monotonic()<self.due: return
+        self.due = monotonic()+self.every
+        print(self.line(), flush=True)
 
-    def line(self, now):
+    def line(self):
         cb,learn = self.cb,self.cb.learn
-        (t,done),part = self.start,learn.pct_train
-        left = f', {format_time((now-t)*(1-part)/(part-done))} left' if part>done else ''
+        part,seconds = learn.pct_train,self.left.seconds()
+        left = '' if seconds is None else f', {format_time(seconds)} left'
         best = f', best {self.best[0]} {self.best[1]:.4g} in epoch {self.best[2]}' if self.best else ''
         return (f'{cb.name}: {part:.0%}, epoch {learn.epoch} of {learn.n_epoch}, '
                 f"train_loss {float(getattr(learn, 'smooth_loss', nan)):.4g}{best}{left}")

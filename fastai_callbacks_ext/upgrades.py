@@ -9,11 +9,13 @@ __all__ = ['upgrade']
 import numpy as np
 from fastai.callback import hook as fastai_hook, rnn as fastai_rnn
 from fastai.callback import tracker as fastai_tracker, training as fastai_training
+from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner
 from .best import SaveTopK
 from .activations import ActivationStats
 from .accumulation import GradientAccumulation
 from .gradients import GradientClip
+from .progress import Progress
 from .rnn import ModelResetter, RNNCallback, RNNRegularizer
 from .safety import TerminateOnNaN
 from .stopping import EarlyStopping
@@ -56,7 +58,8 @@ def upgrade(
 
     Prints what it has swapped, and what it has left because this package does not do that. Subclasses of
     fastai's callbacks stay as they are. If the new callback is on `learn` already, with the same metric and
-    file, fastai's is only removed. A second call finds nothing to do.
+    file, fastai's is only removed. `ProgressCallback` stays, and `Progress` is added. A second call finds
+    nothing to do.
 
     Example: `learn = upgrade(language_model_learner(dls, AWD_LSTM))`."""
     swapped,gone,left,before = [],[],[],list(learn.cbs)
@@ -72,6 +75,9 @@ def upgrade(
         else:
             learn.add_cb(new)
             swapped.append(f'{type(cb).__name__} -> {type(new).__name__}')
+    if ProgressCallback in map(type, before) and Progress not in map(type, before):
+        learn.add_cb(Progress())
+        swapped.append('ProgressCallback + Progress')
     rest = f"; taken off, the learner has ours: {', '.join(gone)}" if gone else ''
     if left: rest += f"; left: {', '.join(left)}"
     print(f"upgrade: {', '.join(swapped) or 'nothing to swap'}{rest}")

@@ -44,7 +44,7 @@ def test_what_is_left(capsys):
     before = kinds(learn)
     ext.upgrade(learn)
     said = capsys.readouterr().out
-    assert kinds(learn)==before
+    assert kinds(learn)==sorted([*before, ext.Progress], key=str)
     assert 'left: SaveModelCallback (it saves other models than the best one)' in said
 
 def test_ours_is_there_already():
@@ -62,7 +62,7 @@ def test_several_of_a_kind(tmp_path, capsys):
     new = [cb for cb in learn.cbs if type(cb).__module__.startswith('fastai_callbacks_ext')]
     assert [(type(cb).__name__, getattr(cb, 'monitor', None)) for cb in new]==[
         ('SaveTopK','valid_loss'), ('EarlyStopping','valid_loss'), ('SaveTopK','accuracy'),
-        ('EarlyStopping','accuracy'), ('GradientClip',None), ('GradientClip',None)]
+        ('EarlyStopping','accuracy'), ('GradientClip',None), ('GradientClip',None), ('Progress',None)]
     assert capsys.readouterr().out.count('->')==6
     fit(learn)
     assert {o.name for o in (tmp_path/'models').glob('*.pth')}=={'by_loss.pth','by_accuracy.pth'}
@@ -74,7 +74,8 @@ def test_what_is_taken_off(capsys):
            tracker.EarlyStoppingCallback()]
     learn = ext.upgrade(digits_learner(cbs, n=160))
     assert capsys.readouterr().out==(
-        'upgrade: EarlyStoppingCallback -> EarlyStopping, SaveModelCallback -> SaveTopK; '
+        'upgrade: EarlyStoppingCallback -> EarlyStopping, SaveModelCallback -> SaveTopK, '
+        'ProgressCallback + Progress; '
         'taken off, the learner has ours: SaveModelCallback, EarlyStoppingCallback\n')
     assert [(cb.fname, cb.monitor) for cb in learn.cbs if isinstance(cb, ext.SaveTopK)]==[
         ('model','accuracy'), ('best','valid_loss')]
