@@ -6,12 +6,13 @@
 __all__ = []
 
 # %% ../nbs/all.ipynb #728a6161
-from . import (accumulation, activations, averaging, best, checkpoint,
-        gradients, items, layers, loop, preflight, progress, report,
-        rnn, runlog, safety, stopping, throughput, tracing, upgrades)
+from . import (accumulation, activations, averaging, best, checkpoint, gradients,
+        items, layers, loop, monitors, preflight, progress, report, rnn,
+        runlog, safety, stopping, throughput, tracing, upgrades)
 # before the stars, which hide some of them
 _purposes = (accumulation, activations, averaging, best, checkpoint, gradients, items, layers, loop,
-             preflight, progress, report, rnn, runlog, safety, stopping, throughput, tracing, upgrades)
+             monitors, preflight, progress, report, rnn, runlog, safety, stopping, throughput, tracing,
+             upgrades)
 from .accumulation import *
 from .activations import *
 from .averaging import *
@@ -21,6 +22,7 @@ from .gradients import *
 from .items import *
 from .layers import *
 from .loop import *
+from .monitors import *
 from .preflight import *
 from .progress import *
 from .report import *

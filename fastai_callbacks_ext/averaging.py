@@ -68,6 +68,11 @@ class _Averager(ExtCallback):
             self.learn.add_cb(helper)
             helper('before_fit')
 
+    @property
+    def validated(self)->str: # 'raw', or the name of the average
+        "Which weights a validation sees now"
+        return 'raw' if self._shown is None or not self._n else self.average_name
+
     def before_epoch(self):
         "Validate with the average, unless `validate='raw'`"
         self._shown = None if self.validate=='raw' else 0

@@ -86,7 +86,7 @@ def _marks(ax, events):
         ax.plot(group.step, y, '^', ms=5, color=_colors[(i+2)%7], transform=ax.get_xaxis_transform(),
                 label=f'{name} ({len(group)})')
 
-_about = {'time','fit','step','epoch','batch'}
+_about = {'time','fit','step','epoch','batch','weights'}
 def _others(table, but=()):
     "Names of the columns with numbers that differ"
     names = [o for o in table.columns if o not in _about and o not in but]
@@ -287,6 +287,10 @@ def _found(run):
              'stopped': 'A callback has ended the run', 'interrupted': 'The run was interrupted',
              'failed': f'The run has failed: {failed}'}
     yield f'{words.get(run.status, run.status)}, after {len(run.epochs)} epochs'
+    left = next((o.get('left_s') for o in run.rows[::-1] if o['kind']=='throughput'), None)
+    if run.status=='no end' and left: yield f'Time left when it wrote last: {format_time(float(left))}'
+    weights = set(run.epochs.get('weights', ())) - {'raw'}
+    if weights: yield f"Metrics are those of averaged weights: {', '.join(sorted(map(str, weights)))}"
     verdicts = [o for o in run.rows if o['kind']=='verdict']
     for o in verdicts[-1:]: yield f"{o.get('what')}: {o.get('why')}; {o.get('next')}"
     if len(run.events):

@@ -193,7 +193,12 @@ def after_epoch(self:RunLog):
         self._begin(self.before+self.train_iter, epoch_open=True)
     values = self._table()
     self._echo.epoch(values)
-    self._write('epoch', self._place() | dict(metrics=values))
+    self._write('epoch', self._place() | _weights(self.learn) | dict(metrics=values))
+
+def _weights(learn):
+    "Which weights were validated, if there is an average"
+    found = [cb.validated for cb in learn.cbs if hasattr(type(cb), 'validated')]
+    return dict(weights=next((o for o in found if o!='raw'), 'raw')) if found else {}
 
 @patch
 def _table(self:RunLog, but=()):

@@ -24,13 +24,14 @@ from fastai.torch_core import find_bs, rank_distrib
 from fastcore.basics import patch
 from .base.core import ExtCallback, check_number, n_ranks
 from .base.parts import PARTS, PartClock, gpu_mark
+from .base.timeleft import TimeLeft
 
 # %% ../nbs/16_throughput.ipynb #thr-006
 class Throughput(ExtCallback):
     """Measures where the time of a training step goes, and says in one line what to do about it.
 
     It publishes a row for each `window` of steps, and at the end of each epoch, to `RunLog` if there is one:
-    items a second, milliseconds of each part of a step, memory. `verdict` is what to do next."""
+    items a second, milliseconds of each part of a step, memory, time left. `verdict` is what to do next."""
     order,single = 2010,True        # `Checkpoint` looks at the learner before the clock is there
     transient = dict(_clock=None, _m=None)
     now = staticmethod(perf_counter)
@@ -48,7 +49,8 @@ class Throughput(ExtCallback):
         self._m = SimpleNamespace(
             device=device, workers=_workers(self.learn.dls.train), n=0, items=0, steps=0,
             window=Counter(), gpu=Counter(), gpu_steps=0, between=Counter(),
-            all=Counter(), all_steps=0, all_between=Counter(), memory=deque(maxlen=20))
+            all=Counter(), all_steps=0, all_between=Counter(), memory=deque(maxlen=20),
+            left=TimeLeft(self.learn.n_epoch, len(self.learn.dls.train), 0, self.now))
         mark = partial(gpu_mark, device) if device.type=='cuda' else None
         self._clock = PartClock(self._step_done, self._validated, self.now, mark)
         self._clock.start(self.learn)
@@ -57,6 +59,7 @@ class Throughput(ExtCallback):
     def _step_done(self, spent):
         m,learn = self._m,self.learn
         m.n += 1
+        m.left.mark(learn.epoch, True, learn.iter+1, learn.n_iter)
         if m.n<=self.skip: return
         if learn.iter==0 and _workers(learn.dl):
             m.between['worker_start'] += spent.get('data', 0)
@@ -67,6 +70,14 @@ class Throughput(ExtCallback):
         if m.steps==self.window: self._publish_row()
 
     def _validated(self, seconds): self._m.between['validation'] += seconds
+
+    def before_validate(self):
+        "For the time left"
+        self._m.left.mark(self.epoch, False, 0, len(self.dl))
+
+    def after_validate(self):
+        "For the time left"
+        self._m.left.mark(self.epoch, False, len(self.dl))
 
     def after_epoch(self):
         "Publish what was measured since the last row"
@@ -92,7 +103,7 @@ def _publish_row(self:Throughput):
     row = dict(steps=m.steps, items_per_s=n_ranks()*m.items/(m.steps*seconds), step_ms=1000*seconds)
     row |= {f'{p}_ms': 1000*s for p,s in parts.items()} | dict(data_wait_share=parts['data']/seconds)
     row |= dict(memory_MB=m.memory[-1][1], memory_growth_MB_per_1000_steps=_slope(m.memory))
-    row |= {f'{o}_s': m.between[o] for o in ('validation','worker_start')}
+    row |= {f'{o}_s': m.between[o] for o in ('validation','worker_start')} | dict(left_s=m.left.seconds())
     self.publish('throughput', {k: float(f'{v:.4g}') if isinstance(v, float) else v for k,v in row.items()})
     m.all.update({p: s*m.steps for p,s in parts.items()})
     m.all_steps += m.steps
