@@ -14,6 +14,7 @@ import torch
 from fastai.callback.core import event
 from fastcore.basics import exec_local
 from fastcore.docments import ShowDocRenderer, docments, empty
+from fastcore.foundation import L
 from fastcore.nbio import mk_cell, read_nb, write_nb
 from fastcore.xtras import Config
 from matplotlib.axes import Axes
@@ -53,7 +54,7 @@ def _default(o): return '' if o is empty else getattr(o, '__name__', None) or re
 def _code(s): return f'`` {s} ``' if s else ''        # single backticks become links
 
 docs_of = {'python':'https://docs.python.org/3/library/', 'torch':'https://docs.pytorch.org/docs/stable/',
-           'matplotlib':'https://matplotlib.org/stable/api/_as_gen/',
+           'fastcore':'https://fastcore.fast.ai/', 'matplotlib':'https://matplotlib.org/stable/api/_as_gen/',
            'pandas':'https://pandas.pydata.org/docs/reference/api/'}
 elsewhere = {torch.Tensor: docs_of['torch']+'tensors.html',
              torch.nn.Module: docs_of['torch']+'generated/torch.nn.Module.html',
@@ -61,6 +62,7 @@ elsewhere = {torch.Tensor: docs_of['torch']+'tensors.html',
              Path: docs_of['python']+'pathlib.html#pathlib.Path',
              BufferedWriter: docs_of['python']+'io.html#io.BufferedWriter',
              pd.DataFrame: docs_of['pandas']+'pandas.DataFrame.html',
+             L: docs_of['fastcore']+'foundation.html#l',
              Axes: docs_of['matplotlib']+'matplotlib.axes.Axes.html'}
 
 def _linked(t):

@@ -19,8 +19,8 @@ from fastcore.foundation import L
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.parametrize import is_parametrized
-from .base.core import check_number, check_type, nearest
-from .base.measure import Measure, some_of, stacked
+from .base.core import check_number, check_type, nearest, some_of
+from .base.measure import Measure, stacked
 from .base.model import has_mean, plain_name, unwrap_model
 from .base.step import BatchUndo, tensors_in
 

@@ -20,9 +20,9 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.torch_core import find_bs
 from fastcore.basics import patch
 from torch.nn.modules.batchnorm import _NormBase
-from .base.core import check_number, n_ranks
+from .base.core import check_number, n_ranks, some_of
 from .base.grads import total_norm, with_grad
-from .base.measure import Measure, some_of, stacked
+from .base.measure import Measure, stacked
 from .base.model import plain_name, unwrap_model
 from .base.step import norms, opt_params, step_params
 

@@ -25,6 +25,7 @@ from fastcore.basics import patch
 from .base.core import ExtCallback, check_number, n_ranks
 from .base.parts import PARTS, PartClock, gpu_mark
 from .base.timeleft import TimeLeft
+from .base.watch import n_workers
 
 # %% ../nbs/16_throughput.ipynb #thr-006
 class Throughput(ExtCallback):
@@ -47,7 +48,7 @@ class Throughput(ExtCallback):
         "Start the clock"
         device = next((p.device for p in self.learn.model.parameters()), torch.device('cpu'))
         self._m = SimpleNamespace(
-            device=device, workers=_workers(self.learn.dls.train), n=0, items=0, steps=0,
+            device=device, workers=n_workers(self.learn.dls.train), n=0, items=0, steps=0,
             window=Counter(), gpu=Counter(), gpu_steps=0, between=Counter(),
             all=Counter(), all_steps=0, all_between=Counter(), memory=deque(maxlen=20),
             left=TimeLeft(self.learn.n_epoch, len(self.learn.dls.train), 0, self.now))
@@ -61,7 +62,7 @@ class Throughput(ExtCallback):
         m.n += 1
         m.left.mark(learn.epoch, True, learn.iter+1, learn.n_iter)
         if m.n<=self.skip: return
-        if learn.iter==0 and _workers(learn.dl):
+        if learn.iter==0 and n_workers(learn.dl):
             m.between['worker_start'] += spent.get('data', 0)
             return
         m.steps += 1
@@ -87,8 +88,6 @@ class Throughput(ExtCallback):
         "Say the verdict on the whole fit"
         if self._m.all_steps: return self._say()
         self.tell('has measured nothing', f'of {self._m.n} batches, skip={self.skip} leaves out the first')
-
-def _workers(dl): return getattr(getattr(dl, 'fake_l', dl), 'num_workers', 0)
 
 # %% ../nbs/16_throughput.ipynb #thr-008
 @patch

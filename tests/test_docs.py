@@ -83,8 +83,8 @@ def _letters(s): return re.sub(r'\W', '', s)
 def test_symbols_documented(built, ids, mod):
     m = import_module(mod)
     for sym in {o for n in m.__all__ if callable(o := getattr(m, n))}:
-        name = sym.__name__         # one for all its aliases
-        path,_,anchor = d['syms'][mod][f'{mod}.{name}'][0].partition('#')
+        name,home = sym.__name__,sym.__module__     # one for all its aliases; some come from another module
+        path,_,anchor = d['syms'][home][f'{home}.{name}'][0].partition('#')
         sec = _section(ids[built[0]/'site'/'html'/path], anchor)
         assert sec, f'{name}: no anchor'
         assert name in sec.select_one('.highlight').text, f'{name}: no signature'

@@ -18,7 +18,7 @@ from fastai_callbacks_ext import preflight as module
 from fastai_callbacks_ext.all import *
 from fastai_callbacks_ext.base import costs, items as checks, rehearsal
 from fastai_callbacks_ext.base.rehearsal import NotKnown, Rehearsal, putting_back
-from fastai_callbacks_ext.preflight import Preflight, PreflightCheck, preflight
+from fastai_callbacks_ext.preflight import PreflightResult, PreflightCheck, preflight
 from fastai_callbacks_ext.test_utils import digits_dls, digits_learner, digits_model
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -208,7 +208,7 @@ FAULTS = [
     ('by heart', lambda: net('blind'), 'wrong', 'cannot be learned by heart')]
 
 def about(name, learn, **kwargs):
-    found = learn if isinstance(learn, Preflight) else preflight(learn, **kwargs)
+    found = learn if isinstance(learn, PreflightResult) else preflight(learn, **kwargs)
     return [o for o in found.checks if o.name==name]
 
 def planted(name):
@@ -420,7 +420,7 @@ def test_goes_into_the_log(tmp_path, monkeypatch):
 
 def test_what_it_shows():
     rows = ('a', 'ok', 'fine', '', ''),('b', 'look', 'odd|', '3', 'see'),('c', 'wrong', 'bad', '1', '')
-    found = Preflight([PreflightCheck(*o) for o in rows])
+    found = PreflightResult([PreflightCheck(*o) for o in rows])
     assert [o.name for o in found.problems]==['c','b'] and not found.ok
     assert repr(found).splitlines()==[
         'preflight: 1 wrong, 1 look, 1 ok', 'ok           a                 fine',

@@ -14,9 +14,10 @@ import torch
 from fastprogress.fastprogress import format_time
 from .core import n_ranks
 from .items import Found
-from .rehearsal import NotKnown, Rehearsal, n_workers
+from .rehearsal import NotKnown, Rehearsal
 from .state import opt_state
 from .step import tensors_in
+from .watch import n_workers
 
 # %% ../../nbs/base/costs.ipynb #costs-006
 def times(r:Rehearsal)->list:
