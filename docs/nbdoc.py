@@ -57,6 +57,7 @@ docs_of = {'python':'https://docs.python.org/3/library/', 'torch':'https://docs.
            'fastcore':'https://fastcore.fast.ai/', 'matplotlib':'https://matplotlib.org/stable/api/_as_gen/',
            'pandas':'https://pandas.pydata.org/docs/reference/api/'}
 elsewhere = {torch.Tensor: docs_of['torch']+'tensors.html',
+             torch.device: docs_of['torch']+'tensor_attributes.html#torch.device',
              torch.nn.Module: docs_of['torch']+'generated/torch.nn.Module.html',
              torch.nn.Parameter: docs_of['torch']+'generated/torch.nn.parameter.Parameter.html',
              Path: docs_of['python']+'pathlib.html#pathlib.Path',

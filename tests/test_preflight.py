@@ -288,7 +288,14 @@ def test_ctrl_c(at):
     with pytest.raises(KeyboardInterrupt): preflight(learn)
     assert bits(learn)==before and traces(learn)==left
 
-def test_a_second_ctrl_c_waits_until_all_is_put_back(monkeypatch):
+@pytest.fixture
+def ctrl_c():
+    "A shell that starts something in the background lets it ignore Ctrl-C"
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+def test_a_second_ctrl_c_waits_until_all_is_put_back(monkeypatch, ctrl_c):
     learn,weights,put_back = small(),[*small().model.parameters()],rehearsal.load_learner_state
     def interrupted(*args):
         os.kill(os.getpid(), signal.SIGINT)
