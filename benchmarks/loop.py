@@ -109,9 +109,9 @@ def fastai(net, model, loader, cbs=list, idle=0, ours=False, bar=True, opt_func=
 
 fast = partial(fastai, cbs=lambda: [FastLoop()])
 
-def lightning(net, model, loader, shown=False):
+def lightning(net, model, loader, shown=False, monitor=False):
     import lightning as L
-    from lightning.pytorch.callbacks import TQDMProgressBar
+    from lightning.pytorch.callbacks import ThroughputMonitor, TQDMProgressBar
     from lightning.pytorch.loggers import CSVLogger
     class Module(L.LightningModule):
         def __init__(self): super().__init__(); self.model = model
@@ -125,6 +125,7 @@ def lightning(net, model, loader, shown=False):
     with tempfile.TemporaryDirectory() as d:
         hidden = dict(logger=False, enable_progress_bar=False)
         shows = dict(logger=CSVLogger(d), callbacks=[TQDMProgressBar()]) if shown else hidden
+        if monitor: shows['callbacks'].append(ThroughputMonitor(lambda b: len(b[0])))
         accelerator = 'gpu' if next(model.parameters()).is_cuda else 'cpu'
         trainer = L.Trainer(max_epochs=EPOCHS, accelerator=accelerator, devices=1, enable_checkpointing=False,
                             enable_model_summary=False, **shows)
@@ -231,11 +232,11 @@ class Memory(Callback):
         line = '{:11,} batches {:10.2f} MB {:10,} objects'.format(self.train_iter, *self.samples[-1])
         print(line, file=sys.__stdout__, flush=True)
 
-def soak(net, batches):
+def check_memory(net, loader, batches, cbs):
     "Train for so many batches; an error if more memory is held on to in the second half"
-    loader,memory = Loader(net.data, net.sampler),Memory(batches//10)
+    memory = Memory(batches//10)
     with open(os.devnull, 'w') as f, redirect_stdout(f):
-        fastai(net, net.model(), loader, lambda: [FastLoop(), memory], epochs=batches//len(loader))
+        fastai(net, net.model(), loader, lambda: [*cbs(), memory], epochs=batches//len(loader))
     (mb0,objects0),(mb1,objects1) = memory.samples[len(memory.samples)//2-1],memory.samples[-1]
     print(f'In the second half: {mb1-mb0:+.2f} MB, {objects1-objects0:+,} objects')
     # Python takes memory from the system 1 MB at a time
@@ -251,7 +252,9 @@ def main():
     args = parser.parse_args()
     if args.batches and args.batches<10_000: parser.error('expected --batches of at least 10,000')
     nets = {title:net(title, args.device) for title in NETS}
-    if args.batches: return soak(nets[TINY], args.batches)
+    if args.batches:
+        tiny = nets[TINY]
+        return check_memory(tiny, Loader(tiny.data, tiny.sampler), args.batches, lambda: [FastLoop()])
     tables = {title: measure(cases(title, args.device), args.rounds, 'µs a batch') for title in NETS}
     idle = {k:partial(one_more, train, nets[TINY], n)
             for k,train,n in (('fastai',fastai,20), ('FastLoop',fast,100))}
