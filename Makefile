@@ -4,7 +4,7 @@ BIN = .venv/bin
 # notebooks' stored outputs and test runs are free of other packages' warnings; one thread per process is fastest for small models
 RUN = PYTHONWARNINGS=ignore $(BIN)
 
-.PHONY: help demo test docs docs-test bench techniques soak-contract soak-tests soak-loop soak-crash soak-ranks notebooks clean
+.PHONY: help demo test docs docs-test bench techniques soak-contract soak-tests soak-loop soak-crash soak-log soak-ranks notebooks clean
 
 help:          ## Show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -61,6 +61,10 @@ soak-loop: .venv/bench-ready ## Train for a million batches with FastLoop; memor
 
 soak-crash: .venv/ready ## Kill training runs 500 times and resume them; each must end with the same bits (25 minutes)
 	$(RUN)/python tests/crash.py --kills 500
+
+soak-log: .venv/bench-ready ## Kill runs with all monitors 200 times, with lr_find and validate between fits; each row must be in the log once; memory over 200,000 batches (15 minutes)
+	$(RUN)/python tests/crash.py --kills 200 --cases logged
+	$(RUN)/python benchmarks/monitors.py --batches 200000
 
 soak-ranks: .venv/ready ## Train with faults on one of 2 and of 4 processes, 200 times, then under distrib_ctx; all must end alike (10 minutes)
 	$(RUN)/python tests/distributed_safety.py --scenarios 200

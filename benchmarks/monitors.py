@@ -12,17 +12,18 @@ from typing import NamedTuple
 warnings.filterwarnings('ignore')
 
 import torch
+from fastai.basics import DataLoaders, Learner
 from fastai.callback.hook import ActivationStats as FastaisActivationStats
 from fastai.callback.progress import CSVLogger
 from fastai.callback.tensorboard import TensorBoardCallback
-from fastcore.transform import Pipeline
-from torch.utils.data import DataLoader, RandomSampler, TensorDataset
+from fasttransform import Pipeline
+from torch.utils.data import DataLoader, RandomSampler, Subset, TensorDataset
 from torchvision.models import resnet18
 from fastai_callbacks_ext.all import (ActivationStats, FastLoop, ItemStats, LayerStats, RunLog, Sink,
                                       Throughput, monitors, report as write_report)
 from fastai_callbacks_ext.test_utils import digits_learner
 from harness import apart, measure, options, ratio, report
-from loop import EPOCHS, NETS, Net, check_memory, fastai, lightning, net
+from loop import EPOCHS, LR, NETS, Net, check_memory, lightning, loss_func, net
 
 # Loaders of PyTorch's own class: `ItemStats` knows their items
 
@@ -58,6 +59,12 @@ def loader_of(title):
 
 def silent(f, *args, **kwargs):
     with open(os.devnull, 'w') as out, redirect_stdout(out), redirect_stderr(out): return f(*args, **kwargs)
+
+def train(net, model, loader, cbs, epochs=EPOCHS):
+    "fastai's callback for TensorBoard needs a validation: of one batch"
+    valid = DataLoader(Subset(net.data, range(loader.batch_size)), loader.batch_size)
+    learn = Learner(DataLoaders(loader, valid), model, loss_func, cbs=cbs())
+    with learn.no_bar(), learn.no_logging(): learn.fit(epochs, LR)
 
 def seconds(title, train, **kwargs):
     "Seconds a batch in the last epoch; its end is noted by the loader, which is begun once more"
@@ -108,7 +115,7 @@ def of_lightning(title, kwargs): return seconds(title, partial(lightning, shown=
 
 def cost(title, cases, rounds, peers=()):
     epochs = 2 if title==RESNET else EPOCHS
-    of = lambda cbs: partial(seconds, title, partial(fastai, cbs=cbs, bar=False, epochs=epochs))
+    of = lambda cbs: partial(seconds, title, train, cbs=cbs, epochs=epochs)
     there = apart()         # once Lightning is imported, plain fastai takes longer
     rows = {k: of(cbs) for k,cbs in cases.items()}
     rows |= {k: partial(there, of_lightning, title, LIGHTNING[k]) for k in peers}
@@ -152,7 +159,7 @@ def delays(rounds):
 
 def report_seconds(title):
     net,learn_cbs = named(title),monitors('reports')[:-1]
-    silent(fastai, net, net.model(), loader_of(title), cbs=lambda: learn_cbs, bar=False)
+    silent(train, net, net.model(), loader_of(title), lambda: learn_cbs)
     def write():
         start = perf_counter()
         write_report('reports')

@@ -118,7 +118,17 @@ def teacher(folder):
                             device=default_device())
     return learn,lambda cb: learn.fine_tune(2, 1e-2, cbs=cb)
 
-CASES = {f.__name__: f for f in (tabular, cnn, language, accumulation, workers, teacher, ranks)}
+def logged(folder):
+    "All monitors, with a search for a learning rate and a validation between two fits"
+    learn = digits_learner([RunLog(folder/'runs', every=1), *monitors(every=3)[1:-1]], n=250, bs=32)
+    def fits(cb):
+        learn.fit(2, 1e-2, cbs=cb)
+        learn.lr_find(num_it=5, show_plot=False)
+        learn.validate()
+        learn.fit_one_cycle(2, 1e-2, cbs=cb)
+    return learn,fits
+
+CASES = {f.__name__: f for f in (tabular, cnn, language, accumulation, workers, teacher, logged, ranks)}
 
 # What must be the same
 def flat(o):
@@ -141,7 +151,15 @@ def digests(learn):
                  iters=rec.iters, hps=getattr(rec, 'hps', None),
                  random=[torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist(),
                          [dl.rng.getstate() for dl in learn.dls.loaders if hasattr(dl, 'rng')]])
+    if any(isinstance(cb, RunLog) for cb in learn.cbs): parts |= tables(learn)
     return {k: hashlib.sha256(b'|'.join(flat(v))).hexdigest()[:12] for k,v in parts.items()}
+
+def tables(learn):
+    "What must be in the log once: steps, epochs, layers and activations; and the numbers of the items"
+    run = read_log(learn.run_log.log_file.parent)
+    kinds = dict(steps=run.steps, epochs=run.epochs, layers=run.of('layers'), acts=run.of('activations'),
+                 fits=run.of('fit')[['step','n_epoch']], items=learn.item_stats.table())
+    return {k: v.drop(columns='time', errors='ignore').to_csv() for k,v in kinds.items()}
 
 # How it is killed
 def kill_self(): os.kill(os.getpid(), signal.SIGKILL)
@@ -238,8 +256,12 @@ def reference(case, folder):
     return dict(digests=[r[0] for r in res], events=res[0][1], seconds=time.time()-t)
 
 def unreadable(folder):
-    "Checkpoints with a manifest that cannot be read"
+    "Checkpoints with a manifest that cannot be read, and logs with more than a last line that was cut off"
     bad = []
+    for f in folder.glob('runs/*.jsonl'):
+        for line in f.read_text().split('\n')[:-1]:
+            try: json.loads(line)
+            except ValueError: bad.append(f'{f}: {line!r}')
     for f in folder.glob('run/*/*.json'):
         try: StateFiles(f.parent)._load(int(f.stem))
         except Exception as e: bad.append(str(e))

@@ -65,8 +65,10 @@ def _counting(rows):
     res = []
     for row in rows:
         if row['kind']=='rewind': res = [o for o in res if _stays(o, row)]
-        elif row['kind'] in ('fit','end'):      # a fit that goes on begins, and ends, once
-            res = [o for o in res if (o['kind'],o['fit'])!=(row['kind'],row['fit'])] + [row]
+        elif row['kind'] in ('fit','end'):      # a fit that goes on begins where it began, and ends once
+            same = [o for o in res if (o['kind'],o['fit'])==(row['kind'],row['fit'])]
+            if same and row['kind']=='fit': row |= dict(step=same[0]['step'], t=same[0]['t'])
+            res = [o for o in res if o not in same] + [row]
         else: res.append(row)
     return res
 
