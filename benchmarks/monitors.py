@@ -135,7 +135,8 @@ def delayed(part, ms):
         own = dl.create_batch
         dl.create_batch = lambda b: (pause(), own(b))[1]
     if part=='transforms':
-        dl.after_batch = Pipeline([lambda b: (wait(ms/2 if learn.training else 0), b)[1]])       # for x and for y
+        half = lambda o: (wait(ms/2 if learn.training else 0), o)[1]     # for x and for y
+        dl.after_batch = Pipeline([half])
     if part=='forward': learn.model.register_forward_hook(pause)
     if part=='backward': next(learn.model.parameters()).register_hook(pause)
     if part=='optimizer':
