@@ -7,7 +7,6 @@ __all__ = ['Progress']
 
 # %% ../nbs/20_progress.ipynb #progress-004
 import time
-from contextlib import suppress
 from copyreg import _reconstructor
 from functools import cache
 
@@ -61,14 +60,10 @@ class _Bars(ProgressCallback):
 for o in ('__module__','__name__','__qualname__'): setattr(_Bars, o, getattr(ProgressCallback, o))
 
 # %% ../nbs/20_progress.ipynb #progress-011
-def _n_valid(learn):
-    with suppress(TypeError, IndexError, AttributeError): return len(learn.dls[1])
-    return 0        # known when it comes
-
 class _Fit:
     "How far the fit is"
     def __init__(self, learn):
-        self.learn,self.left = learn,TimeLeft(learn.n_epoch, len(learn.dls.train), _n_valid(learn))
+        self.learn,self.left = learn,TimeLeft.of_fit(learn)
 
     def time_left(self, done, n):
         "Note that `done` of the `n` batches of this phase are done; the time left, as text"

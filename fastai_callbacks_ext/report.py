@@ -289,8 +289,8 @@ def _found(run):
     yield f'{words.get(run.status, run.status)}, after {len(run.epochs)} epochs'
     left = next((o.get('left_s') for o in run.rows[::-1] if o['kind']=='throughput'), None)
     if run.status=='no end' and left: yield f'Time left when it wrote last: {format_time(float(left))}'
-    weights = set(run.epochs.get('weights', ())) - {'raw'}
-    if weights: yield f"Metrics are those of averaged weights: {', '.join(sorted(map(str, weights)))}"
+    weights = {o for o in run.epochs.get('weights', ()) if isinstance(o, str)} - {'raw'}
+    if weights: yield f"Metrics are those of averaged weights: {', '.join(sorted(weights))}"
     verdicts = [o for o in run.rows if o['kind']=='verdict']
     for o in verdicts[-1:]: yield f"{o.get('what')}: {o.get('why')}; {o.get('next')}"
     if len(run.events):

@@ -283,7 +283,7 @@ class _Echo:
     def __init__(self, cb):
         self.cb,self.best = cb,None
         self.every = cb.echo if cb.echo is not None else inf if on_screen() else 60
-        self.due,self.left = monotonic()+self.every,TimeLeft(cb.learn.n_epoch, len(cb.learn.dls.train), 0)
+        self.due,self.left = monotonic()+self.every,TimeLeft.of_fit(cb.learn)
 
     def validate(self, done): self.left.mark(self.cb.learn.epoch, False, done, len(self.cb.learn.dl))
 

@@ -51,7 +51,7 @@ class Throughput(ExtCallback):
             device=device, workers=n_workers(self.learn.dls.train), n=0, items=0, steps=0,
             window=Counter(), gpu=Counter(), gpu_steps=0, between=Counter(),
             all=Counter(), all_steps=0, all_between=Counter(), memory=deque(maxlen=20),
-            left=TimeLeft(self.learn.n_epoch, len(self.learn.dls.train), 0, self.now))
+            left=TimeLeft.of_fit(self.learn, self.now))
         mark = partial(gpu_mark, device) if device.type=='cuda' else None
         self._clock = PartClock(self._step_done, self._validated, self.now, mark)
         self._clock.start(self.learn)

@@ -156,6 +156,13 @@ def test_kfold(tmp_path, capfd):
     got,want = [np.load(tmp_path/o/'oof.npy') for o in ('run','whole')]
     assert np.array_equal(got, want) and (want!=0).all()
 
+def test_wrong_labels(tmp_path, capfd):
+    "Most of what was planted is found; the learner is as it should be; a page is written"
+    run('wrong_labels', '--path', tmp_path)
+    out = capfd.readouterr().out
+    assert int(re.search(r'(\d+) of 60 wrong labels are', out)[1])>=48
+    assert 'wrong  ' not in out.split('epoch')[0] and len(list(tmp_path.glob('*.html')))==1
+
 def test_from_fastai(tmp_path, capfd):
     "Ours of the same names do the work, and files have the same names"
     g = run('from_fastai', '--path', tmp_path)

@@ -82,6 +82,13 @@ def test_what_comes_first(no_figures, tmp_path):
     first = re.findall('<li>(.*?)</li>', page)
     assert first==['The run has finished, after 2 epochs', 'plain: plain; plain',
                    'Callbacks intervened: plain (2)', 'Preflight: plain']
+    RowFile(tmp_path/'a.jsonl').add(
+        dict(kind='rewind', t=90, fit=1, step=80, epoch_open=True),
+        dict(kind='throughput', t=91, fit=1, step=80, left_s=61., **{f'{p}_ms': 1. for p in module._parts}),
+        dict(kind='epoch', t=92, fit=1, step=80, epoch=0, weights='ema', metrics=dict(valid_loss=.4)))
+    assert re.findall('<li>(.*?)</li>', report(tmp_path/'a.jsonl').read_text())[:3]==[
+        'The run goes on, or was killed, after 2 epochs', 'Time left when it wrote last: 01:01',
+        'Metrics are those of averaged weights: ema']
     best = re.search('Best and last.*?</table>', page, re.S)[0]
     cells = re.findall('<td>(.*?)</td>', best)
     assert cells[4:8]==['valid_loss','0.4','epoch 0 of fit 1','0.4']        # the smaller one

@@ -132,6 +132,19 @@ def test_validation_is_measured_apart(tmp_path):
     assert t.verdict.part=='validation'
     assert t.verdict.share==pytest.approx(3*n_valid/(n+3*n_valid))
 
+def test_the_time_left_is_that_of_the_whole_fit(tmp_path):
+    "A batch takes 20 ms, one of validation 30; half of 20 is assumed before the first one"
+    clock,t = Played(),Throughput(skip=0, window=3)
+    t.now = clock
+    learn = slow('none', clock, [t, RunLog(tmp_path)])
+    learn.model.register_forward_hook(lambda *args: clock.wait(.02 if learn.training else .03))
+    fit(learn, 2)
+    n,n_valid = (len(dl) for dl in learn.dls)
+    row = read_log(tmp_path).of('throughput').set_index(['epoch','step']).left_s
+    assert row[0,3]==pytest.approx(.02 + .01*n_valid + .02*n + .01*n_valid)
+    assert row[0,4]==pytest.approx(.02*n + .03*n_valid)         # at the end of the first epoch
+    assert row[1,7]==pytest.approx(.02 + .03*n_valid) and row[1,8]==0
+
 def test_the_start_of_workers_is_measured_apart(tmp_path):
     x,y = torch.randn(40,4),torch.randn(40,1)
     dl = TorchLoader(TensorDataset(x,y), batch_size=10, num_workers=1)

@@ -8,6 +8,7 @@ __all__ = ['on_screen', 'TimeLeft']
 # %% ../../nbs/base/timeleft.ipynb #timeleft-003
 import os, sys
 from collections.abc import Callable
+from contextlib import suppress
 from time import monotonic
 
 from fastcore.imports import IN_NOTEBOOK
@@ -31,6 +32,16 @@ class TimeLeft:
         self._whole = {True: None, False: None}         # seconds of the last phase
         self.phase,self.done,self._first = None,0,True
 
+    @classmethod
+    def of_fit(cls,
+        learn, # A learner whose fit begins
+        clock:Callable=monotonic # Gives seconds
+    )->object: # A `TimeLeft`
+        "For the fit of `learn`"
+        n_valid = 0
+        with suppress(TypeError, IndexError, AttributeError): n_valid = len(learn.dls[1])
+        return cls(learn.n_epoch, len(learn.dls.train), n_valid, clock)
+
     def mark(self,
         epoch:int, # Epoch, from 0
         training:bool, # Or validation
@@ -45,6 +56,7 @@ class TimeLeft:
             seconds,batches = self._steps[training]
             self._steps[training] = seconds+now-self._now,batches+done-self.done
         self._now,self.done = now,done
+        if done and done==self.n[training] and not self._first: self._whole[training] = now-self._start
 
     def _begin(self, epoch, training, now):
         "A phase begins; the one before is over"

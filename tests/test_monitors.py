@@ -1,0 +1,47 @@
+"All monitors at once, in every kind of application, and what one of them says of another callback"
+
+import pytest, torch
+from fastai_callbacks_ext.all import *
+from fastai_callbacks_ext.base.rows import RowFile
+from common import fit, learner
+from settings import SETTINGS
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch): monkeypatch.chdir(tmp_path)
+
+@pytest.mark.parametrize('name', SETTINGS)
+def test_in_every_setting(name, tmp_path):
+    "The same weights as without, every kind of row, and one page"
+    plain,learn = (fit(SETTINGS[name](), 1, cbs=cbs) for cbs in ([], monitors(every=1)))
+    assert all(map(torch.equal, plain.model.parameters(), learn.model.parameters()))
+    run = read_log()
+    kinds = {o['kind'] for o in run.rows}
+    assert run.status=='finished' and len(run.epochs)==1 and {'step','layers','activations'}<=kinds
+    assert len(list((tmp_path/'runs').glob('*.html')))==1
+
+def test_a_folder_that_cannot_be_written(tmp_path, capsys):
+    "Each says so in a line, and the run goes on"
+    (tmp_path/'runs').write_text('a file')
+    fit(learner(cbs=monitors()), 1)
+    said = capsys.readouterr().out
+    assert said.count('writes no log')==1 and said.count('writes no report')==1
+
+@pytest.mark.parametrize('cb,weights', [(EMA, ['ema','ema']), (lambda: EMA(validate='raw'), ['raw','raw']),
+                                        (lambda: SWA(start=.5), ['raw','swa'])])
+def test_the_log_says_which_weights_were_validated(cb, weights):
+    fit(learner(), 2, cbs=[cb(), RunLog()])
+    assert read_log().epochs.weights.tolist()==weights
+
+def test_without_an_average_there_is_no_such_column():
+    fit(learner(), 1, cbs=RunLog())
+    assert 'weights' not in read_log().epochs
+
+def test_a_resumed_fit_begins_where_it_began(tmp_path):
+    at = dict(fit=0, t=0., step=0)
+    RowFile(tmp_path/'a.jsonl').add(
+        dict(kind='start') | at, dict(kind='fit', n_epoch=2, facts={}) | at,
+        dict(kind='step', loss=1., epoch=0, batch=0) | at | dict(step=5),
+        dict(kind='rewind', epoch_open=False) | at | dict(step=5),
+        dict(kind='fit', n_epoch=2, facts={}) | at | dict(step=5, t=9.))
+    fits = read_log(tmp_path).fits
+    assert [(o['step'],o['t']) for o in fits]==[(0,0.)]
