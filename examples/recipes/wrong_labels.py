@@ -20,7 +20,8 @@ def main(
     y[:wrong] = (y[:wrong]+1) % 10
     items = list(zip((x/16).float().view(-1,1,8,8), y))
     dls = DataLoaders.from_dsets(items[:1500], items[1500:], bs=64, num_workers=0)
-    learn = Learner(dls, digits_model(), CrossEntropyLossFlat(), metrics=accuracy, path=path)
+    loss_func = CrossEntropyLossFlat()
+    learn = Learner(dls, digits_model(), loss_func, metrics=accuracy, path=path)
 
     print(preflight(learn, n_epoch=epochs))     # is all right? how long will it take?
     cbs = monitors(path)
