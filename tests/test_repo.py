@@ -70,6 +70,12 @@ def test_imports_point_down():
     assert not [f'{mod} imports {o}' for mod,others in found.items() for o in others if not may(mod, o)]
     assert sum(map(len, house.floors(found)))==len(found)       # without circles
 
+def test_the_map_names_every_module():
+    text = (nbs/'base'/'house.ipynb').read_text()
+    pages = [f.name for d in (nbs, nbs/'base') for f in d.glob('*.ipynb')]
+    others = 'house.ipynb','index.ipynb','all.ipynb'
+    assert not [o for o in pages if o not in others and f'{o})' not in text]
+
 def lines(f):
     "The lines of a notebook or a module, each with where it is"
     if f.suffix=='.py': return enumerate(f.read_text().splitlines(), 1)
