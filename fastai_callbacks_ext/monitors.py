@@ -18,7 +18,7 @@ from .throughput import Throughput
 # %% ../nbs/22_monitors.ipynb #monitors-005
 def monitors(
     path:str|Path='runs', # Folder of the logs and reports
-    every:int=50, # The log, `LayerStats` and `ActivationStats` measure after every `every`th batch or step
+    every:int=50, # `RunLog`, `LayerStats`, `ActivationStats` measure every n-th batch or step
 )->list: # Callbacks, in any order
     """All monitors: `RunLog`, `Throughput`, `LayerStats`, `ActivationStats`, `ItemStats`, `WriteReport`.
 
