@@ -8,11 +8,11 @@ __all__ = []
 # %% ../nbs/all.ipynb #728a6161
 from . import (accumulation, activations, averaging, best, checkpoint, gradients,
         items, layers, loop, monitors, preflight, progress, report, rnn,
-        runlog, safety, stopping, throughput, tracing, upgrades)
+        runlog, safety, schedules, stopping, throughput, tracing, upgrades)
 # before the stars, which hide some of them
 _purposes = (accumulation, activations, averaging, best, checkpoint, gradients, items, layers, loop,
-             monitors, preflight, progress, report, rnn, runlog, safety, stopping, throughput, tracing,
-             upgrades)
+             monitors, preflight, progress, report, rnn, runlog, safety, schedules, stopping,
+             throughput, tracing, upgrades)
 from .accumulation import *
 from .activations import *
 from .averaging import *
@@ -29,6 +29,7 @@ from .report import *
 from .rnn import *
 from .runlog import *
 from .safety import *
+from .schedules import *
 from .stopping import *
 from .throughput import *
 from .tracing import *

@@ -8,7 +8,6 @@ __all__ = ['EarlyStoppingCallback', 'StopReason', 'EarlyStopping', 'StepLimit', 
 # %% ../nbs/07_stopping.ipynb #c465dcb5
 import os
 from collections.abc import Callable
-from copy import deepcopy
 from datetime import datetime, time, timedelta
 from enum import Enum
 from math import isfinite
@@ -18,10 +17,8 @@ from time import monotonic
 from fastai.callback.core import CancelFitException, CancelTrainException
 from fastai.torch_core import rank_distrib
 from fastcore.basics import patch
-from torch import Tensor
 from .base.core import ExtCallback, check_number, check_type, n_ranks, rank_mean
-from .base.model import unwrap_model
-from .base.monitor import Monitor
+from .base.monitor import BestValue
 from .base.step import tensors_in
 
 # %% ../nbs/07_stopping.ipynb #b1b0894d
@@ -50,11 +47,11 @@ class _Timed(ExtCallback):
         if self._scopes: self._last = self._began
 
 # %% ../nbs/07_stopping.ipynb #e4413484
-class EarlyStopping(Monitor, _Timed):
+class EarlyStopping(BestValue, _Timed):
     "Stops the fit when a metric no longer improves, is good enough or diverges; can restore the best weights"
     order,run_valid = 63,False      # as fastai's: after callbacks that save the model
-    fit_state = dict(best=None, best_epoch=None, _weights=None, _mean=0., _values=0)
-    state_attrs,transient = ('_reason','_mark','_epochs'),dict(_weights=None)
+    fit_state = BestValue.fit_state | dict(_mean=0., _values=0)
+    state_attrs = '_reason','_mark','_epochs'
     def __init__(self,
         monitor:str='valid_loss', # Loss or metric to watch, by its name in the epoch table
         comp:Callable=None, # `np.less` if smaller is better, `np.greater` if larger is; None: by its name
@@ -72,7 +69,8 @@ class EarlyStopping(Monitor, _Timed):
         super().__init__(monitor, comp)
         if unit not in ('epochs','steps','minutes'):
             raise ValueError(f"unit={unit!r}: expected 'epochs', 'steps' or 'minutes'")
-        self.unit,self.min_delta = unit,check_number('min_delta', min_delta, low=0)
+        self._choose(min_delta, relative, restore_best)
+        self.unit = unit
         self.patience = check_number('patience', patience, low=0, integer=unit!='minutes')
         self.threshold = threshold if threshold is None else check_number('threshold', threshold)
         self.divergence = divergence if divergence is None else check_number('divergence', divergence)
@@ -80,8 +78,6 @@ class EarlyStopping(Monitor, _Timed):
         self.smooth = check_number('smooth', smooth, low=0)
         if smooth>=1: raise ValueError(f'smooth={smooth!r}: expected a number less than 1')
         self.reset_on_fit = check_type('reset_on_fit', reset_on_fit, bool)
-        self.relative = check_type('relative', relative, bool)
-        self.restore_best = check_type('restore_best', restore_best, bool)
         self._begin()
 
     def before_fit(self):
@@ -128,23 +124,6 @@ def _smoothed(self:EarlyStopping, value):
     self._mean,self._values = self.smooth*self._mean + (1-self.smooth)*value,self._values+1
     return self._mean/(1-self.smooth**self._values)
 
-@patch
-def _better(self:EarlyStopping, value):
-    if self.best is None or not isfinite(value): return isfinite(value)
-    return self.sign*value + self.min_delta*(abs(self.best) if self.relative else 1) < self.sign*self.best
-
-@patch
-def _keep(self:EarlyStopping, value):
-    self.best,self.best_epoch = value,self.epoch
-    if self.restore_best: self._weights = self._copied()
-
-@patch
-def _copied(self:EarlyStopping):
-    "A copy of the model's state in main memory; None and one line if it cannot be copied"
-    def copy(o): return o.detach().to('cpu', copy=True) if isinstance(o, Tensor) else deepcopy(o)
-    try: return {k: copy(v) for k,v in unwrap_model(self.model).state_dict().items()}
-    except Exception as e: self.tell('cannot keep the best weights', str(e), once=True)
-
 # %% ../nbs/07_stopping.ipynb #afe72590
 @patch
 def _position(self:EarlyStopping):
@@ -175,11 +154,7 @@ def reason(self:EarlyStopping)->StopReason|None:
 
 @patch
 def _restore(self:EarlyStopping):
-    if self._weights is None: return
-    unwrap_model(self.model).load_state_dict(self._weights)
-    if self.epoch!=self.best_epoch:
-        why = f'those of epoch {self.best_epoch}, with {self.monitor} at {self.best:.4g}'
-        self.tell('loaded the best weights', why)
+    self._load_best()
     if self.reset_on_fit: self._weights = None
 
 # %% ../nbs/07_stopping.ipynb #10873489

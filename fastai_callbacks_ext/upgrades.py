@@ -18,6 +18,7 @@ from .gradients import GradientClip
 from .progress import Progress
 from .rnn import ModelResetter, RNNCallback, RNNRegularizer
 from .safety import TerminateOnNaN
+from .schedules import ReduceLROnPlateau
 from .stopping import EarlyStopping
 
 # %% ../nbs/13_upgrade.ipynb #d245a68b
@@ -30,6 +31,9 @@ def _save_best(cb):
     if cb.every_epoch or cb.at_end: raise ValueError('it saves other models than the best one')
     return SaveTopK(k=1, fname=cb.fname, with_opt=cb.with_opt, **_tracker(cb))
 
+def _plateau(cb):
+    return ReduceLROnPlateau(patience=cb.patience, factor=cb.factor, min_lr=cb.min_lr, **_tracker(cb))
+
 def _activations(cb):
     if not cb.is_forward: raise ValueError('it looks at gradients, not at activations')
     return ActivationStats(cb.with_hist, cb.modules, cb.every or 1, cb.include_paramless)
@@ -41,6 +45,7 @@ _ours = {
     fastai_rnn.RNNRegularizer:              lambda cb: RNNRegularizer(alpha=cb.alpha, beta=cb.beta),
     fastai_tracker.TerminateOnNaNCallback:  lambda cb: TerminateOnNaN(),
     fastai_tracker.EarlyStoppingCallback:   lambda cb: EarlyStopping(patience=cb.patience, **_tracker(cb)),
+    fastai_tracker.ReduceLROnPlateau:       _plateau,
     fastai_tracker.SaveModelCallback:       _save_best,
     fastai_training.GradientAccumulation:   lambda cb: GradientAccumulation(n_acc=cb.n_acc),
     fastai_training.GradientClip:           lambda cb: GradientClip(cb.max_norm, cb.norm_type)}

@@ -508,7 +508,7 @@ def test_a_module_that_keeps_its_argument_under_another_name():
 # Another value of each argument, where it is not the other bool or the next number
 ANOTHER = dict(decay=.5, half_life=[2,3], validate='raw', final='raw', buffers='copy', last='drop',
                weight='items', max_norm=.5, max_value=.5, adaptive=.5, auto=10, exclude='head', lr=.5,
-               module='rnn', mask=len, lengths=len)
+               module='rnn', mask=len, lengths=len, monitor='accuracy', comp=np.greater, unit='steps')
 ANOTHER |= {('LAWA','every'): 2, ('SWA','every'): 2, ('SWA','start'): .5, ('SAM','adaptive'): True}
 acting = [o for o in public_callbacks() if identity._acts(make(o))]
 arguments = [(o, k) for o in acting for k,p in signature(o).parameters.items() if p.kind is not p.VAR_KEYWORD
@@ -527,11 +527,12 @@ def test_which_callbacks_act():
     "A new one has to be put on a side"
     assert {o.__name__ for o in acting}=={
         'EMA', 'SWA', 'LAWA', 'GradientAccumulation', 'GradientCentralization', 'GradientClip',
-        'GradientNoise', 'LookaheadWeights', 'SAM', 'ModelResetter', 'RNNCallback', 'RNNRegularizer'}
+        'GradientNoise', 'LookaheadWeights', 'SAM', 'ModelResetter', 'RNNCallback',
+        'RNNRegularizer', 'ReduceLROnPlateau'}
     watch_guard_or_save = {'ActivationStats', 'Checkpoint', 'EarlyStopping', 'FastLoop', 'ItemStats',
-                           'LayerStats', 'PreemptionGuard', 'Progress', 'RunLog', 'SampleLimit',
-                           'SaveTopK', 'SkipNonFinite', 'SpikeGuard', 'StepLimit', 'StopFile',
-                           'TerminateOnNaN', 'Throughput', 'TimeLimit', 'WriteReport'}
+                           'LayerStats', 'PreemptionGuard', 'Progress', 'RunLog',
+                           'SampleLimit', 'SaveTopK', 'SkipNonFinite', 'SpikeGuard', 'StepLimit',
+                           'StopFile', 'TerminateOnNaN', 'Throughput', 'TimeLimit', 'WriteReport'}
     assert {o.__name__ for o in public_callbacks() if o not in acting}==watch_guard_or_save
 
 def test_what_a_callback_is_made_with_is_kept_in_copies_and_not_in_files():
