@@ -14,6 +14,7 @@ from fastai.learner import Learner
 from .best import SaveTopK
 from .activations import ActivationStats
 from .accumulation import GradientAccumulation
+from .freeze import BnFreeze
 from .gradients import GradientClip
 from .progress import Progress
 from .rnn import ModelResetter, RNNCallback, RNNRegularizer
@@ -47,6 +48,7 @@ _ours = {
     fastai_tracker.EarlyStoppingCallback:   lambda cb: EarlyStopping(patience=cb.patience, **_tracker(cb)),
     fastai_tracker.ReduceLROnPlateau:       _plateau,
     fastai_tracker.SaveModelCallback:       _save_best,
+    fastai_training.BnFreeze:               lambda cb: BnFreeze(),
     fastai_training.GradientAccumulation:   lambda cb: GradientAccumulation(n_acc=cb.n_acc),
     fastai_training.GradientClip:           lambda cb: GradientClip(cb.max_norm, cb.norm_type)}
 

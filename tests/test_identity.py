@@ -530,9 +530,9 @@ def test_which_callbacks_act():
         'GradientNoise', 'LookaheadWeights', 'SAM', 'ModelResetter', 'RNNCallback',
         'RNNRegularizer', 'ReduceLROnPlateau'}
     watch_guard_or_save = {'ActivationStats', 'Checkpoint', 'EarlyStopping', 'FastLoop', 'ItemStats',
-                           'LayerStats', 'PreemptionGuard', 'Progress', 'RunLog',
-                           'SampleLimit', 'SaveTopK', 'SkipNonFinite', 'SpikeGuard', 'StepLimit',
-                           'StopFile', 'TerminateOnNaN', 'Throughput', 'TimeLimit', 'WriteReport'}
+                           'LayerStats', 'PreemptionGuard', 'Progress', 'RunLog', 'SampleLimit',
+                           'SaveTopK', 'SkipNonFinite', 'SpikeGuard', 'StepLimit', 'StopFile',
+                           'TerminateOnNaN', 'Throughput', 'TimeLimit', 'WriteReport'}
     assert {o.__name__ for o in public_callbacks() if o not in acting}==watch_guard_or_save
 
 def test_what_a_callback_is_made_with_is_kept_in_copies_and_not_in_files():
