@@ -44,8 +44,9 @@ class RunLog(ExtCallback):
     written, or a tracker fails, one line says so, and the run goes on without."""
     order,run_valid,run_outside,single = 1990,False,True,True     # before `Checkpoint` saves
     state_attrs = 'file','n_fit','before'
-    transient = dict(file=None, n_fit=-1, before=0, ran=0, _root=None, _rows=None, _waiting=[], _feeds=[], _off=False, _begun=False, _resumed=False,
-                     _sent=None, _echo=None, _now=None)
+    transient = dict(file=None, n_fit=-1, before=0, ran=0, _root=None, _rows=None, _waiting=[],
+                     _feeds=[], _off=False, _begun=False, _resumed=False, _sent=None, _echo=None,
+                     _now=None)
     def __init__(self,
         path:str|Path='runs', # Folder for the files, made if need be
         every:int=50, # Write a row of numbers after every n-th training batch
@@ -218,7 +219,7 @@ def receive(self:RunLog,
     row:dict # Numbers, text, lists and dicts
 ):
     "Write the row of another callback"
-    if self._rows is not None or self._now.in_batch: row = self._place() | row
+    if self._rows is not None or self._now and self._now.in_batch: row = self._place() | row
     elif self._begun: row = dict(step=self.before+self.ran) | row       # between two fits
     self._write(kind, row)
 

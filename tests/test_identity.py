@@ -539,7 +539,8 @@ def test_what_a_callback_is_made_with_is_kept_in_copies_and_not_in_files():
     class Mine(EMA):
         def __init__(self, share, **kwargs): super().__init__(1-share, **kwargs)
     one,words = EMA(.9),identity.describe_callback(EMA(decay=.9))
-    assert identity.describe_callback(one)==identity.describe_callback(copy(one))==words and 'decay=0.9' in words
+    same = identity.describe_callback(one)==identity.describe_callback(copy(one))==words
+    assert same and 'decay=0.9' in words
     assert "share=0.1, start=3, validate='ema'" in identity.describe_callback(Mine(.1, start=3))
     again = pickle.loads(pickle.dumps(one))
     assert '_given' not in vars(again) and 'decay' not in identity.describe_callback(again)
