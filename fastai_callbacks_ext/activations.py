@@ -46,14 +46,14 @@ class ActivationStats(Measure):
     def __init__(self,
         with_hist:bool=False, # Histograms too? For `hist` and `color_dim`
         modules:nn.Module|str|list=None, # Modules, or their names; None: layers with parameters, and ReLUs
-        every:int=50, # Measure every n-th training batch, from the first on
+        every:int=50, # Measure every n-th training batch, from the first on; None: each, as in fastai
         include_paramless:bool=False, # All layers that have no layers in them
         window:int=5, # Measured batches in a row in which a dead unit is always 0
         keep:int=200 # Number of measured batches to keep; older ones are dropped
     ):
         self.with_hist = check_type('with_hist', with_hist, bool)
         self.include_paramless = check_type('include_paramless', include_paramless, bool)
-        self.every = check_number('every', every, low=1, integer=True)
+        self.every = 1 if every is None else check_number('every', every, low=1, integer=True)
         self.window = check_number('window', window, low=1, integer=True)
         self.keep = check_number('keep', keep, low=1, integer=True)
         self.modules = None if modules is None else L(modules)

@@ -126,7 +126,7 @@ class ItemStats(ExtCallback):
         if now.watch.source is None: return
         items,n = now.watch.batch()
         if items: now.noted = items,n,learn.pred,learn.yb,learn.loss_func,now.watch.same()
-        else: self.tell('leaves out batches', now.watch.why, once=True)
+        else: self.tell('leaves out batches such as this', now.watch.why, once=True)
 
     def after_cancel_backward(self):
         "A batch without its step does not count"
@@ -146,7 +146,7 @@ class ItemStats(ExtCallback):
         except Exception as e:
             self._now.waiting,self._now.numbers = [],0
             why = str(e) if type(e) is NotClear else f'{type(e).__name__}: {e}'
-            self.tell('leaves out batches', why, once=True)
+            self.tell('leaves out batches such as this', why, once=True)
 
 # %% ../nbs/18_items.ipynb #items-011
 @patch

@@ -106,7 +106,9 @@ def _before(self:LayerStats, opt, about, numbers):
     if not ps: return
     order = {p: i for i,p in enumerate(names)}
     numbers |= dict(weights=_norms(ps), grads=_norms(_grads(ps)))
-    about |= dict(step=self.steps+1, owners=[_owner(names[p]) for p in ps], places=[order[p] for p in ps])
+    rates = {p: h.get('lr', 1.) for g,h in zip(opt.param_lists, opt.hypers) for p in g}
+    about |= dict(step=self.steps+1, rates=[rates.get(p, 1.) for p in ps],
+                  owners=[_owner(names[p]) for p in ps], places=[order[p] for p in ps])
     return ps,torch._foreach_mul([p.detach() for p in ps], 1)
 
 @patch
@@ -142,7 +144,7 @@ def _row(self:LayerStats, about, numbers):
     if 'micro' in numbers: self._add_noise(row, about['items'], numbers)
     self.rows.append(row)
     self.publish('layers', row)
-    self._say_fast(row)
+    self._say_fast(row, {o: r for r,o in sorted(zip(about['rates'], owners))})
 
 @patch
 def table(self:LayerStats)->pd.DataFrame: # Empty before the first measured step
@@ -269,12 +271,16 @@ def _frozen_parts(m, frozen, name=''):
             + [o for k,c in m.named_children() for o in _frozen_parts(c, frozen, join(k))])
 
 @patch
-def _say_fast(self:LayerStats, row):
-    "Tell of a module whose ratio was more than 40 times the median in three measured steps in a row"
+def _say_fast(self:LayerStats, row, rates):
+    """Tell of a module whose ratio was more than 40 times the median in three measured steps in a row
+
+    That its group has a larger learning rate is what the user wants. So is a small step: one percent."""
     known = {n: r for n,r in zip(row['names'], row['update_ratio']) if isfinite(r)}
-    middle = median(known.values()) if len(known)>2 else inf
-    self._high = {n: self._high.get(n, 0)+1 for n,r in known.items() if r>40*middle}
+    scaled = {n: r/rates[n] for n,r in known.items() if rates[n]}
+    middle = median(scaled.values()) if len(scaled)>2 else inf
+    far = [n for n,r in scaled.items() if r>40*middle and known[n]>.01]
+    self._high = {n: self._high.get(n, 0)+1 for n in far}
     for name in [n for n,k in self._high.items() if k==3]:
-        why = f'its ratio of update to weights is {known[name]:.2g}, the median of all modules {middle:.2g}'
-        why += ', and so it was in three measured steps in a row'
+        why = f'its ratio of update to weights is {known[name]:.2g}, {scaled[name]/middle:.0f} times the '
+        why += 'median of all (at the same learning rate), and so it was in three measured steps in a row'
         self.tell(f'found that {name} changes fast', why, once=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from .activations import ActivationStats
 from .items import ItemStats
 from .layers import LayerStats
+from .progress import Progress
 from .report import WriteReport
 from .runlog import RunLog
 from .throughput import Throughput
@@ -20,8 +21,9 @@ def monitors(
     path:str|Path='runs', # Folder of the logs and reports
     every:int=50, # `RunLog`, `LayerStats`, `ActivationStats` measure every n-th batch or step
 )->list: # Callbacks, in any order
-    """All monitors: `RunLog`, `Throughput`, `LayerStats`, `ActivationStats`, `ItemStats`, `WriteReport`.
+    """All monitors, and `Progress`: a log, times, layers, activations, items, and a report at the end
 
+    They are `RunLog`, `Throughput`, `LayerStats`, `ActivationStats`, `ItemStats` and `WriteReport`.
     Example: `learn.fit_one_cycle(5, cbs=monitors())`, or `cbs=[EMA(), *monitors()]`."""
-    return [RunLog(path, every), Throughput(), LayerStats(every), ActivationStats(every=every), ItemStats(),
-            WriteReport()]
+    return [RunLog(path, every), Progress(), Throughput(), LayerStats(every), ActivationStats(every=every),
+            ItemStats(), WriteReport()]

@@ -8,6 +8,7 @@ __all__ = ['PreflightCheck', 'PreflightResult', 'preflight']
 # %% ../nbs/19_preflight.ipynb #preflight-004
 from collections.abc import Sequence
 from contextlib import ExitStack
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from math import inf, isfinite, log
 from time import monotonic
@@ -246,11 +247,40 @@ def _curve(r, b, params, lr, enough, until, steps=60):
         opt.step()
     return losses
 
+def _metrics(r:Rehearsal)->list:
+    "Can the metrics be computed? An error in one ends the fit after its first epoch"
+    learn = r.learn
+    if not len(learn.metrics): raise NotKnown('there are none')
+    r.need_step()
+    batches = r.batches(1 if len(r.loaders)>1 else 0)
+    found = []
+    for metric in map(deepcopy, learn.metrics):
+        status = 'wrong'
+        try:
+            metric.reset()
+            with torch.no_grad(), r.apart():
+                for b in batches:
+                    r.loss(b, train=False)
+                    metric.accumulate(learn)
+            status = 'look'         # it may need more items than these
+            metric.value
+        except NotKnown: raise
+        except Exception as e:
+            why = f'in {len(batches)} batches: {type(e).__name__}: {e}'.splitlines()[0]
+            found.append(Found(status, f'the metric {_name_of(metric)} fails', why, 'it would end the fit'))
+    n = len(learn.metrics)
+    return found or [Found('ok', f'{n} metric{"s"*(n>1)} can be computed', f'on {len(batches)} batches')]
+
+def _name_of(metric):
+    try: return metric.name
+    except Exception: return type(metric).__name__
+
 # %% ../nbs/19_preflight.ipynb #preflight-017
 _checks = {
     'inputs': inputs, 'items': items, 'labels': labels, 'a step': _one_step, 'first loss': _start_loss,
     'gradients': _gradients, 'same twice': _same_twice, 'items of a batch': _items_apart,
-    'by heart': _by_heart, 'memory': memory, 'time': times, 'fit': whole_fit, 'disk': disk}
+    'by heart': _by_heart, 'metrics': _metrics, 'memory': memory, 'time': times, 'fit': whole_fit,
+    'disk': disk}
 
 @dataclass(frozen=True)
 class PreflightCheck:
@@ -330,7 +360,9 @@ def _all_checks(learn, names, n_epoch, hours, seconds):
     r.n_epoch,r.hours,r.until = n_epoch,hours,monotonic()+seconds
     with ExitStack() as stack:
         try: stack.enter_context(r.running())
-        except Exception as e: return [PreflightCheck('all', 'not checked', '', _reason(e), '')]
+        except Exception as e:
+            if no_length := _no_length(learn): return [PreflightCheck('all', 'wrong', *no_length)]
+            return [PreflightCheck('all', 'not checked', '', _reason(e), '')]
         return [o for name in names for o in _one_check(r, name, seconds)]
 
 def _one_check(r, name, seconds):
@@ -339,6 +371,11 @@ def _one_check(r, name, seconds):
         found = _checks[name](r)
     except Exception as e: found = [Found('not checked', '', _reason(e))]
     return [PreflightCheck(name, o.status, o.what, o.why, o.next) for o in found]
+
+def _no_length(learn):
+    try: len(learn.dls.train)
+    except TypeError as e:
+        return 'fastai cannot train with a loader that has no length',str(e),'give its dataset a __len__'
 
 def _reason(e):
     text = str(e).splitlines() or ['']

@@ -127,7 +127,9 @@ def _best(run):
     "Best and last value of each column of the epoch table"
     for name in [o for o in run.epochs.columns if o not in _about]:
         values = pd.to_numeric(run.epochs[name], errors='coerce')
-        if not values.notna().any(): continue
+        if not np.isfinite(values).any():
+            if run.epochs[name].notna().any(): yield name,'','',run.epochs[name].iloc[-1]
+            continue
         smaller,last = smaller_is_better(name),values.iloc[-1]
         if smaller is None: yield name,'?','',last
         else:
@@ -280,13 +282,20 @@ def _preflight(run, other):
     return _table(columns, [[o.get(c, '') for c in columns] for o in rows[-1].get('checks', ())])
 
 # %% ../nbs/21_report.ipynb #report-016
+def _lost(run):
+    "Losses that are no numbers at the end"
+    last = dict(flat(next((o.get('metrics', {}) for o in run.rows[::-1] if o['kind']=='epoch'), {})))
+    lost = [o for o in ('train_loss','valid_loss') if not np.isfinite(last.get(o) or 0.)]
+    return f". {' and '.join(lost)} ended as NaN or infinite" if lost else ''
+
 def _found(run):
     "What a reader should know first, in sentences"
     failed = next((f.get('error') for f in run.fits[::-1] if f.get('error')), None)
     words = {'no end': 'The run goes on, or was killed', 'finished': 'The run has finished',
              'stopped': 'A callback has ended the run', 'interrupted': 'The run was interrupted',
              'failed': f'The run has failed: {failed}'}
-    yield f'{words.get(run.status, run.status)}, after {len(run.epochs)} epochs'
+    n = len(run.epochs)
+    yield f'{words.get(run.status, run.status)}, after {n} epoch{"s"*(n!=1)}{_lost(run)}'
     left = next((o.get('left_s') for o in run.rows[::-1] if o['kind']=='throughput'), None)
     if run.status=='no end' and left: yield f'Time left when it wrote last: {format_time(float(left))}'
     weights = {o for o in run.epochs.get('weights', ()) if isinstance(o, str)} - {'raw'}
@@ -295,7 +304,7 @@ def _found(run):
     for o in verdicts[-1:]: yield f"{o.get('what')}: {o.get('why')}; {o.get('next')}"
     if len(run.events):
         counts = run.events.callback.value_counts()
-        yield 'Callbacks intervened: ' + ', '.join(f'{k} ({n})' for k,n in counts.items())
+        yield 'Callbacks reported: ' + ', '.join(f'{k} ({n})' for k,n in counts.items())
     checks = [c for o in run.rows if o['kind']=='preflight' for c in o.get('checks', ())]
     bad = [str(c.get('what')) for c in checks if c.get('status') in ('wrong','look')]
     if bad: yield 'Preflight: ' + '; '.join(bad[:5])
@@ -389,7 +398,9 @@ class WriteReport(ExtCallback):
         if rank_distrib()==0: self._write()
 
     def _write(self):
-        if _log_of(self.learn) is None: return
+        log = _log_of(self.learn)
+        if log is None or not (log.log_file and log.log_file.exists()): return      # it has said why
+        if self.compare and not Path(self.compare).exists(): return                 # refused
         try: path = report(self.learn, self.compare)
         except Exception as e: return self.tell('writes no report', f'{type(e).__name__}: {e}')
         print(f'{self.name}: {path}')

@@ -7,6 +7,7 @@ __all__ = ['RunLog', 'Sink', 'LoggedRun', 'read_log']
 
 # %% ../nbs/15_runlog.ipynb #runlog-004
 import os, platform, subprocess, sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from copy import deepcopy
@@ -15,7 +16,6 @@ from functools import partial
 from math import inf, nan
 from pathlib import Path
 from time import monotonic, time
-from types import SimpleNamespace
 from uuid import uuid4
 
 import fastai
@@ -27,7 +27,7 @@ from fastcore.foundation import L
 from fastprogress.fastprogress import format_time
 from torch import Tensor
 from .base.core import ExtCallback, check_number, check_type, n_ranks, nearest
-from .base.identity import run_facts
+from .base.identity import describe_callback, run_facts
 from .base.late import LateNumbers
 from .base.logged import LoggedRun, flat, read_log
 from .base.rows import RowFeed, RowFile
@@ -43,9 +43,10 @@ class RunLog(ExtCallback):
     a `Checkpoint` resumes goes on in its file. `read_log` makes tables of it. If the file cannot be
     written, or a tracker fails, one line says so, and the run goes on without."""
     order,run_valid,run_outside,single = 1990,False,True,True     # before `Checkpoint` saves
-    state_attrs = 'file','fit','before'
-    transient = dict(_rows=None, _waiting=[], _feeds=[], _off=False, _begun=False, _resumed=False,
-                     _sent=None, _echo=None, _now=SimpleNamespace(in_batch=False, done=0))
+    state_attrs = 'file','n_fit','before'
+    transient = dict(file=None, n_fit=-1, before=0, ran=0, _root=None, _rows=None, _waiting=[],
+                     _feeds=[], _off=False, _begun=False, _resumed=False, _sent=None, _echo=None,
+                     _now=None)
     def __init__(self,
         path:str|Path='runs', # Folder for the files, made if need be
         every:int=50, # Write a row of numbers after every n-th training batch
@@ -56,8 +57,8 @@ class RunLog(ExtCallback):
         self.every = check_number('every', every, low=1, integer=True)
         self.sinks = [_sink(o) for o in L(sinks)]
         self.echo = None if echo is None else check_number('echo', echo, low=0)
-        self.file,self.fit,self.before,self.ran = None,-1,0,0   # this fit, training batches before and in it
-        vars(self).update(deepcopy(self.transient))
+        # the number of this fit, training batches before and in it; a copy has a file of its own
+        vars(self).update(deepcopy(self.transient), _now=_Now())
 
     @property
     def log_file(self)->Path|None:
@@ -66,38 +67,59 @@ class RunLog(ExtCallback):
 
     def before_fit(self):
         "Note what is to be written with the first batch"
-        self._root = Path.cwd()         # the script may go to another folder
+        self._root = self._root or Path.cwd()       # the script may go to another folder
+        self._now = _Now()
         self.file = self.file or f'{datetime.now():%Y%m%d-%H%M%S}-{uuid4().hex[:6]}.jsonl'
         if not self.fitting: return
         self._off = self._off or rank_distrib()>0
         self._late,self._status,self._echo = LateNumbers(),None,_Echo(self)
-        self.fit,self.before,self.ran = self.fit+1,self.before+self.ran,0
+        self.n_fit,self.before,self.ran = self.n_fit+1,self.before+self.ran,0
         self._ended,self._facts = False,run_facts(self.learn)
-        self._now = SimpleNamespace(in_batch=False, done=0)     # setting a callback's attribute is slow
-        self._write('fit', dict(n_epoch=self.n_epoch, n_batch=len(self.dls.train), facts=self._facts))
+        cbs = list(map(_described, self.learn.cbs))
+        self._write('fit', dict(n_epoch=self.n_epoch, n_batch=len(self.dls.train), callbacks=cbs,
+                                facts=self._facts))
         self.at_end(self._end)
+
+    def before_epoch(self):
+        "Nothing of this epoch is known yet"
+        vars(self._now).update(due=True, train=[], valid=[])
 
     def before_batch(self):
         "From here on, what happens belongs to the next step"
         if self.fitting: self._now.in_batch,self._now.done = True,self.learn.train_iter
 
+    def after_loss(self):
+        "The loss is that of this batch"
+        self._now.has_loss = True
+
     def after_batch(self):
         "Note the numbers of this step, if it is time; write those that have arrived"
         if self._off or not self.fitting: return
-        n = self.learn.train_iter
+        n,now = self.learn.train_iter,self._now
+        if not now.in_batch: now.in_batch,now.done = True,n-1       # cancelled before it came here
         if self._rows is None: self._begin(self.before+n-1)
         if n%self.every==0: self._late.add(self._numbers(), dict(t=time()) | self._place())
         if self._late: self._write_late()
         self._echo.tick()
-        self._now.in_batch = False
+        now.in_batch = now.has_loss = False
+
+    def after_train(self):
+        "Keep what the table shows of the training"
+        if not hasattr(self.learn, 'recorder'): return
+        rec,n = self.recorder,len(_names(self.recorder)[0])
+        self._now.train = [self._known('train_loss')] if rec.cancel_train else list(rec.log[-n:])
 
     def before_validate(self):
-        "For the time left"
+        "Where the validation begins in the row of the table"
+        self._now.n = len(self.recorder.log) if hasattr(self.learn, 'recorder') else 0
         if self.fitting: self._echo.validate(0)
 
     def after_validate(self):
-        "For the time left"
+        "Keep what the table shows of the validation"
         if self.fitting: self._echo.validate(len(self.dl))
+        if not hasattr(self.learn, 'recorder'): return
+        rec = self.recorder
+        self._now.valid = [] if rec.cancel_valid else list(rec.log[self._now.n:])
 
     def _place(self):
         "Where the run is; a batch is counted from its beginning on"
@@ -107,12 +129,31 @@ class RunLog(ExtCallback):
 
     def _numbers(self):
         loss = self.loss.mean() if getattr(self.loss, 'ndim', 0) else self.loss
-        if not len(self.yb): loss = nan         # a guard has skipped the batch: it is the loss of another one
+        if not (self._now.has_loss and len(self.yb)): loss = nan        # skipped: it is that of another batch
         hypers = {k: v for k,v in self.opt.hypers[-1].items() if isinstance(v, (int,float))}
         return dict(loss=loss, smooth_loss=getattr(self.learn, 'smooth_loss', None)) | hypers
 
     def _write_late(self, wait=False):
         for place,numbers in self._late.read(wait): self._write('step', place | numbers)
+
+class _Now:
+    "Where in the fit it is. Setting an attribute of a callback would be slow"
+    def __init__(self):
+        self.in_batch,self.has_loss,self.done = False,False,0
+        self.due,self.train,self.valid,self.n = False,[],[],0       # of the row of this epoch
+
+def _names(rec):
+    "Names of fastai's table: of training, and of validation. A second one of a name gets a number"
+    names,seen = list(rec.metric_names)[1:len(rec.metric_names)-rec.add_time],Counter()
+    for i,o in enumerate(names):
+        seen[o] += 1
+        if seen[o]>1: names[i] = f'{o}_{seen[o]}'
+    n = 1+len(rec.learn.metrics) if rec.train_metrics else 1
+    return names[:n],names[n:]
+
+def _described(cb):
+    try: return describe_callback(cb)
+    except Exception: return type(cb).__name__
 
 # %% ../nbs/15_runlog.ipynb #runlog-008
 @patch
@@ -155,7 +196,7 @@ def _write(self:RunLog, kind, row):
 def _add(self:RunLog, row):
     "Add a row to the file, which is open in a fit only"
     if self._off: return
-    row = dict(fit=self.fit) | row
+    row = dict(fit=self.n_fit) | row
     try:
         if self._rows is not None: return self._rows.add(row)
         with closing(RowFile(self._root/self.path/self.file)) as rows: rows.add(row)
@@ -178,7 +219,7 @@ def receive(self:RunLog,
     row:dict # Numbers, text, lists and dicts
 ):
     "Write the row of another callback"
-    if self._rows is not None or self._now.in_batch: row = self._place() | row
+    if self._rows is not None or self._now and self._now.in_batch: row = self._place() | row
     elif self._begun: row = dict(step=self.before+self.ran) | row       # between two fits
     self._write(kind, row)
 
@@ -186,8 +227,14 @@ def receive(self:RunLog,
 def after_epoch(self:RunLog):
     "Write what fastai's table shows, or the numbers of a `validate`"
     if hasattr(self.learn, 'gather_preds') or hasattr(self.learn, 'lr_finder'): return
-    if not self.fitting:
-        return self._write('validate', dict(step=self.before+self.ran, metrics=self._table('train_')))
+    if self.fitting: self._write_epoch()
+    else: self._write('validate', dict(step=self.before+self.ran, metrics=self._table()))
+
+@patch
+def _write_epoch(self:RunLog):
+    "Write the row of this epoch, once; none of an epoch of which nothing was computed"
+    due,self._now.due = self._now.due,False
+    if not due or not (self._now.train or self._now.valid): return
     self._write_late(wait=True)         # fastai's recorder has waited already
     if self._rows is None:      # resumed after the last batch of an epoch
         self._begin(self.before+self.train_iter, epoch_open=True)
@@ -195,19 +242,24 @@ def after_epoch(self:RunLog):
     self._echo.epoch(values)
     self._write('epoch', self._place() | _weights(self.learn) | dict(metrics=values))
 
+@patch
+def _is_shown(self:RunLog):
+    "Has fastai's table shown this epoch?"
+    if not hasattr(self.learn, 'recorder') or not self.recorder.values: return False
+    last = list(self.recorder.values[-1])
+    return last==list(self.recorder.log[1:1+len(last)])
+
 def _weights(learn):
     "Which weights were validated, if there is an average"
     found = [cb.validated for cb in learn.cbs if hasattr(type(cb), 'validated')]
     return dict(weights=next((o for o in found if o!='raw'), 'raw')) if found else {}
 
 @patch
-def _table(self:RunLog, but=()):
-    "The values of this epoch by name; names that begin with `but` are left out"
+def _table(self:RunLog):
+    "The values of this epoch by name"
     if not hasattr(self.learn, 'recorder'): return {}
-    names = [o for o in self.recorder.metric_names if o not in ('epoch','time')]
-    log = self.recorder.log[1:1+len(names)]
-    if self.fitting and len(log)==len(names): return dict(zip(names, map(_number, log)))
-    return {o: v for o in names if not o.startswith(but) and (v := self._known(o)) is not None}
+    values = zip(_names(self.recorder), (self._now.train, self._now.valid))
+    return {o: _number(v) for names,vs in values for o,v in zip(names, vs)}
 
 @patch
 def _known(self:RunLog, name):
@@ -218,8 +270,9 @@ def _number(o): return o.item() if isinstance(o, Tensor) and o.numel()==1 else o
 
 @patch
 def after_cancel_fit(self:RunLog):
-    "Note that a callback has ended the fit"
+    "Note that a callback has ended the fit, maybe after the table has shown the epoch"
     self._status = 'stopped'
+    if self._is_shown(): self._write_epoch()
 
 @patch
 def after_fit(self:RunLog):
@@ -243,6 +296,7 @@ def _end(self:RunLog):
     "Write what has cut off the fit, if anything, and close the file; then others may read it"
     self.ran,error,cut_off = self.learn.train_iter,sys.exc_info()[1],not self._ended
     if cut_off:
+        if self._is_shown(): self._write_epoch()
         if error is None: self._write_end('taken off')
         elif isinstance(error, KeyboardInterrupt): self._write_end('interrupted')
         else:

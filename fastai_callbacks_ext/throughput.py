@@ -24,6 +24,7 @@ from fastai.torch_core import find_bs, rank_distrib
 from fastcore.basics import patch
 from .base.core import ExtCallback, check_number, n_ranks
 from .base.parts import PARTS, PartClock, gpu_mark
+from .base.step import own_step
 from .base.timeleft import TimeLeft
 from .base.watch import n_workers
 
@@ -49,6 +50,8 @@ class Throughput(ExtCallback):
         device = next((p.device for p in self.learn.model.parameters()), torch.device('cpu'))
         self._m = SimpleNamespace(
             device=device, workers=n_workers(self.learn.dls.train), n=0, items=0, steps=0,
+            n_batch=len(self.learn.dls.train), valid_workers=_valid_workers(self.learn),
+            own=own_step(self.learn),
             window=Counter(), gpu=Counter(), gpu_steps=0, between=Counter(),
             all=Counter(), all_steps=0, all_between=Counter(), memory=deque(maxlen=20),
             left=TimeLeft.of_fit(self.learn, self.now))
@@ -86,8 +89,14 @@ class Throughput(ExtCallback):
 
     def after_fit(self):
         "Say the verdict on the whole fit"
+        what = 'cannot tell forward, backward and optimizer apart'
+        why = f'{type(self.learn).__name__} has its own {self._m.own}'
+        if self._m.own and self._m.n: self.tell(what, why)
         if self._m.all_steps: return self._say()
-        self.tell('has measured nothing', f'of {self._m.n} batches, skip={self.skip} leaves out the first')
+        why = f'of {self._m.n} batches, skip={self.skip} leaves out the first {self.skip}'
+        self.tell('has measured nothing', why)
+
+def _valid_workers(learn): return n_workers(learn.dls[1]) if len(learn.dls.loaders)>1 else 0
 
 # %% ../nbs/16_throughput.ipynb #thr-008
 @patch
@@ -158,7 +167,8 @@ def verdict(self:Throughput)->Verdict|None:
     training = all_s*m.n/m.all_steps       # as if all steps were like those that were measured
     shares |= {p: s/(training+s) for p,s in m.all_between.items()}
     ms = {p: 1000*m.all[p]/m.all_steps for p in PARTS}
-    large = {p: s for p,s in shares.items() if s>=_worth.get(p, 2)}
+    known = {p: s for p,s in shares.items() if not (m.own and p in ('optimizer','callbacks'))}
+    large = {p: s for p,s in known.items() if s>=_worth.get(p, 2)}
     if not large: return _fine(shares)
     part = max(large, key=large.get)
     return Verdict(part, large[part], *_words[part](large[part], ms, self._m))
@@ -174,12 +184,13 @@ def _data(share, ms, m):
     step,n,cores = sum(ms.values()),m.workers,_cores()
     batch,rest = n*step if n else ms['data'],step-ms['data']
     need,by = ceil(batch/max(rest, .01)),f'with {n} worker{"s"*(n>1)}' if n else 'without workers'
-    enough = f'{need} worker{"s"*(need>1)} would keep up: num_workers={need}'
-    too_few = (f'that needs {need} workers, and there are {cores} cores: make items cheaper, for example by '
-               'storing them smaller')
+    if need<=cores: do = f'{need} worker{"s"*(need>1)} would keep up: num_workers={need}'
+    else: do = (f'that needs {need} workers, and there are {cores} cores: num_workers={cores}, and cheaper '
+                'items, for example stored smaller')
+    if n==0 and ms['data']*m.n_batch<1000:      # to start them takes about as long
+        do = 'in epochs as short as these, workers take longer to start; make items cheaper'
     return (f"the {'GPU' if m.device.type=='cuda' else 'model'} waits {share:.0%} of each step for items",
-            f'a batch takes {batch:.3g} ms to load {by}, and {rest:.3g} ms to train',
-            enough if need<cores else too_few)
+            f'a batch takes {batch:.3g} ms to load {by}, and {rest:.3g} ms to train', do)
 
 def _part(part, what, do):
     "Words for a part of a step"
@@ -188,7 +199,12 @@ def _part(part, what, do):
 
 def _between(part, what, do):
     "Words for what is between steps"
-    return lambda share,ms,m: (f'{what} takes {share:.0%} of the time', f'{m.all_between[part]:.3g} s', do)
+    return lambda share,ms,m: (f'{what} takes {share:.0%} of the time', f'{m.all_between[part]:.3g} s',
+                               do(m) if callable(do) else do)
+
+def _shorter_validation(m):
+    keep = 'keep its workers, persistent_workers=True; ' if m.valid_workers else ''
+    return f'{keep}use larger batches there, val_bs=, or fewer items'
 
 _words = dict(
     data=_data,
@@ -196,9 +212,9 @@ _words = dict(
                      'use fewer or cheaper batch_tfms, or do them in workers as item_tfms'),
     optimizer=_part('optimizer', 'step and zero_grad of the optimizer',
                     "use PyTorch's own, opt_func=partial(OptimWrapper, opt=torch.optim.AdamW)"),
-    callbacks=_part('callbacks', 'callbacks and the loop',
-                    'FastLoop() makes the loop faster; profile_callbacks(learn) shows the cost of each'),
-    validation=_between('validation', 'validation', 'use larger batches there, val_bs=, or fewer items'),
+    callbacks=_part('callbacks', 'callbacks and the loop', 'profile_callbacks(learn) shows the cost of '
+                    'each; FastLoop() makes the loop itself faster'),
+    validation=_between('validation', 'validation', _shorter_validation),
     worker_start=_between('worker_start', 'starting workers', 'keep them: persistent_workers=True'))
 
 def _cores(): return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()

@@ -520,7 +520,7 @@ def test_each_argument_of_each_acting_callback_is_a_fact(cls, name):
     usual = signature(cls).parameters[name].default
     next_one = lambda: not usual if isinstance(usual, bool) else usual/2 if usual and usual<1 else usual+1
     other = ANOTHER[k] if (k := (cls.__name__, name)) in ANOTHER else ANOTHER.get(name) or next_one()
-    a,b,c = map(identity._callback, (make(cls), cls(**{name: other}), cls(**{name: other})))
+    a,b,c = map(identity.describe_callback, (make(cls), cls(**{name: other}), cls(**{name: other})))
     assert a!=b==c and f'{name}=' in b, b
 
 def test_which_callbacks_act():
@@ -538,13 +538,14 @@ def test_which_callbacks_act():
 def test_what_a_callback_is_made_with_is_kept_in_copies_and_not_in_files():
     class Mine(EMA):
         def __init__(self, share, **kwargs): super().__init__(1-share, **kwargs)
-    one,words = EMA(.9),identity._callback(EMA(decay=.9))
-    assert identity._callback(one)==identity._callback(copy(one))==words and 'decay=0.9' in words
-    assert "share=0.1, start=3, validate='ema'" in identity._callback(Mine(.1, start=3))
+    one,words = EMA(.9),identity.describe_callback(EMA(decay=.9))
+    same = identity.describe_callback(one)==identity.describe_callback(copy(one))==words
+    assert same and 'decay=0.9' in words
+    assert "share=0.1, start=3, validate='ema'" in identity.describe_callback(Mine(.1, start=3))
     again = pickle.loads(pickle.dumps(one))
-    assert '_given' not in vars(again) and 'decay' not in identity._callback(again)
+    assert '_given' not in vars(again) and 'decay' not in identity.describe_callback(again)
     one.every = 7
-    assert 'every=7' in identity._callback(one)
+    assert 'every=7' in identity.describe_callback(one)
 
 def around(params, alpha=.5, **kwargs): return Lookahead(RAdam(params, **kwargs), alpha=alpha)
 OF_FASTAI = dict(

@@ -12,6 +12,7 @@ from fastai.callback.all import MixUp, SaveModelCallback
 from fastai.callback.core import Callback, CancelBatchException
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
+from fastai.metrics import AccumMetric, accuracy
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, L1LossFlat, MSELossFlat
 from fastai.optimizer import OptimWrapper
 from fastai_callbacks_ext import preflight as module
@@ -442,3 +443,27 @@ def test_bad_arguments(kwargs, error):
 
 def test_needs_a_learner():
     with pytest.raises(TypeError, match='learn='): preflight(digits_model())
+
+# --- what would end the fit ---------------------------------------------------------------------
+def fails_at_once(pred, targ): raise ZeroDivisionError
+def fails_on_few(preds, targs): raise ValueError('one class')
+
+def test_a_metric_that_fails():
+    found = preflight(small(metrics=[accuracy, fails_at_once]), only='metrics')
+    assert found.problems[0].what=='the metric fails_at_once fails' and not found.ok
+    late = preflight(small(metrics=AccumMetric(fails_on_few)), only='metrics')      # it may need more items
+    assert late.problems[0].status=='look' and late.ok
+    good = preflight(small(metrics=accuracy), only='metrics').checks[0]
+    assert good.status=='ok' and good.what=='1 metric can be computed'
+
+def test_a_loader_without_a_length():
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self): return iter([(torch.randn(1,8,8), torch.tensor(1))]*8)
+    dl = torch.utils.data.DataLoader(Stream(), batch_size=4)
+    learn = Learner(DataLoaders(dl, dl), digits_model(), loss_func=nn.CrossEntropyLoss())
+    found = preflight(learn)
+    assert not found.ok and 'no length' in str(found)
+
+def test_not_one_epoch_fits():
+    found = preflight(small(), hours=1e-9, only='fit')
+    assert not found.ok and 'not one epoch fits' in str(found)

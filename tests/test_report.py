@@ -81,7 +81,7 @@ def test_what_comes_first(no_figures, tmp_path):
     page = report(log(tmp_path/'a.jsonl')).read_text()
     first = re.findall('<li>(.*?)</li>', page)
     assert first==['The run has finished, after 2 epochs', 'plain: plain; plain',
-                   'Callbacks intervened: plain (2)', 'Preflight: plain']
+                   'Callbacks reported: plain (2)', 'Preflight: plain']
     RowFile(tmp_path/'a.jsonl').add(
         dict(kind='rewind', t=90, fit=1, step=80, epoch_open=True),
         dict(kind='throughput', t=91, fit=1, step=80, left_s=61., **{f'{p}_ms': 1. for p in module._parts}),
@@ -125,7 +125,7 @@ class Fails(Callback):
         if self.training and self.train_iter==2: raise self.error
 
 @pytest.mark.parametrize('error,said', [
-    (None, 'The run has finished, after 1 epochs'),
+    (None, 'The run has finished, after 1 epoch'),
     (KeyboardInterrupt(), 'The run was interrupted, after 0 epochs'),
     (ValueError('<b>bad</b>'), 'bad&lt;/b')])
 def test_a_report_at_the_end_of_each_fit(no_figures, tmp_path, capsys, error, said):
@@ -146,7 +146,7 @@ class Asks(Callback):
 def test_a_report_in_mid_run(no_figures, tmp_path):
     cbs = [RunLog(tmp_path, every=1), asks := Asks(), PoisonBatch(2), SkipNonFinite()]
     fit(digits_learner(cbs, n=160, bs=32), 2)
-    assert 'The run goes on, or was killed, after 1 epochs' in asks.page and 'skip_non_finite' in asks.page
+    assert 'The run goes on, or was killed, after 1 epoch' in asks.page and 'skip_non_finite' in asks.page
 
 def test_a_report_that_fails_is_said_and_the_run_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(module, 'to_xml', lambda *args,**kwargs: 1/0)

@@ -1,5 +1,7 @@
 "The log of a run: one file over all fits, right after kills, resumes, errors; never in the way"
-import json, os, random, shutil, signal, sys, threading, time
+import json, os, pickle, random, shutil, signal, sys, threading, time
+from contextlib import suppress
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +12,8 @@ from fastai.callback.all import ShortEpochCallback
 from fastai.learner import Recorder
 from fastai.metrics import AvgMetric
 from fastcore.imports import noop
-from fastai.callback.core import Callback, CancelFitException
+from fastai.callback.core import (Callback, CancelBatchException, CancelEpochException, CancelFitException,
+                                  CancelTrainException, CancelValidException)
 from fastai_callbacks_ext.all import *
 from fastai_callbacks_ext.base.rows import RowFeed, RowFile, read_rows
 from fastai_callbacks_ext.runlog import RunLog, Sink, read_log
@@ -307,3 +310,97 @@ def test_the_run_that_was_written_last_is_read():
     learn = small()
     for log in (old, new, old): fit(learn, cbs=log)
     assert read_log().file.name==old.file and len(read_log().fits)==2
+
+# --- rows are of this epoch and this batch ------------------------------------------------------
+def shown(learn):
+    "The rows of fastai's table"
+    return [dict(zip(learn.recorder.metric_names[1:], row)) for row in learn.recorder.values]
+
+def logged(run): return run.epochs.drop(columns=['time','fit','step','epoch','batch'], errors='ignore')
+
+class EndsAfter(Callback):
+    "Ends the fit when the table has shown an epoch"
+    def __init__(self, order, error): self.order,self.error = order,error
+    def after_epoch(self):
+        if self.epoch==1: raise self.error()
+
+@pytest.mark.parametrize('error', [CancelFitException, KeyboardInterrupt])
+@pytest.mark.parametrize('order', [60, 1995])
+def test_the_epoch_after_which_a_fit_ends_is_there(order, error):
+    learn = small(RunLog(), EndsAfter(order, error))
+    with quiet(learn), suppress(KeyboardInterrupt): learn.fit(4)
+    assert logged(read_log()).to_dict('records')==shown(learn) and len(shown(learn))==2
+
+class Cancels(Callback):
+    "Cancels a phase of the second epoch"
+    order = 70
+    def __init__(self, event, error): setattr(self, event, partial(self.cancel, error))
+    def cancel(self, error):
+        if self.epoch==1: raise error()
+
+@pytest.mark.parametrize('event,error,expected', [
+    ('before_validate', CancelValidException, [2,1,2]), ('after_pred', CancelValidException, [2,1,2]),
+    ('before_epoch', CancelEpochException, [2,0,2]), ('before_train', CancelTrainException, [2,2,2])])
+def test_an_epoch_has_the_values_that_were_computed_in_it(event, error, expected):
+    "How many losses each epoch has"
+    learn = small(RunLog(), Cancels(event, error))
+    if event=='after_pred': learn.cbs[-1].run_train = False
+    fit(learn, 3)
+    rows = read_log().epochs.set_index('epoch')[['train_loss','valid_loss']]
+    assert [rows.loc[i].notna().sum() if i in rows.index else 0 for i in range(3)]==expected
+
+def test_epochs_before_start_epoch_have_no_row():
+    learn = small(RunLog())
+    fit(learn, 1)
+    fit(learn, 3, start_epoch=2)
+    assert read_log().epochs[['fit','epoch']].values.tolist()==[[0,0],[1,2]]
+
+@pytest.mark.parametrize('event', ['before_batch','after_pred','after_loss'])
+def test_a_cancelled_batch_has_no_loss_of_another_one(event):
+    class Cancel(Callback):
+        def __call__(self, name):
+            if name==event and self.training and self.iter in (0,2): raise CancelBatchException
+    fit(small(Cancel(), RunLog(every=1)), 2)
+    steps = read_log().steps
+    assert steps.batch.tolist()==[0,1,2,3]*2 and steps.loss.isna().tolist()==[True,False]*4
+
+def test_metrics_of_one_name_are_both_there():
+    def one(*_): return torch.tensor(1.)
+    def valid_loss(*_): return torch.tensor(2.)
+    learn = small(RunLog(), metrics=[one, valid_loss])
+    fit(learn, 1)
+    row = logged(read_log()).iloc[0]
+    assert row.one==1 and row.valid_loss_2==2 and row.valid_loss not in (1,2)
+
+def test_a_copy_has_a_log_of_its_own(tmp_path):
+    learn = small(RunLog(every=1))
+    fit(learn, 1)
+    for other in (deepcopy(learn), pickle.loads(pickle.dumps(learn))): fit(other, 1)
+    fit(learn, 1)
+    runs = [read_log(o).steps.step.tolist() for o in (tmp_path/'runs').glob('*.jsonl')]
+    assert sorted(runs, key=len)==[[1,2,3,4], [1,2,3,4], [*range(1,9)]]
+
+def test_tables_without_rows_have_their_columns():
+    fit(small(RunLog(every=100)), 1)
+    run = read_log()
+    assert run.steps[['step','epoch','batch','loss','lr']].empty and run.events[['what','why']].empty
+
+def test_a_relative_path_stays_where_the_first_fit_was(tmp_path, monkeypatch):
+    learn = small(RunLog())
+    fit(learn, 1)
+    (tmp_path/'sub').mkdir()
+    monkeypatch.chdir(tmp_path/'sub')
+    fit(learn, 1)
+    assert len(read_log(tmp_path/'runs').fits)==2 and not (tmp_path/'sub'/'runs').exists()
+
+class Mine(Callback):
+    def __init__(self, a): self.a = a
+
+def test_all_callbacks_are_in_the_log():
+    fit(small(RunLog(), SkipNonFinite(max_total=7), Mine(3)), 1, cbs=Mine(5))
+    said = ' '.join(read_log().fits[0]['callbacks'])
+    assert 'max_total=7' in said and 'Mine(a=3)' in said and 'Mine(a=5)' in said
+
+def test_no_warning(recwarn):
+    fit(small(RunLog()), 1)
+    assert not [o for o in recwarn if 'shadowing' in str(o.message)]

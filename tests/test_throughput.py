@@ -76,7 +76,7 @@ def test_a_fit_that_is_too_short_says_so(capsys):
     t = played(skip=8)
     assert t.verdict is None and t.table().empty
     assert 'has measured nothing' in capsys.readouterr().out
-    assert t.records[-1].why=='of 8 batches, skip=8 leaves out the first'
+    assert t.records[-1].why=='of 8 batches, skip=8 leaves out the first 8'
     assert Throughput().table().empty and Throughput().verdict is None
 
 def test_the_verdict_is_said_once_and_again_if_another_is_clear(capsys):
@@ -95,7 +95,7 @@ def test_the_verdict_is_said_once_and_again_if_another_is_clear(capsys):
 
 @pytest.mark.parametrize('workers,cores,expected', [
     (0, 16, '60 ms to load without workers, and 40 ms to train; 2 workers would keep up: num_workers=2'),
-    (0, 2, '2 workers, and there are 2 cores: make items cheaper, for example by storing them smaller'),
+    (0, 2, '2 workers would keep up: num_workers=2'),
     (1, 16, '100 ms to load with 1 worker, and 40 ms to train; 3 workers would keep up: num_workers=3'),
     (2, 16, '200 ms to load with 2 workers, and 40 ms to train; 5 workers would keep up: num_workers=5')])
 def test_how_many_workers_would_keep_up(monkeypatch, workers, cores, expected):
@@ -103,7 +103,7 @@ def test_how_many_workers_would_keep_up(monkeypatch, workers, cores, expected):
     t = played()
     t._m.all.clear()
     t._m.all.update(data=6., forward=4.)
-    t._m.all_steps,t._m.workers = 100,workers
+    t._m.all_steps,t._m.workers,t._m.n_batch = 100,workers,1000
     assert str(t.verdict).startswith('the model waits 60% of each step for items: ')
     assert str(t.verdict).endswith(expected)
     t._m.device = torch.device('cuda')

@@ -88,6 +88,8 @@ def whole_fit(r:Rehearsal)->list:
     epoch = _n_batches(r, 0)*_both(r, 0, _step_seconds(r))
     if (valid := _valid_seconds(r)) is not None: epoch += _n_batches(r, 1)*_both(r, 1, valid)
     about = f'an epoch about {_clock(epoch)}'
+    if r.n_epoch is None and epoch>hours*3600:
+        return [Found('wrong', f'not one epoch fits into {said}', about, 'take more time, or fewer items')]
     if r.n_epoch is None: return [Found('ok', f'{int(hours*3600/epoch):,} epochs fit into {said}', about)]
     fit = r.n_epoch*epoch
     what = f'{r.n_epoch} epochs take about {_clock(fit)}'

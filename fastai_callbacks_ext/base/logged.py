@@ -48,9 +48,12 @@ def flat(
         if isinstance(v, dict): yield from flat(v, f'{start}{k}.')
         else: yield start+k, _words.get(v, v) if isinstance(v, str) else v
 
-def _table_of(rows):
-    "With a column for each name"
-    table = pd.DataFrame([dict(flat(o)) for o in rows]).drop(columns='kind', errors='ignore')
+_columns = dict(step='t fit step epoch batch loss smooth_loss lr', epoch='t fit step epoch',
+                event='t fit step epoch callback what why', validate='t fit step')
+def _table_of(rows, columns=''):
+    "With a column for each name; `columns` are there in an empty table too"
+    table = pd.DataFrame([dict(flat(o)) for o in rows], columns=None if rows else columns.split())
+    table = table.drop(columns='kind', errors='ignore')
     if 't' in table: table.insert(0, 'time', pd.to_datetime(table.pop('t'), unit='s'))
     return table
 
@@ -86,7 +89,7 @@ def read_log(
     ends,no_end = {o['fit']: o for o in rows if o['kind']=='end'},dict(status='no end')
     how = lambda end: dict(status=end['status'], error=end.get('error'))
     fits = [o | how(ends.get(o['fit'], no_end)) for o in rows if o['kind']=='fit']
-    kinds = {k: _table_of([o for o in rows if o['kind']==k]) for k in ('step','epoch','event','validate')}
+    kinds = {k: _table_of([o for o in rows if o['kind']==k], v) for k,v in _columns.items()}
     for k in ('epoch','validate'): kinds[k].columns = [o.removeprefix('metrics.') for o in kinds[k].columns]
     last = [o['kind'] for o in every if o['kind'] in ('fit','end')]
     status = fits[-1]['status'] if last and last[-1]=='end' else 'no end'

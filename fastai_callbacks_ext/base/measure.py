@@ -10,21 +10,24 @@ import torch
 from torch import Tensor
 from .core import ExtCallback
 from .late import LateNumbers
+from .step import own_step
 
 # %% ../../nbs/base/measure.ipynb #measure-005
 class Measure(ExtCallback):
     "Measures now and then; `_row` gets the numbers when they have arrived"
     run_valid = False
-    transient = dict(_late=None, _off=False)
-    _late,_off = None,False
+    transient = dict(_late=None, _off=False, _any=False)
+    _late,_off,_any = None,False,False
 
     def before_fit(self):
         "Nothing is measured yet"
-        self._late,self._off = LateNumbers(),False
+        self._late,self._off,self._any = LateNumbers(),False,False
         self.at_end(setattr, self, '_late', None)
 
     def _read(self, wait=False):
-        for about,numbers in self._late.read(wait): self._row(about, numbers)
+        for about,numbers in self._late.read(wait):
+            self._any = True
+            self._row(about, numbers)
 
     def _try(self, f, *args):
         "Call `f` without autograd; if it fails, measure no more in this fit"
@@ -42,8 +45,10 @@ class Measure(ExtCallback):
         return super().state_dict()
 
     def after_fit(self):
-        "Wait for the last numbers"
+        "Wait for the last numbers; say why there are none"
         self._read(wait=True)
+        if self._any or self._off or not (own := own_step(self.learn)): return
+        self.tell('has measured nothing', f'{type(self.learn).__name__} has its own {own}', once=True)
 
 def stacked(
     numbers:list # Tensors of one shape, on one device or several

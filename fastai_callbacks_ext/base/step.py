@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['random_kinds', 'tensors_in', 'all_finite', 'norms', 'opt_params', 'set_hypers', 'StepNumbers', 'is_fastais',
-           'step_numbers', 'loss_modules', 'step_params', 'generators', 'overlaps', 'kind_of', 'BatchUndo',
+           'step_numbers', 'own_step', 'loss_modules', 'step_params', 'generators', 'overlaps', 'kind_of', 'BatchUndo',
            'skip_record']
 
 # %% ../../nbs/base/step.ipynb #07d8479a
@@ -134,9 +134,9 @@ def _read(numbers):
 _last,_asked_in = WeakKeyDictionary(),('before_step','after_cancel_step','after_cancel_batch')
 
 def is_fastais(
-    cls:type # A class, of a callback or a transform
+    cls:type # A class, of a callback or a transform; or a method
 )->bool:
-    "Is it a class of fastai, or of this package?"
+    "Is it of fastai, or of this package?"
     return cls.__module__.startswith(('fastai.','fastai_callbacks_ext.'))
 
 def _others_act(learn):
@@ -153,6 +153,13 @@ def step_numbers(
     shared = last is not None and last.are_of(learn.loss, gs) and not _others_act(learn)
     if not shared: last = _last[learn] = StepNumbers(learn.loss, gs)
     return last
+
+def own_step(
+    learn:Learner # A learner
+)->str: # '' if it is fastai's
+    "Name of the method with which `learn` trains a batch in its own way: 'one_batch', '_do_one_batch', ..."
+    own = lambda name: name in vars(learn) or not is_fastais(getattr(type(learn), name))
+    return next(filter(own, ('one_batch','_do_one_batch','_do_grad_opt')), '')
 
 # %% ../../nbs/base/step.ipynb #7afbd046
 def loss_modules(
