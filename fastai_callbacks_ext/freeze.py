@@ -16,7 +16,8 @@ class BnFreeze(ExtCallback):
     """Keeps the running statistics of batch norm as they are, in training too.
 
     Weights and biases of these layers are trained as before. It replaces fastai's callback of this name."""
-    order = 99          # its fit ends after that of the averages, which may compute statistics anew
+    order = 99          # its fit ends after that of the averages
+    run_outside = True      # in the pass over the data with which they compute statistics anew
     transient,single = dict(_layers=()),True
     def __init__(self,
         names:str|tuple=None # Beginnings of layer names; None: those in frozen groups, or all if none is frozen
@@ -26,6 +27,7 @@ class BnFreeze(ExtCallback):
 
     def before_fit(self):
         "Choose the layers"
+        if not self.fitting: return
         model = unwrap_model(self.learn.model)
         norms = norm_layers(model)
         named = {n: m for n,m in model.named_modules() if m in norms}
