@@ -20,7 +20,7 @@ class BnFreeze(ExtCallback):
     run_outside = True      # in the pass over the data with which they compute statistics anew
     transient,single = dict(_layers=()),True
     def __init__(self,
-        names:str|tuple=None # Beginnings of layer names; None: those in frozen groups, or all if none is frozen
+        names:str|tuple=None # Beginnings of layer names; None: those of frozen groups, or all if there are none
     ):
         self.names = tuple(L(check_type('names', names, str, tuple, type(None))))
         self._layers = ()
@@ -61,9 +61,9 @@ class BnFreeze(ExtCallback):
 
     def _say(self, chosen, named):
         new = [n for n,m in chosen.items() if m.num_batches_tracked is not None and not m.num_batches_tracked]
-        why = f'of {len(named)} layers with statistics'
-        if new: why += f'; {len(new)} of them have never seen a batch, such as {new[0]}'
-        self.tell(f'keeps the statistics of {len(chosen)} layers', why)
+        why = f'of {len(named)} with statistics'
+        if new: why += f'; {len(new)} of them without a batch so far, such as {new[0]}'
+        self.tell(f'keeps the statistics of {len(chosen)} layer{"s"*(len(chosen)!=1)}', why)
 
     def _put_back(self, model):
         for m in self._layers: m.train(model.training)
