@@ -20,7 +20,7 @@ class BnFreeze(ExtCallback):
     run_outside = True      # in the pass over the data with which they compute statistics anew
     transient,single = dict(_layers=()),True
     def __init__(self,
-        names:str|tuple=None # Beginnings of layer names; None: those of frozen groups, or all if there are none
+        names:str|tuple=None # Beginnings of layer names; None: those in frozen groups, else all
     ):
         self.names = tuple(L(check_type('names', names, str, tuple, type(None))))
         self._layers = ()
