@@ -508,7 +508,8 @@ def test_a_module_that_keeps_its_argument_under_another_name():
 # Another value of each argument, where it is not the other bool or the next number
 ANOTHER = dict(decay=.5, half_life=[2,3], validate='raw', final='raw', buffers='copy', last='drop',
                weight='items', max_norm=.5, max_value=.5, adaptive=.5, auto=10, exclude='head', lr=.5,
-               module='rnn', mask=len, lengths=len, monitor='accuracy', comp=np.greater, unit='steps')
+               module='rnn', mask=len, lengths=len, monitor='accuracy', comp=np.greater, unit='steps',
+               names='1')
 ANOTHER |= {('LAWA','every'): 2, ('SWA','every'): 2, ('SWA','start'): .5, ('SAM','adaptive'): True}
 acting = [o for o in public_callbacks() if identity._acts(make(o))]
 arguments = [(o, k) for o in acting for k,p in signature(o).parameters.items() if p.kind is not p.VAR_KEYWORD
@@ -528,7 +529,7 @@ def test_which_callbacks_act():
     assert {o.__name__ for o in acting}=={
         'EMA', 'SWA', 'LAWA', 'GradientAccumulation', 'GradientCentralization', 'GradientClip',
         'GradientNoise', 'LookaheadWeights', 'SAM', 'ModelResetter', 'RNNCallback',
-        'RNNRegularizer', 'ReduceLROnPlateau'}
+        'RNNRegularizer', 'ReduceLROnPlateau', 'BnFreeze'}
     watch_guard_or_save = {'ActivationStats', 'Checkpoint', 'EarlyStopping', 'FastLoop', 'ItemStats',
                            'LayerStats', 'PreemptionGuard', 'Progress', 'RunLog', 'SampleLimit',
                            'SaveTopK', 'SkipNonFinite', 'SpikeGuard', 'StepLimit', 'StopFile',
