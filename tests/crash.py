@@ -151,7 +151,7 @@ def digests(learn):
                  iters=rec.iters, hps=getattr(rec, 'hps', None),
                  random=[torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist(),
                          [dl.rng.getstate() for dl in learn.dls.loaders if hasattr(dl, 'rng')]])
-    if any(isinstance(cb, RunLog) for cb in learn.cbs): parts |= tables(learn)
+    if hasattr(learn, 'run_log') and hasattr(learn, 'item_stats'): parts |= tables(learn)
     return {k: hashlib.sha256(b'|'.join(flat(v))).hexdigest()[:12] for k,v in parts.items()}
 
 def tables(learn):
