@@ -47,7 +47,7 @@ def resnet():
 
 TINY,DIGITS = list(NETS)[:2]
 RESNET = 'ResNet-18: 16 images of 32 x 32 a batch'
-SIZES = {TINY: Sizes(8, 1000), DIGITS: Sizes(64, 200), RESNET: Sizes(16, 50)}
+SIZES = {TINY: Sizes(8, 400), DIGITS: Sizes(64, 100), RESNET: Sizes(16, 50)}
 
 @cache
 def named(title): return resnet() if title==RESNET else net(title, 'cpu')
