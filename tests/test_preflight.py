@@ -451,7 +451,8 @@ def fails_on_few(preds, targs): raise ValueError('one class')
 def test_a_metric_that_fails():
     found = preflight(small(metrics=[accuracy, fails_at_once]), only='metrics')
     assert found.problems[0].what=='the metric fails_at_once fails' and not found.ok
-    late = preflight(small(metrics=AccumMetric(fails_on_few, dim_argmax=1)), only='metrics')      # it may need more items
+    few = AccumMetric(fails_on_few, dim_argmax=1)       # it may need more items
+    late = preflight(small(metrics=few), only='metrics')
     assert late.problems[0].status=='look' and late.ok
     good = preflight(small(metrics=accuracy), only='metrics').checks[0]
     assert good.status=='ok' and good.what=='1 metric can be computed'
