@@ -40,6 +40,10 @@ def direct(found):
     return {mod: [o for o in others if not any(o in reached(p) for p in others)]
             for mod,others in found.items()}
 
+def _step(j, n):
+    "How much higher box `j` of a floor of `n` is drawn: more than 12 in a row cover each other"
+    return .27*(j%3-1) if n>12 else 0
+
 def plot(found=None):
     """Draw the modules as boxes and what each imports as an arrow, but for what follows from others.
 
@@ -47,8 +51,9 @@ def plot(found=None):
     import matplotlib.pyplot as plt
     found = found or imports()
     rows = floors(found)
-    at = {mod: ((j+.5+.1*(i%2))/len(mods), i) for i,mods in enumerate(rows) for j,mod in enumerate(mods)}
-    fig,ax = plt.subplots(figsize=(12, .8*len(rows)))
+    at = {mod: ((j+.5+.1*(i%2))/len(mods), i+_step(j, len(mods)))
+          for i,mods in enumerate(rows) for j,mod in enumerate(mods)}
+    fig,ax = plt.subplots(figsize=(12, .95*len(rows)))
     for mod,o in [(mod, o) for mod,others in direct(found).items() for o in others]:
         color = '#8a8a8a' if at[o][1]<at[mod][1] else 'red'
         arrow = dict(arrowstyle='-|>', color=color, lw=.7, shrinkA=10, shrinkB=10)

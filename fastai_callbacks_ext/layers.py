@@ -274,11 +274,11 @@ def _frozen_parts(m, frozen, name=''):
 def _say_fast(self:LayerStats, row, rates):
     """Tell of a module whose ratio was more than 40 times the median in three measured steps in a row
 
-    That its group has a larger learning rate is what the user wants. So is a small step: one percent."""
+    That its group has a larger learning rate is what the user wants."""
     known = {n: r for n,r in zip(row['names'], row['update_ratio']) if isfinite(r)}
     scaled = {n: r/rates[n] for n,r in known.items() if rates[n]}
     middle = median(scaled.values()) if len(scaled)>2 else inf
-    far = [n for n,r in scaled.items() if r>40*middle and known[n]>.01]
+    far = [n for n,r in scaled.items() if r>40*middle]
     self._high = {n: self._high.get(n, 0)+1 for n in far}
     for name in [n for n,k in self._high.items() if k==3]:
         why = f'its ratio of update to weights is {known[name]:.2g}, {scaled[name]/middle:.0f} times the '

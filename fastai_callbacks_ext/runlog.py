@@ -36,6 +36,14 @@ from .base.timeleft import TimeLeft, on_screen
 _all_ = ['LoggedRun','read_log']
 
 # %% ../nbs/15_runlog.ipynb #runlog-006
+class _Now:
+    "Where in the fit it is. Setting an attribute of a callback would be slow"
+    def __init__(self):
+        self.in_batch,self.has_loss,self.done = False,False,0
+        self.due,self.train,self.valid,self.n = False,[],[],0       # of the row of this epoch
+        self.epoch = 0
+        self.passes = 0         # of `validate` and others, since the training or in this validation
+
 class RunLog(ExtCallback):
     """Writes what happens in a run to one file: steps, epochs, interventions, and how each fit ended.
 
@@ -46,7 +54,7 @@ class RunLog(ExtCallback):
     state_attrs = 'file','n_fit','before'
     transient = dict(file=None, n_fit=-1, before=0, ran=0, _root=None, _rows=None, _waiting=[],
                      _feeds=[], _off=False, _begun=False, _resumed=False, _sent=None, _echo=None,
-                     _now=None)
+                     _now=_Now(), _aside=_Now())
     def __init__(self,
         path:str|Path='runs', # Folder for the files, made if need be
         every:int=50, # Write a row of numbers after every n-th training batch
@@ -58,19 +66,24 @@ class RunLog(ExtCallback):
         self.sinks = [_sink(o) for o in L(sinks)]
         self.echo = None if echo is None else check_number('echo', echo, low=0)
         # the number of this fit, training batches before and in it; a copy has a file of its own
-        vars(self).update(deepcopy(self.transient), _now=_Now())
+        vars(self).update(deepcopy(self.transient))
 
     @property
     def log_file(self)->Path|None:
         "The file of this run; None before its first fit"
         return self.file and self._root/self.path/self.file
 
+    @property
+    def _here(self):
+        "Where the fit is; or a `validate`, which may run inside of a fit"
+        return self._now if self.fitting else self._aside
+
     def before_fit(self):
         "Note what is to be written with the first batch"
         self._root = self._root or Path.cwd()       # the script may go to another folder
-        self._now = _Now()
         self.file = self.file or f'{datetime.now():%Y%m%d-%H%M%S}-{uuid4().hex[:6]}.jsonl'
         if not self.fitting: return
+        self._now = _Now()
         self._off = self._off or rank_distrib()>0
         self._late,self._status,self._echo = LateNumbers(),None,_Echo(self)
         self.n_fit,self.before,self.ran = self.n_fit+1,self.before+self.ran,0
@@ -82,7 +95,9 @@ class RunLog(ExtCallback):
 
     def before_epoch(self):
         "Nothing of this epoch is known yet"
-        vars(self._now).update(due=True, train=[], valid=[])
+        vars(self._here).update(due=True, train=[], valid=[], passes=0)
+        if self.fitting: self._now.epoch = self.epoch       # fastai's `validate` resets it
+        else: self._now.passes += 1
 
     def before_batch(self):
         "From here on, what happens belongs to the next step"
@@ -90,7 +105,7 @@ class RunLog(ExtCallback):
 
     def after_loss(self):
         "The loss is that of this batch"
-        self._now.has_loss = True
+        if self.fitting: self._now.has_loss = True
 
     def after_batch(self):
         "Note the numbers of this step, if it is time; write those that have arrived"
@@ -106,25 +121,27 @@ class RunLog(ExtCallback):
     def after_train(self):
         "Keep what the table shows of the training"
         if not hasattr(self.learn, 'recorder'): return
-        rec,n = self.recorder,len(_names(self.recorder)[0])
-        self._now.train = [self._known('train_loss')] if rec.cancel_train else list(rec.log[-n:])
+        rec,here,n = self.recorder,self._here,len(_names(self.recorder)[0])
+        here.train = [self._known('train_loss')]
+        if not (rec.cancel_train or here.passes): here.train += list(rec.log[-n:])[1:]
 
     def before_validate(self):
         "Where the validation begins in the row of the table"
-        self._now.n = len(self.recorder.log) if hasattr(self.learn, 'recorder') else 0
+        n = len(self.recorder.log) if hasattr(self.learn, 'recorder') else 0
+        vars(self._here).update(n=n, passes=0)
         if self.fitting: self._echo.validate(0)
 
     def after_validate(self):
         "Keep what the table shows of the validation"
         if self.fitting: self._echo.validate(len(self.dl))
         if not hasattr(self.learn, 'recorder'): return
-        rec = self.recorder
-        self._now.valid = [] if rec.cancel_valid else list(rec.log[self._now.n:])
+        rec,here = self.recorder,self._here
+        here.valid = [] if rec.cancel_valid or here.passes else list(rec.log[here.n:])
 
     def _place(self):
         "Where the run is; a batch is counted from its beginning on"
         n,now = self.learn.train_iter,self._now
-        place = dict(step=self.before + n + (now.in_batch and n==now.done), epoch=self.epoch)
+        place = dict(step=self.before + n + (now.in_batch and n==now.done), epoch=now.epoch)
         return place | (dict(batch=self.iter) if now.in_batch else {})
 
     def _numbers(self):
@@ -135,12 +152,6 @@ class RunLog(ExtCallback):
 
     def _write_late(self, wait=False):
         for place,numbers in self._late.read(wait): self._write('step', place | numbers)
-
-class _Now:
-    "Where in the fit it is. Setting an attribute of a callback would be slow"
-    def __init__(self):
-        self.in_batch,self.has_loss,self.done = False,False,0
-        self.due,self.train,self.valid,self.n = False,[],[],0       # of the row of this epoch
 
 def _names(rec):
     "Names of fastai's table: of training, and of validation. A second one of a name gets a number"
@@ -219,7 +230,7 @@ def receive(self:RunLog,
     row:dict # Numbers, text, lists and dicts
 ):
     "Write the row of another callback"
-    if self._rows is not None or self._now and self._now.in_batch: row = self._place() | row
+    if self._rows is not None or self._now.in_batch: row = self._place() | row
     elif self._begun: row = dict(step=self.before+self.ran) | row       # between two fits
     self._write(kind, row)
 
@@ -258,7 +269,7 @@ def _weights(learn):
 def _table(self:RunLog):
     "The values of this epoch by name"
     if not hasattr(self.learn, 'recorder'): return {}
-    values = zip(_names(self.recorder), (self._now.train, self._now.valid))
+    values = zip(_names(self.recorder), (self._here.train, self._here.valid))
     return {o: _number(v) for names,vs in values for o,v in zip(names, vs)}
 
 @patch

@@ -52,7 +52,7 @@ class Throughput(ExtCallback):
             device=device, workers=n_workers(self.learn.dls.train), n=0, items=0, steps=0,
             n_batch=len(self.learn.dls.train), valid_workers=_valid_workers(self.learn),
             own=own_step(self.learn),
-            window=Counter(), gpu=Counter(), gpu_steps=0, between=Counter(),
+            window=dict.fromkeys(PARTS, 0.), gpu=Counter(), gpu_steps=0, between=Counter(),
             all=Counter(), all_steps=0, all_between=Counter(), memory=deque(maxlen=20),
             left=TimeLeft.of_fit(self.learn, self.now))
         mark = partial(gpu_mark, device) if device.type=='cuda' else None
@@ -63,15 +63,20 @@ class Throughput(ExtCallback):
     def _step_done(self, spent):
         m,learn = self._m,self.learn
         m.n += 1
-        m.left.mark(learn.epoch, True, learn.iter+1, learn.n_iter)
+        if learn.iter in (0, learn.n_iter-1): self._mark_time()
         if m.n<=self.skip: return
         if learn.iter==0 and n_workers(learn.dl):
-            m.between['worker_start'] += spent.get('data', 0)
+            m.between['worker_start'] += spent['data']
             return
         m.steps += 1
         m.items += find_bs(learn.xb)
-        m.window.update(spent)
-        if m.steps==self.window: self._publish_row()
+        for part in PARTS: m.window[part] += spent[part]
+        if m.steps<self.window: return
+        self._mark_time()
+        self._publish_row()
+
+    def _mark_time(self):
+        self._m.left.mark(self.learn.epoch, True, self.learn.iter+1, self.learn.n_iter)
 
     def _validated(self, seconds): self._m.between['validation'] += seconds
 
@@ -117,7 +122,7 @@ def _publish_row(self:Throughput):
     m.all_steps += m.steps
     m.all_between.update(m.between)
     m.items = m.steps = m.gpu_steps = 0
-    m.window,m.gpu,m.between = Counter(),Counter(),Counter()
+    m.window,m.gpu,m.between = dict.fromkeys(PARTS, 0.),Counter(),Counter()
     self._watch_memory()
     if m.all_steps>=self.window: self._say()
 

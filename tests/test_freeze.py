@@ -44,6 +44,14 @@ class Validates(Callback):
     def after_batch(self):
         if self.training and self.iter==1: self.model.train()
 
+def test_an_average_without_a_validation():
+    assert changed([BnFreeze(), SWA(validate='raw')])==set()
+
+def test_it_is_silent_outside_of_a_fit(capsys):
+    learn = learner(cbs=BnFreeze())
+    with learn.no_bar(): learn.validate(), learn.get_preds()
+    assert 'keeps' not in capsys.readouterr().out
+
 def test_whoever_puts_the_model_into_training_mode(): assert changed([BnFreeze(), Validates()])==set()
 
 def test_weights_of_batch_norm_are_trained():

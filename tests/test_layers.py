@@ -238,6 +238,13 @@ def test_a_module_that_changes_fast():
     fit(learn, lr=1e-3)
     assert list(said(stats))==['found that 8 changes fast'] and stats.records[0].batch in (5,6)
 
+def test_groups_with_larger_rates_are_meant_so():
+    def groups(m): return [list(m[:8].parameters()), list(m[8:].parameters())]
+    learn = digits(stats := LayerStats(every=2), opt_func=SGD, splitter=groups)
+    with quiet(learn): learn.fit_one_cycle(2, slice(1e-4, 1.))
+    table = stats.table().update_ratio
+    assert table['8']>40*table.iloc[0] and not stats.records
+
 def test_what_is_frozen():
     norm = lambda n: nn.BatchNorm1d(n)
     body = nn.Sequential(nn.Linear(3, 3), norm(3), nn.Sequential(nn.Linear(3, 3), norm(3)))

@@ -349,6 +349,45 @@ def test_an_epoch_has_the_values_that_were_computed_in_it(event, error, expected
     rows = read_log().epochs.set_index('epoch')[['train_loss','valid_loss']]
     assert [rows.loc[i].notna().sum() if i in rows.index else 0 for i in range(3)]==expected
 
+class Validates(Callback):
+    "Calls `validate` in the midst of a fit, on other items than those of the validation"
+    def __init__(self, event, order): self.event,self.order = event,order
+    def __call__(self, event_name):
+        if event_name!=self.event or not self.learn.training and event_name=='after_train': return
+        if getattr(self, 'inside', False): return
+        self.inside = True
+        self.learn.validate(dl=self.learn.dls.train)
+        self.inside = False
+
+@pytest.mark.parametrize('event', ['after_train','after_validate','after_epoch'])
+@pytest.mark.parametrize('order', [52, 60, 1995])
+def test_a_validation_inside_of_a_fit_is_apart(event, order):
+    "`Recorder` has put the numbers of the other pass into its log; none of them are the epoch's"
+    learn = small(RunLog(), Validates(event, order))
+    with quiet(learn): learn.fit(2)
+    plain = small(RunLog())
+    fit(plain, 2)
+    run,row = read_log(learn.run_log.log_file),read_log(plain.run_log.log_file).epochs.iloc[0]
+    names = 'train_loss','valid_loss','accuracy'
+    for name in names:      # after the first epoch, the shuffling is another one
+        v = run.epochs.iloc[0].get(name, np.nan)
+        assert pd.isna(v) or v==pytest.approx(row[name], abs=1e-6)
+    assert run.epochs.epoch.tolist()==[0,1] and run.epochs.train_loss.notna().all()
+    assert len(run.validations)==2
+    for name in {'valid_loss'} & {*run.epochs}: assert not {*run.epochs[name]} & {*run.validations[name]}
+
+def test_lr_find_of_a_copy_inside_of_a_fit():
+    class Finds(Callback):
+        order = 1000
+        def after_epoch(self):
+            if self.training: return
+            copied = deepcopy(self.learn)
+            copied.cbs = copied.cbs.filter(lambda cb: not isinstance(cb, Finds))
+            with quiet(copied): copied.lr_find(num_it=6, show_plot=False)
+    learn = small(RunLog(), Finds())
+    with quiet(learn): learn.fit(2)
+    assert logged(read_log(learn.run_log.log_file)).to_dict('records')==shown(learn)
+
 def test_epochs_before_start_epoch_have_no_row():
     learn = small(RunLog())
     fit(learn, 1)

@@ -72,6 +72,7 @@ def test_when_it_reduces(kwargs, expected):
     cb = ReduceLROnPlateau('played', comp=np.less, **kwargs)
     learn,plain = (played([2.]*5, *cbs, lr=1e-2) for cbs in ([cb], []))
     assert np.allclose(scales(learn, plain), expected)
+    assert cb.reductions==len({*expected})-1        # at `min_lr` there are no more
 
 @pytest.mark.parametrize('kwargs,values,n', [
     (dict(min_delta=.5), [3.,2.6,2.4,1.8], 1), (dict(min_delta=.1, relative=True), [3.,2.8,2.6,2.2], 1),
@@ -100,13 +101,14 @@ def test_it_goes_on_from_the_best_weights():
     same = lambda a,b: all(map(torch.equal, kept[a], kept[b]))
     assert same(('begin',4), ('end',1)) and not same(('begin',3), ('end',1))
 
-def test_a_resumed_run_goes_on_with_its_scale(tmp_path):
+@pytest.mark.parametrize('method', ['fit','fit_one_cycle'])
+def test_a_resumed_run_goes_on_with_its_scale(tmp_path, method):
     class Stop(Callback):
         order = 3000
         def after_batch(self):
             if self.training and self.epoch==3 and self.iter==1: raise KeyboardInterrupt
     def run(*cbs):
-        return played([2.]*5, ReduceLROnPlateau('played', comp=np.less), *cbs, method='fit_one_cycle')
+        return played([2.]*5, ReduceLROnPlateau('played', comp=np.less), *cbs, method=method)
     whole = run()
     with pytest.raises(KeyboardInterrupt): run(Stop(), Checkpoint(tmp_path, steps=1))
     resumed = run(Checkpoint(tmp_path, steps=1))

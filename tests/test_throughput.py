@@ -241,6 +241,20 @@ def test_an_export_in_mid_fit_has_no_clock(tmp_path):
     assert [type(cb).__name__ for cb in again.cbs if 'ark' in type(cb).__name__]==[]
     assert again.throughput.table().empty
 
+def test_an_own_learner_is_said(capsys):
+    class Own(Learner):
+        def _do_one_batch(self): super()._do_one_batch()
+    learn = digits_learner(n=160, bs=32)
+    learn.__class__ = Own
+    fit(learn, 1, cbs=(t := Throughput(skip=0)))
+    assert 'cannot tell forward, backward and optimizer apart' in capsys.readouterr().out
+    t._m.all = module.Counter(optimizer=90., forward=10.)
+    assert t.verdict.part=='none'
+
+def test_short_epochs_want_no_workers():
+    t = played('data', window=2)
+    assert t.verdict.next=='in epochs as short as these, workers take longer to start; make items cheaper'
+
 @pytest.mark.parametrize('kwargs,words', [
     (dict(window=0), 'window=0'), (dict(skip=-1), 'skip=-1'), (dict(window='a'), "window='a'")])
 def test_bad_arguments(kwargs, words):

@@ -18,8 +18,7 @@ from fastai.learner import Learner
 # %% ../../nbs/base/parts.ipynb #parts-005
 PARTS = 'data','transforms','forward','backward','optimizer','callbacks'
 _after = dict(before_train='data', before_batch='forward', after_pred='forward', before_backward='backward',
-              before_step='optimizer', after_step='optimizer', after_batch='data',
-              before_validate='validation')
+              before_step='optimizer', after_step='optimizer', after_batch='data')
 
 class _Mark(Callback):
     "Calls `note` in each event"
@@ -39,7 +38,7 @@ class PartClock:
     ):
         self.step_done,self.validated,self.now = step_done,validated,now
         self.mark,self.gpu_every = mark,gpu_every
-        self.part,self.spent,self.last = 'other',Counter(),now()
+        self._times,self._validates = [],False      # when which part began, in this step
         self.n,self._marks,self._waiting = 0,None,deque()
 
     def start(self,
@@ -61,31 +60,37 @@ class PartClock:
 
     def _to(self, part):
         "What comes now is `part`"
-        now = self.now()
-        self.spent[self.part] += now-self.last
-        self.part,self.last = part,now
+        self._times.append((part, self.now()))
         if self._marks is not None: self._marks.append((part, self.mark()))
 
     def _enter(self, event_name):
         "The first callback of an event"
-        if self.part!='validation' or event_name=='after_validate': self._to('callbacks')
+        if self._validates: return self._enter_validation(event_name)
+        self._to('callbacks')
         if event_name=='after_train': self._unwrap()
+
+    def _enter_validation(self, event_name):
+        if event_name!='after_validate': return
+        self._validates = False
+        self.validated(self.now()-self._times[-1][1])
 
     def _leave(self, event_name):
         "The last callback of an event"
-        if self.part=='validation': return
-        if event_name=='after_validate': self.validated(self.spent.pop('validation', 0.))
+        if self._validates: return
         self._to(_after.get(event_name, 'callbacks'))
         if event_name=='after_batch' and self.learn.training: self._after_step()
+        elif event_name=='before_validate': self._validates = True
         elif event_name=='before_train':
             self._wrap()
-            self.spent.clear()
+            del self._times[:-1]
 
     def _after_step(self):
         self.n += 1
         if self._marks is not None: self._waiting.append(self._marks)
-        self.step_done(dict(self.spent))
-        self.spent.clear()
+        spent,times = dict.fromkeys(PARTS, 0.),self._times
+        for (part,start),(_,end) in zip(times, times[1:]): spent[part] += end-start
+        del times[:-1]
+        self.step_done(spent)
         self._marks = [('data', self.mark())] if self.mark and self.n%self.gpu_every==0 else None
 
     def read(self)->list: # Dicts: seconds by part
@@ -114,7 +119,7 @@ class _Transforms:
     def __init__(self, clock, f): vars(self).update(_clock=clock, _f=f)
     __class__ = property(lambda self: type(self._f))        # for `isinstance`
     def __call__(self, b):
-        if self._clock.part=='data': self._clock._to('transforms')
+        if self._clock._times[-1][0]=='data': self._clock._to('transforms')
         return self._f(b)
     def __getattr__(self, k): return getattr(self._f, k)
     def __setattr__(self, k, v): setattr(self._f, k, v)

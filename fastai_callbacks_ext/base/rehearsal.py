@@ -27,7 +27,7 @@ from .model import resettable, unwrap_model
 from .passes import ExtraPass, leaving_no_trace, precision_of, takes_part
 from .position import load_random_state, random_state
 from .state import FitStart, learner_state, load_learner_state
-from .step import BatchUndo
+from .step import BatchUndo, own_step
 from .watch import inner_loader, n_workers
 
 # %% ../../nbs/base/rehearsal.ipynb #rehearse-006
@@ -73,9 +73,8 @@ def own_loop(
     "Why a batch of `learn` is not handled as fastai does it"
     gan = any(c.__name__=='GANTrainer' for cb in learn.cbs for c in type(cb).__mro__)
     if gan: return 'two models take turns in a GAN'
-    names = '_do_one_batch','one_batch','_split','_do_grad_opt'
-    own = [o for o in names if o in vars(learn) or getattr(type(learn), o) is not getattr(Learner, o)]
-    return f"{type(learn).__name__} has its own {' and '.join(own)}" if own else None
+    own = own_step(learn, '_do_one_batch', 'one_batch', '_split', '_do_grad_opt')
+    return f'{type(learn).__name__} has its own {own}' if own else None
 
 class Rehearsal:
     "A learner as in training, inside of `with rehearsal.running()`"

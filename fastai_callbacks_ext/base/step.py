@@ -155,11 +155,12 @@ def step_numbers(
     return last
 
 def own_step(
-    learn:Learner # A learner
-)->str: # '' if it is fastai's
+    learn:Learner, # A learner
+    *names:str # Methods to look at; none: those that train a batch
+)->str: # '' if they are fastai's
     "Name of the method with which `learn` trains a batch in its own way: 'one_batch', '_do_one_batch', ..."
     own = lambda name: name in vars(learn) or not is_fastais(getattr(type(learn), name))
-    return next(filter(own, ('one_batch','_do_one_batch','_do_grad_opt')), '')
+    return next(filter(own, names or ('one_batch','_do_one_batch','_do_grad_opt')), '')
 
 # %% ../../nbs/base/step.ipynb #7afbd046
 def loss_modules(
