@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from fastai.callback import training
 from fastai.callback.core import CancelStepException
-from fastai.callback.fp16 import MixedPrecision
 from fastcore.basics import patch
 from fastcore.foundation import L
 from torch import Tensor
@@ -21,7 +20,8 @@ from .base.core import ExtCallback, check_number, check_type
 from .base.grads import (grad_numbers, multiply_, numbers_behind, step_grads, total_norm,
                                              with_grad)
 from .base.model import unwrap_model
-from .base.step import BatchUndo, opt_params, step_numbers
+from .base.step import opt_params, step_numbers
+from .base.twopass import MovesWeights
 
 # %% ../nbs/10_gradients.ipynb #97119271
 class GradientClip(ExtCallback):
@@ -150,10 +150,8 @@ def plot(self:GradientClip,
     return ax
 
 # %% ../nbs/10_gradients.ipynb #6d0b3e2b
-class SAM(ExtCallback):
+class SAM(MovesWeights):
     "Sharpness-aware minimization: steps with the gradient at the worst weights nearby; needs two passes"
-    order,run_valid,single = 45,False,True      # after all callbacks that prepare a batch
-    transient = dict(_moved=[], _kept=[], _undo=None, _loss=None)
     def __init__(self,
         # How far to move the weights for the second pass (2-norm); with `adaptive`, 10 to 40 times as far
         rho:float=0.05,
@@ -162,99 +160,19 @@ class SAM(ExtCallback):
     ):
         self.rho,self.eta = check_number('rho', rho, low=0),check_number('eta', eta, low=0)
         self.adaptive = check_type('adaptive', adaptive, bool)
-        self._forget()
 
-    def _forget(self): self._moved,self._kept,self._undo = [],[],None
+    def distances(self,
+        params:list, # Parameters
+        way:list # Their gradients
+    ):
+        "The gradient, as long as `rho`"
+        sizes = torch._foreach_abs(params) if self.adaptive else []
+        if sizes:
+            torch._foreach_add_(sizes, self.eta)
+            torch._foreach_mul_(way, sizes)
+        multiply_(way, self.rho/(total_norm(way)+1e-12))
+        if sizes: torch._foreach_mul_(way, sizes)
 
-    def before_fit(self):
-        "Put the weights back, also if the fit ends with an error"
-        self.at_end(self._forget)
-        self.at_end(self._move_back)
-
-    def before_batch(self):
-        "Do the first pass; move the weights to the worst ones nearby"
-        learn,self._undo = self.learn,self._undo or [BatchUndo(self.learn), BatchUndo(self.learn)]
-        before,after = self._undo
-        before.keep()
-        loss = self._first_pass(learn)
-        if self.learn is None: return before.rewind()     # another callback has removed this one
-        after.keep()
-        self._loss = learn.loss.detach()
-        self._move(*self._gradient(loss))
-        before.rewind()
-
-    def after_loss(self):
-        "Show the loss of the first pass, at the weights themselves"
-        if self._moved: self.learn.loss = self._loss
-
-    def after_backward(self):
-        "Put the weights back"
-        self._move_back()
-    after_cancel_batch = after_backward
-
-# %% ../nbs/10_gradients.ipynb #ea9d7853
-@patch
-def _first_pass(self:SAM, learn):
-    learn.pred = unwrap_model(learn.model)(*learn.xb)
-    self._send('after_pred', learn)
-    learn.loss_grad = learn.loss_func(learn.pred, *learn.yb)
-    learn.loss = learn.loss_grad.clone()
-    self._send('after_loss', learn)
-    return learn.loss_grad.mean() if learn.loss_grad.ndim else learn.loss_grad
-
-@patch
-def _send(self:SAM, event_name, learn):
-    for cb in learn.cbs.sorted('order'):
-        if hasattr(type(cb), event_name) and not isinstance(cb, (SAM, MixedPrecision)): cb(event_name)
-
-# %% ../nbs/10_gradients.ipynb #bc52a667
-@patch
-def _gradient(self:SAM, loss):
-    "Trained parameters, and their gradients of the first pass; gradients of before are kept"
-    scaler,params = vars(self.learn).get('scaler'),opt_params(self.opt)
-    kept = {p: p.grad for p in (*params, *self.model.parameters())}
-    for p in kept: p.grad = None
-    try:
-        (scaler.scale(loss) if scaler else loss).backward()     # the loss scale does not matter here
-        params = [p for p in params if p.grad is not None]
-        return params,[p.grad.to_dense() for p in params]
-    finally:
-        for p,g in kept.items(): p.grad = g
-
-@patch
-def _move(self:SAM, params, way):
-    self._keep(params)
-    with torch.no_grad():
-        self._scale(params, way)
-        torch._foreach_add_(params, way)
-    torch.clear_autocast_cache()    # it holds copies of the weights of before
-
-@patch
-def _keep(self:SAM, params):
-    "Copy the weights: to subtract what was added would not give exactly the same numbers"
-    kind = lambda p: (p.shape, p.dtype, p.device)
-    if [*map(kind, self._kept)]!=[*map(kind, params)]:
-        self._kept = [torch.empty_like(p, requires_grad=False) for p in params]
-    torch._foreach_copy_(self._kept, [p.detach() for p in params])
-    self._moved = params
-
-@patch
-def _scale(self:SAM, params, way):
-    "Turn the gradient into the distance to move"
-    sizes = torch._foreach_abs(params) if self.adaptive else []
-    if sizes:
-        torch._foreach_add_(sizes, self.eta)
-        torch._foreach_mul_(way, sizes)
-    multiply_(way, self.rho/(total_norm(way)+1e-12))
-    if sizes: torch._foreach_mul_(way, sizes)
-
-@patch
-def _move_back(self:SAM):
-    if not self._moved: return
-    with torch.no_grad(): torch._foreach_copy_(self._moved, self._kept)
-    self._moved = []
-    torch.clear_autocast_cache()
-    self._undo[1].rewind()
 
 # %% ../nbs/10_gradients.ipynb #1e82b368
 class GradientCentralization(ExtCallback):
