@@ -6,16 +6,12 @@
 __all__ = ['AWP', 'FGM']
 
 # %% ../nbs/31_adversarial.ipynb #adv-005
-from functools import partial
-
 import torch
-from fastai.learner import Learner
 from fastai.text.models.awdlstm import EmbeddingDropout
 from fastcore.foundation import L
 from torch import Tensor, nn
 from .base.core import check_number, check_type, some_of
 from .base.model import unwrap_model
-from .base.step import tensors_in
 from .base.twopass import MovesWeights, TwoPasses
 
 # %% ../nbs/31_adversarial.ipynb #adv-007
@@ -36,9 +32,10 @@ class AWP(_FromStart, MovesWeights):
     transient = dict(_chosen=frozenset())
     def __init__(self,
         gamma:float=0.01, # How far each weight matrix is moved, as a share of its 2-norm
-        names:str|tuple=None, # Beginnings of the names of parameters to move; None: all with two dimensions or more
+        # Beginnings of the names of parameters to move; None: all with two dimensions or more
+        names:str|tuple=None,
         start:float=0., # Begin after this share of the fit, 0 to 1
-        share:float=1. # Share of the gradient there in that of the step; the rest is the gradient of the plain weights
+        share:float=1. # Share of the gradient there, 0 to 1; the rest is the gradient at the plain weights
     ):
         self.gamma = check_number('gamma', gamma, low=0)
         self.names = tuple(L(check_type('names', names, str, tuple, type(None))))
@@ -80,8 +77,8 @@ _embeddings = nn.Embedding,nn.EmbeddingBag,EmbeddingDropout
 class FGM(_FromStart, TwoPasses):
     """Adversarial training of texts: trains with the worst embeddings nearby too, item by item
 
-    The embeddings of each item are moved by `epsilon` in the direction in which its loss rises. It takes two passes
-    for each batch."""
+    The embeddings of each item are moved by `epsilon` in the direction in which its loss rises. It takes two
+    passes for each batch."""
     transient = dict(_hooks=[], _outputs=[], _added=[], _modules=[])
     def __init__(self,
         epsilon:float=1., # How far the embeddings of an item are moved, in 2-norm over all of them

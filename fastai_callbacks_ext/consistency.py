@@ -34,7 +34,8 @@ class Compares(ExtCallback):
         "Find out how to compare; `ValueError` if that cannot be known"
         loss_func = self.learn.loss_func
         try: kind = self.outputs or output_kind(loss_func)
-        except NotClear as e: raise ValueError(f'{self.name}: {e}, one of {", ".join(output_kinds)}, loss') from None
+        except NotClear as e:
+            raise ValueError(f'{self.name}: {e}, one of {", ".join(output_kinds)}, loss') from None
         how = getattr(getattr(loss_func, 'func', loss_func), 'reduction', 'mean')
         if how=='sum': raise ValueError(f"{self.name}: the loss is a sum (reduction='sum'); expected a mean")
         self._far = divergence(kind, loss_func)
@@ -42,8 +43,9 @@ class Compares(ExtCallback):
         self.at_end(setattr, self, '_other', None)
 
     def _apart(self, a, b, temperature=1.):
-        if a.shape!=b.shape: raise ValueError(f'{self.name}: outputs of shapes {(*b.shape,)} and {(*a.shape,)}; '
-                                              'expected the same shape')
+        if a.shape!=b.shape:
+            shapes = f'{(*a.shape,)} and {(*b.shape,)}'
+            raise ValueError(f'{self.name}: outputs of shapes {shapes}; expected the same shape')
         yb = self.learn.yb
         targ = yb[0] if len(yb)==1 and isinstance(yb[0], Tensor) else None
         return self._far(*(o.as_subclass(Tensor) for o in (a, b)), targ, temperature)
@@ -60,13 +62,14 @@ def _first(pred):
 class Distill(Compares):
     """Knowledge distillation: trains a model with what a teacher says about each item too
 
-    Training only: `valid_loss` is that of the labels alone. A copy or an export of the learner has no teacher."""
+    Training only: `valid_loss` is that of the labels alone. A copy or an export has no teacher."""
     transient = dict(teacher=None)
     def __init__(self,
-        teacher:nn.Module|Learner, # A trained model, or its learner. It is called with the inputs of the batch
+        teacher:nn.Module|Learner, # A trained model, or its learner; called with the inputs of the batch
         alpha:float=0.5, # Share of the teacher in the loss, 0 to 1
-        temperature:float=2., # Divides the logits of both; larger shows more of what the teacher thinks of other classes
-        outputs:str=None # What the model gives out, as in `ItemStats`, or 'loss' for regression; None: by the loss
+        temperature:float=2., # Divides the logits of both; larger shows more of the classes not chosen
+        # What the model gives out, as in `ItemStats`, or 'loss' for regression; None: by the loss
+        outputs:str=None
     ):
         check_type('teacher', teacher, nn.Module, Learner)
         self.teacher = unwrap_model(teacher.model if isinstance(teacher, Learner) else teacher)
@@ -78,11 +81,11 @@ class Distill(Compares):
         "Put the teacher on the device of the model, in evaluation mode; as it was at the end"
         super().before_fit()
         if self.teacher is None:
-            raise ValueError(f'{self.name}: teacher=None: a copy or an export has no teacher; make a new Distill')
+            raise ValueError(f'{self.name}: a copy or an export has no teacher; expected a new Distill(teacher)')
         mine = set(map(id, unwrap_model(self.model).parameters()))
         if any(id(p) in mine for p in self.teacher.parameters()):
-            raise ValueError(f'{self.name}: the teacher and the model share weights; expected a model of its own, '
-                             'such as deepcopy(learn.model)')
+            raise ValueError(f'{self.name}: the teacher and the model share weights; expected a model of its '
+                             'own, such as deepcopy(learn.model)')
         modes = [(m, m.training) for m in self.teacher.modules()]
         at = next((p.device for p in self.teacher.parameters()), None)
         device = next((p.device for p in self.model.parameters()), at)
@@ -106,11 +109,12 @@ def _back(teacher, modes, device):
 
 # %% ../nbs/30_consistency.ipynb #cons-013
 class RDrop(Compares):
-    "R-Drop: calls the model twice with other dropout, and trains both outputs to agree; needs two forward passes"
+    "R-Drop: calls the model twice with other dropout, and trains both outputs to agree"
     transient = dict(_states=[])
     def __init__(self,
         alpha:float=1., # Weight of the disagreement; the paper has 1 to 5
-        outputs:str=None # What the model gives out, as in `ItemStats`, or 'loss' for regression; None: by the loss
+        # What the model gives out, as in `ItemStats`, or 'loss' for regression; None: by the loss
+        outputs:str=None
     ):
         self.alpha,self._states = check_number('alpha', alpha, low=0),[]
         self._choose_outputs(outputs)
@@ -119,11 +123,12 @@ class RDrop(Compares):
         "Say that there is no dropout, if so; refuse `MixUp`, whose labels the second loss does not have"
         super().before_fit()
         mixes = [cb.name for cb in self.learn.cbs if isinstance(cb, MixHandler)]
-        if mixes: raise ValueError(f'{self.name}: {mixes[0]} mixes labels, which the second loss would not have; '
-                                   'expected one of them')
+        if mixes:
+            raise ValueError(f'{self.name}: {mixes[0]} mixes labels, which the second loss would not have; '
+                             'expected one of them')
         self.at_end(setattr, self, '_states', [])
         if not any('drop' in type(m).__name__.lower() for m in unwrap_model(self.model).modules()):
-            self.tell('finds no dropout', 'both passes are the same, unless the model draws random numbers elsewhere')
+            self.tell('finds no dropout', 'both passes are the same, unless the model is random elsewhere')
 
     def before_batch(self):
         "Keep hidden states"
