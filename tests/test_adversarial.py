@@ -13,7 +13,7 @@ from common import fit, learner, quiet, traces
 from fastai_callbacks_ext.all import *
 from fastai_callbacks_ext.adversarial import AWP, FGM
 from fastai_callbacks_ext.base.twopass import MovesWeights
-from fastai_callbacks_ext.test_utils import text_learner
+from fastai_callbacks_ext.test_utils import digits_learner, text_learner
 from test_safety import AnyMixedPrecision
 
 class Grads(Callback):
@@ -165,7 +165,7 @@ def test_frozen_embeddings_are_moved_too():
     (FGM(), "modules=None: expected names of modules whose output can be moved, such as an nn.Embedding"),
     (FGM(modules='body'), "modules='body'"), (AWP(names='body'), "names='body': expected the beginning")])
 def test_what_fits_nothing_is_refused(cb, message):
-    with pytest.raises(ValueError) as e: fit(learner(cbs=[cb]))
+    with pytest.raises(ValueError) as e: fit(digits_learner([cb], n=160, bs=32))
     assert message in str(e.value)
 
 @pytest.mark.parametrize('make', [lambda: AWP(-1), lambda: FGM(share=2), lambda: AWP(start=-1),
