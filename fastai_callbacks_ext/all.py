@@ -6,18 +6,21 @@
 __all__ = []
 
 # %% ../nbs/all.ipynb #728a6161
-from . import (accumulation, activations, averaging, best, checkpoint, freeze,
-        gradients, items, layers, loop, monitors, preflight, progress, report,
-        rnn, runlog, safety, schedules, stopping, throughput, tracing, upgrades)
+from . import (accumulation, activations, adversarial,
+        averaging, best, checkpoint, consistency, freeze, gradients,
+        items, layers, loop, monitors, preflight, progress, report, rnn,
+        runlog, safety, schedules, stopping, throughput, tracing, upgrades)
 # before the stars, which hide some of them
-_purposes = (accumulation, activations, averaging, best, checkpoint, freeze, gradients, items, layers,
-             loop, monitors, preflight, progress, report, rnn, runlog, safety, schedules, stopping,
-             throughput, tracing, upgrades)
+_purposes = (accumulation, activations, adversarial, averaging, best, checkpoint, consistency, freeze,
+             gradients, items, layers, loop, monitors, preflight, progress, report, rnn, runlog, safety,
+             schedules, stopping, throughput, tracing, upgrades)
 from .accumulation import *
 from .activations import *
+from .adversarial import *
 from .averaging import *
 from .best import *
 from .checkpoint import *
+from .consistency import *
 from .freeze import *
 from .gradients import *
 from .items import *

@@ -15,7 +15,7 @@ from fastai.learner import Learner
 from torch import Tensor, nn
 from .base.core import ExtCallback, check_number, check_type, nearest
 from .base.labels import NotClear, divergence, output_kind, output_kinds
-from .base.model import norm_layers, stateful_modules, unwrap_model
+from .base.model import norm_layers, resettable, stateful_modules, unwrap_model
 
 # %% ../nbs/30_consistency.ipynb #cons-007
 class _Compares(ExtCallback):
@@ -81,7 +81,7 @@ class Distill(_Compares):
         "Put the teacher on the device of the model, in evaluation mode; as it was at the end"
         super().before_fit()
         if self.teacher is None:
-            raise ValueError(f'{self.name}: a copy or an export has no teacher; expected a new Distill(teacher)')
+            raise ValueError(f'{self.name}: a copy or export has no teacher; expected a new Distill(teacher)')
         mine = set(map(id, unwrap_model(self.model).parameters()))
         if any(id(p) in mine for p in self.teacher.parameters()):
             raise ValueError(f'{self.name}: the teacher and the model share weights; expected a model of its '
@@ -93,8 +93,9 @@ class Distill(_Compares):
         self.teacher.eval().to(device)
 
     def after_pred(self):
-        "Ask the teacher"
+        "Ask the teacher; a recurrent one begins anew in each batch"
         if not self.alpha: return
+        for m in resettable(self.teacher): m.reset()
         with torch.no_grad(): self._other = _first(self.teacher(*self.xb))
 
     def after_loss(self):

@@ -1,5 +1,5 @@
 "What the tests share: the public callbacks, a learner for each, and what a fit may leave behind"
-import os, signal, subprocess, sys, tempfile, threading, traceback, warnings
+import os, pickle, signal, subprocess, sys, tempfile, threading, traceback, warnings
 from contextlib import contextmanager
 from functools import partial
 
@@ -7,8 +7,10 @@ import cloudpickle, torch
 import fastai.callback.all   # for what it adds to `Learner`: `fit_one_cycle`, `lr_find`, `no_bar`, ...
 import fastai_callbacks_ext.all as ext
 from fastai.callback.core import Callback
+from fastai.text.models.awdlstm import EmbeddingDropout
 from fastai_callbacks_ext.base.core import ExtCallback
 from fastai_callbacks_ext.test_utils import digits_learner, text_learner
+from torch import nn
 
 warnings.filterwarnings('ignore')
 
@@ -29,10 +31,22 @@ ARGS = {ext.RNNRegularizer: dict(alpha=2, beta=1)}
 # Arguments without a default
 NEW = {ext.Checkpoint: lambda: dict(path=tempfile.mkdtemp(dir='.')), ext.StopFile: lambda: dict(path='stop'),
        ext.StepLimit: lambda: dict(steps=10**6), ext.SampleLimit: lambda: dict(samples=10**9),
+       ext.Distill: lambda: dict(teacher=digits_learner(n=40).model),
        ext.TimeLimit: lambda: dict(minutes=60, schedule=True)}
 
 # For `assert_close`: to the last bit where sums have one order; a GPU adds up in any
 EXACT = {} if torch.cuda.is_available() else dict(rtol=0, atol=0)
+
+# What some can be given only when the learner is there
+def _embeds(learn): return any(isinstance(m, (nn.Embedding, EmbeddingDropout)) for m in learn.model.modules())
+def _first(learn): return next(n for n,m in learn.model.named_modules() if m._parameters and n)
+def suit(learn, *cbs):
+    "Give the callbacks of `learn`, and `cbs`, what they need to work with it"
+    for cb in (*learn.cbs, *cbs):
+        # an AWD-LSTM cannot be copied by `deepcopy`
+        if type(cb) is ext.Distill: cb.teacher = pickle.loads(pickle.dumps(ext.unwrap_model(learn.model)))
+        if type(cb) is ext.FGM and not _embeds(learn): cb.modules = (_first(learn),)
+    return learn
 
 def make(cls, **kwargs): return cls(**(NEW.get(cls, dict)() | ARGS.get(cls, {}) | kwargs))
 
@@ -41,7 +55,7 @@ def learner(*classes, cbs=None, **kwargs):
     cbs = [make(cls) for cls in classes] if cbs is None else cbs
     if any(NEEDS.get(cls) is text_learner for cls in classes):
         return text_learner([cls() for cls in RNN if cls not in classes] + cbs, n=1000, **kwargs)
-    return digits_learner(cbs, n=160, bs=32, **kwargs)
+    return suit(digits_learner(cbs, n=160, bs=32, **kwargs))
 
 @contextmanager
 def quiet(learn):

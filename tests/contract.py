@@ -13,10 +13,11 @@ from fastai.callback import rnn
 from fastai.callback.core import Callback
 from fastai.learner import load_learner
 from fastai.torch_core import set_seed
+from fastcore.foundation import L
 from fastcore.xtras import working_directory
 import fastai_callbacks_ext.all as ext
 from fastai_callbacks_ext.base.core import from_all
-from common import RNN, exit_code, finite, learner, make, public_callbacks, traces
+from common import RNN, exit_code, finite, learner, make, public_callbacks, suit, traces
 from crash import digests, flat
 from settings import SETTINGS
 
@@ -32,7 +33,9 @@ IS_RNN = *RNN, ext.RNNRegularizer
 # What fastai itself cannot do there
 FASTAI_CANNOT = {('exports','torch_loader'), ('exports','gan')}
 
-def possible(cls): return [s for s in SETTINGS if s in TEXT or cls not in IS_RNN]
+# They do not know the loss of a GAN; labels that are mixed have no second loss
+CANNOT = {(ext.Distill,'gan'), (ext.RDrop,'gan'), (ext.FGM,'gan'), (ext.RDrop,'multi_label')}
+def possible(cls): return [s for s in SETTINGS if (s in TEXT or cls not in IS_RNN) and (cls,s) not in CANNOT]
 def checks_in(setting): return {k: f for k,f in PROPERTIES.items() if (k,setting) not in FASTAI_CANNOT}
 
 def learner_of(cls, setting, *cbs):
@@ -41,7 +44,7 @@ def learner_of(cls, setting, *cbs):
     if cls in IS_RNN:
         learn.remove_cbs(FASTAIS)
         learn.add_cbs([o() for o in RNN if o is not cls])
-    return learn.add_cbs(cbs)
+    return suit(learn.add_cbs(cbs))
 
 @contextlib.contextmanager
 def unseen():
@@ -50,6 +53,7 @@ def unseen():
 
 def train(learn, cbs=None):
     "Two epochs: of `fine_tune`, or of `fit` where the learner's own callbacks freeze and unfreeze"
+    suit(learn, *L(cbs))
     with unseen():
         if hasattr(learn, 'gan_trainer'): learn.fit(2, 1e-3, cbs=cbs)
         else: learn.fine_tune(1, 1e-2, cbs=cbs)

@@ -192,6 +192,7 @@ def test_refused(make, message):
     assert message in str(e.value)
 
 @pytest.mark.parametrize('make', [lambda: Distill(3), lambda: Distill(net(), 2.),
-                                  lambda: Distill(net(), temperature=0), lambda: RDrop(-1), lambda: RDrop(outputs='logit')])
+                                  lambda: Distill(net(), temperature=0), lambda: RDrop(-1),
+                                  lambda: RDrop(outputs='logit')])
 def test_bad_arguments(make):
     with pytest.raises((ValueError,TypeError)): make()

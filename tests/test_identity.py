@@ -30,7 +30,7 @@ from fastai_callbacks_ext.base.identity import (facts_differences, facts_unknown
                                                 model_differences, note_changes, run_facts)
 from fastai_callbacks_ext.test_utils import digits_learner
 from cases import some
-from common import make, public_callbacks, quiet
+from common import NEW, make, public_callbacks, quiet
 from settings import SETTINGS
 
 N = 3000      # more than a fingerprint looks at
@@ -511,6 +511,9 @@ ANOTHER = dict(decay=.5, half_life=[2,3], validate='raw', final='raw', buffers='
                module='rnn', mask=len, lengths=len, monitor='accuracy', comp=np.greater, unit='steps',
                names='1')
 ANOTHER |= {('LAWA','every'): 2, ('SWA','every'): 2, ('SWA','start'): .5, ('SAM','adaptive'): True}
+ANOTHER |= {('Distill','temperature'): 3., ('Distill','teacher'): torch.nn.Linear(2, 2),
+            ('FGM','modules'): '0', ('AWP','share'): .5,
+            ('Distill','outputs'): 'loss', ('RDrop','outputs'): 'loss'}
 acting = [o for o in public_callbacks() if identity._acts(make(o))]
 arguments = [(o, k) for o in acting for k,p in signature(o).parameters.items() if p.kind is not p.VAR_KEYWORD
              and p.kind is not p.VAR_POSITIONAL]
@@ -521,7 +524,8 @@ def test_each_argument_of_each_acting_callback_is_a_fact(cls, name):
     usual = signature(cls).parameters[name].default
     next_one = lambda: not usual if isinstance(usual, bool) else usual/2 if usual and usual<1 else usual+1
     other = ANOTHER[k] if (k := (cls.__name__, name)) in ANOTHER else ANOTHER.get(name) or next_one()
-    a,b,c = map(identity.describe_callback, (make(cls), cls(**{name: other}), cls(**{name: other})))
+    made = [make(cls), *(cls(**NEW.get(cls, dict)() | {name: other}) for _ in range(2))]
+    a,b,c = map(identity.describe_callback, made)
     assert a!=b==c and f'{name}=' in b, b
 
 def test_which_callbacks_act():
@@ -529,7 +533,7 @@ def test_which_callbacks_act():
     assert {o.__name__ for o in acting}=={
         'EMA', 'SWA', 'LAWA', 'GradientAccumulation', 'GradientCentralization', 'GradientClip',
         'GradientNoise', 'LookaheadWeights', 'SAM', 'ModelResetter', 'RNNCallback',
-        'RNNRegularizer', 'ReduceLROnPlateau', 'BnFreeze'}
+        'RNNRegularizer', 'Distill', 'RDrop', 'AWP', 'FGM', 'ReduceLROnPlateau', 'BnFreeze'}
     watch_guard_or_save = {'ActivationStats', 'Checkpoint', 'EarlyStopping', 'FastLoop', 'ItemStats',
                            'LayerStats', 'PreemptionGuard', 'Progress', 'RunLog', 'SampleLimit',
                            'SaveTopK', 'SkipNonFinite', 'SpikeGuard', 'StepLimit', 'StopFile',
