@@ -34,7 +34,7 @@ class ScheduleFree(ExtCallback):
         "The inner optimizer"
         opt = getattr(self.learn.opt, 'opt', self.learn.opt)
         if all(callable(getattr(type(opt), o, None)) for o in ('train','eval')): return opt
-        raise ValueError(f'{self.name}: {type(opt).__name__} has no train() and eval(); expected an optimizer '
+        raise ValueError(f'{self.name}: {type(opt).__name__} has no train() and eval(); expected one that has, '
                          'such as opt_func=partial(OptimWrapper, opt=schedulefree.AdamWScheduleFree)')
 
     def before_train(self):

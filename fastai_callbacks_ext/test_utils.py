@@ -139,7 +139,8 @@ class FreeSGD(torch.optim.Optimizer):
         momentum:float=.9, # Share of the average in the point where gradients are computed
         weight_decay:float=0. # L2 penalty
     ):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, training=False, k=0))
+        hypers = dict(lr=lr, momentum=momentum, weight_decay=weight_decay)
+        super().__init__(params, hypers | dict(training=False, k=0))
 
     def train(self):
         "To the weights for training"
