@@ -116,12 +116,10 @@ def _replace(d, content):
     d.update(content)
 
 def _load_torchs(opt, state):
-    "Load PyTorch's state; the list of groups, their dicts and the defaults stay the same objects"
+    "Load PyTorch's state; the list of groups and their dicts stay the same objects"
     inner = opt.opt if isinstance(opt, OptimWrapper) else opt
     groups = inner.param_groups if type(inner.param_groups) is list else []
-    defaults = dict(getattr(inner, 'defaults', {}))
     opt.load_state_dict(state)
-    if defaults: _replace(inner.defaults, defaults)     # PyTorch adds some that others' optimizers do not have
     if not groups or inner.param_groups is groups: return
     for old,new in zip(groups, inner.param_groups): _replace(old, dict(new))
     inner.param_groups = groups
