@@ -18,6 +18,7 @@ class ScheduleFree(ExtCallback):
     Use it with `schedulefree` by `OptimWrapper`, and with `fit`: at a constant learning rate."""
     # the first after the last batch, so that all others find the weights for evaluation
     order,run_valid,single = -20,False,True
+    run_outside = True      # `lr_find` takes steps too
     def __init__(self,
         refresh:bool=True # Compute statistics of batch norm for validation, by a pass over the training set?
     ): self.refresh = check_type('refresh', refresh, bool)
@@ -26,7 +27,7 @@ class ScheduleFree(ExtCallback):
         "`ValueError` if the optimizer cannot be switched; say that there is a schedule, if so"
         self._switch        # it may be missing
         self.at_end(self._eval)
-        if any(isinstance(cb, ParamScheduler) for cb in self.learn.cbs):
+        if self.fitting and any(isinstance(cb, ParamScheduler) for cb in self.learn.cbs):
             self.tell('runs beside a schedule', 'its optimizer expects a constant learning rate; use fit')
 
     @property
@@ -39,7 +40,7 @@ class ScheduleFree(ExtCallback):
 
     def before_train(self):
         "To the weights for training"
-        self._switch.train()
+        if not hasattr(self.learn, 'gather_preds'): self._switch.train()      # else it is no training
 
     def after_train(self):
         "To those for evaluation"
@@ -47,7 +48,7 @@ class ScheduleFree(ExtCallback):
 
     def before_validate(self):
         "Compute the statistics of batch norm"
-        if self.refresh and norm_layers(self.model): refresh_batchnorm(self.learn, inner=True)
+        if self.fitting and self.refresh and norm_layers(self.model): refresh_batchnorm(self.learn, inner=True)
 
     def _eval(self):
         if self.learn is not None and self.learn.opt is not None: self._switch.eval()

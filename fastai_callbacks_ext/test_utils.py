@@ -159,9 +159,9 @@ class FreeSGD(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        "Step; in the mode for training only"
+        "Step; at the weights for training"
+        self.train()
         for g in self.param_groups:
-            if not g['training']: raise RuntimeError('FreeSGD.step: call train() before the first batch')
             g['k'] += 1
             b = g['momentum']
             for p in g['params']:

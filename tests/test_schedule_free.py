@@ -46,12 +46,13 @@ def test_however_the_fit_ends(error):
     close(next(learn.model.parameters()), mean(seen.zs))
     assert not learn.opt.opt.param_groups[0]['training']
 
-def test_taken_off_in_mid_fit():
-    class Off(Callback):
-        order = 3000
-        def after_epoch(self):
-            if self.epoch==1: self.learn.remove_cb(ScheduleFree)
-    with pytest.raises(Exception, match='call train.. before'): fit(free(Off()), 3, lr=.05)
+def test_lr_find_switches_too():
+    class Watch(Callback):
+        order,seen = 100,()
+        def before_batch(self): self.seen += (self.opt.opt.param_groups[0]['training'],)
+    learn = free(watch := Watch())
+    with quiet(learn): learn.lr_find(num_it=6, show_plot=False, suggest_funcs=None)
+    assert len(watch.seen)>5 and all(watch.seen) and not learn.opt.opt.param_groups[0]['training']
 
 def test_a_second_fit_goes_on():
     learn = free(seen := Seen())
