@@ -89,7 +89,7 @@ class LRFinder(ExtCallback):
     def after_batch(self):
         "A loss scaler takes no step while the loss is not finite: do not wait for one"
         self._idle += 1
-        if self._idle%50 or not self._batches: return
+        if self._idle%20 or not self._batches: return
         loss = rank_mean(self._batches[-1][0].item())
         if isfinite(loss): return
         self.lrs.append(self.lr)
@@ -139,7 +139,9 @@ def _why_not(raw, num_it, least=20):
     if not raw: return 'no step was taken'
     if not finite: return f'the loss of the first step is {raw[0]}'
     if finite<least or finite-num_it//10-num_it//20<16:
-        cure = 'raise num_it' if len(raw)>=num_it else 'the loss has diverged: lower start_lr or end_lr'
+        diverged = finite<len(raw) or _has_risen(_smoothed(raw, num_it))
+        cure = ('raise num_it' if len(raw)>=num_it and finite==len(raw) else
+                'the loss has diverged: lower start_lr' if diverged else 'something else has ended the fit')
         return f'{finite} steps are too few: {cure}'
     if not _fell(raw[:finite]):
         low = min(_smoothed(raw[:finite], num_it))
@@ -181,8 +183,8 @@ class LRFindResult(tuple):
         if not len(self.losses) or self.why and 'fell' in self.why: return None
         end = int(np.argmin(self.losses))
         before = self.losses[:end+1]
-        near = before.max()-.05*(before.max()-before[-1])
-        start = int(np.flatnonzero(before>=near)[-1])
+        high = np.quantile(before, .75)
+        start = int(np.flatnonzero(before>=high-.05*(high-before[-1]))[-1])
         return (float(self.lrs[start]),float(self.lrs[end])) if start<end else None
 
     def plot(self,
