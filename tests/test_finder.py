@@ -112,7 +112,8 @@ def test_no_file_is_written(tmp_path, monkeypatch):
     find(learn)
     assert not list(tmp_path.rglob('*'))
 
-def test_run_log_has_a_row():
+def test_run_log_has_a_row(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     learn = learner(cbs=RunLog())
     with quiet(learn): learn.fit(1)
     res = find(learn)
