@@ -153,6 +153,7 @@ def plot(self:GradientClip,
 class SAM(ExtCallback):
     "Sharpness-aware minimization: steps with the gradient at the worst weights nearby; needs two passes"
     order,run_valid,single = 45,False,True      # after all callbacks that prepare a batch
+    in_lr_find = True
     transient = dict(_moved=[], _kept=[], _undo=None, _loss=None)
     def __init__(self,
         # How far to move the weights for the second pass (2-norm); with `adaptive`, 10 to 40 times as far
@@ -260,6 +261,7 @@ def _move_back(self:SAM):
 class GradientCentralization(ExtCallback):
     "Gradient centralization: subtracts the mean from the gradient of each filter or row of a weight"
     order,run_valid = 12,False      # after clipping
+    in_lr_find = True
     def __init__(self,
         conv_only:bool=False # Leave linear layers alone, and change convolutions only?
     ): self.least = 3 if check_type('conv_only', conv_only, bool) else 2
@@ -274,6 +276,7 @@ class GradientCentralization(ExtCallback):
 class GradientNoise(ExtCallback):
     "Gradient noise: adds normal (Gaussian) noise to the gradient, less and less with each step"
     order,run_valid = 13,False      # after clipping
+    in_lr_find = True
     fit_state = dict(_t=0)
     def __init__(self,
         eta:float=0.01, # Variance of the noise in the first step; the paper has 0.01, 0.3 and 1
@@ -308,6 +311,7 @@ class LookaheadWeights(ExtCallback):
 
     If the number of steps is no multiple of `k`, the fit ends with the weights of the last step."""
     order,run_valid = 44,False
+    in_lr_find = True
     fit_state,transient = dict(_slow=None, _t=0),dict(_slow=None)
     def __init__(self,
         k:int=5, # Number of optimizer steps from one move back to the next

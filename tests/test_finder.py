@@ -147,7 +147,9 @@ def noting(seen):
 
 KINDS = dict(none=list, ours=lambda: [GradientAccumulation(64)],
              fastais=lambda: [fastais.GradientAccumulation(64)],
-             huge=lambda: [GradientAccumulation(10**4)], fast=lambda: [GradientAccumulation(64), FastLoop()])
+             huge=lambda: [GradientAccumulation(10**4)],
+             asked=lambda: [GradientAccumulation(lambda epoch,step: 64)],
+             fast=lambda: [GradientAccumulation(64), FastLoop()])
 
 @pytest.mark.parametrize('opt', OPTS)
 @pytest.mark.parametrize('kind', KINDS)
@@ -177,6 +179,12 @@ def test_accumulated_is_a_big_batch():
                  for o in ((64,), (16, GradientAccumulation(64))))
     assert np.allclose(big.raw, small.raw, rtol=1e-3) and np.allclose(big.lrs, small.lrs)
     assert list(small)==pytest.approx(list(big))
+
+@pytest.mark.parametrize('cls', [SAM, GradientCentralization, LookaheadWeights, partial(GradientNoise, 1.)])
+def test_what_changes_a_step_takes_part(cls):
+    plain,other = find(learner(), stop_div=False),find(learner(cbs=cls()), stop_div=False)
+    assert plain.raw[0]==pytest.approx(other.raw[0], rel=1e-4)
+    assert not np.allclose(plain.raw, other.raw, rtol=1e-3)
 
 def test_other_schedules_do_not_interfere():
     cbs = [ParamScheduler({'lr': SchedCos(.1,.2), 'mom': SchedCos(.1,.2)}), ReduceLROnPlateau()]
@@ -268,7 +276,7 @@ def test_runs_have_another_order(capsys):
     low,high = res.band
     assert (low<=res.losses).all() and (res.losses<=high).all() and (low<high).any()
     assert len(res.each['valley'])==3 and len({*res.each['steep'], *res.each['valley']})>2
-    assert capsys.readouterr().out.count(' in 3 runs')==4
+    assert capsys.readouterr().out.count('; each run alone: ')==4
     one = find(learner(), num_it=60)
     assert one.band is None and one.each=={'valley': [one.valley]}
     assert one.valley==res.each['valley'][0]        # the first run is that of one run
