@@ -49,6 +49,7 @@ techniques: .venv/ready ## Train digits and a language model with and without ea
 	OMP_NUM_THREADS=1 $(RUN)/python benchmarks/techniques.py
 	OMP_NUM_THREADS=1 $(RUN)/python benchmarks/average_defaults.py
 	OMP_NUM_THREADS=1 $(RUN)/python benchmarks/figures.py
+	OMP_NUM_THREADS=1 $(RUN)/python benchmarks/lr_find.py
 
 soak-contract: .venv/ready ## Every callback in every setting, every pair, in a notebook and in 2 processes (an hour)
 	$(RUN)/python tests/contract.py --all

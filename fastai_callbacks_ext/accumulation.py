@@ -184,6 +184,7 @@ def _assumed(call):
 class GradientAccumulation(ExtCallback):
     "Gradient accumulation: one step for every `n_acc` items, equal to the step of one big batch of them"
     order,run_valid,single = 6,False,True    # fastai's order: before `MixedPrecision` and clipping
+    in_lr_find = True
     fit_state = dict(_window=None, _steps=0, _rate=None)
     transient = dict(_window=None, _batch=None, _lent=[])
     def __init__(self,

@@ -21,6 +21,7 @@ from .base.model import norm_layers, resettable, stateful_modules, unwrap_model
 class _Compares(ExtCallback):
     "Adds to the loss how far two outputs are apart: the base of `Distill` and `RDrop`"
     order,run_valid = 2,False       # before a `GradientAccumulation` divides the loss
+    in_lr_find = True
     transient = dict(_other=None, _far=None)
     _other = _far = None
 

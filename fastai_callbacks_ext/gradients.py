@@ -173,11 +173,11 @@ class SAM(MovesWeights):
         multiply_(way, self.rho/(total_norm(way)+1e-12))
         if sizes: torch._foreach_mul_(way, sizes)
 
-
 # %% ../nbs/10_gradients.ipynb #1e82b368
 class GradientCentralization(ExtCallback):
     "Gradient centralization: subtracts the mean from the gradient of each filter or row of a weight"
     order,run_valid = 12,False      # after clipping
+    in_lr_find = True
     def __init__(self,
         conv_only:bool=False # Leave linear layers alone, and change convolutions only?
     ): self.least = 3 if check_type('conv_only', conv_only, bool) else 2
@@ -192,6 +192,7 @@ class GradientCentralization(ExtCallback):
 class GradientNoise(ExtCallback):
     "Gradient noise: adds normal (Gaussian) noise to the gradient, less and less with each step"
     order,run_valid = 13,False      # after clipping
+    in_lr_find = True
     fit_state = dict(_t=0)
     def __init__(self,
         eta:float=0.01, # Variance of the noise in the first step; the paper has 0.01, 0.3 and 1
@@ -226,6 +227,7 @@ class LookaheadWeights(ExtCallback):
 
     If the number of steps is no multiple of `k`, the fit ends with the weights of the last step."""
     order,run_valid = 44,False
+    in_lr_find = True
     fit_state,transient = dict(_slow=None, _t=0),dict(_slow=None)
     def __init__(self,
         k:int=5, # Number of optimizer steps from one move back to the next

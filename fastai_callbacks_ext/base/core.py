@@ -119,7 +119,8 @@ class _Scope(ExitStack):
         super().__init__()
         self.cb,self.thread,self.sender = cb,get_ident(),_sender(cb.learn)
         by_fit = self.sender is not None and self.sender.f_code.co_name=='_with_events'
-        self.fitting = by_fit and not hasattr(cb.learn, 'lr_finder')
+        finder = getattr(cb.learn, 'lr_finder', None)
+        self.fitting = by_fit and (finder is None or cb.in_lr_find and isinstance(finder, ExtCallback))
 
     @property
     def running(self):
@@ -206,6 +207,7 @@ class ExtCallback(Callback):
     run_before,run_after = (),()  # a callback class, or several
     single = False                # True: a second one of the class in a fit is an error
     run_outside = False           # True: act in `validate`, `get_preds`, `predict` and `lr_find` too
+    in_lr_find = False            # True: our `lr_find` is a fit for it, since it changes what a step is
     fit_state = {}                # attributes that a fit resets, with their first values; part of the state
     state_attrs = ()              # names of other attributes that are part of the state
     transient = {}                # attributes of the running fit, with their values in a copy or an export

@@ -36,7 +36,9 @@ def putting_back(
     learn:Learner # Learner that is used in the block; it has an optimizer there
 ):
     "After the block, however it ends, the learner is as before: weights, optimizer, loaders, random states"
-    with _ctrl_c_waits() as allowed, leaving_no_trace(learn):
+    with _ctrl_c_waits() as allowed, leaving_no_trace(learn), ExitStack() as stack:
+        for dl in {*map(inner_loader, learn.dls.loaders), *learn.dls.loaders}:
+            stack.callback(_refill, vars(dl), dict(vars(dl)))
         if learn.opt is None: learn.create_opt()
         start = FitStart(learn)
         copied = map_state(learner_state(learn, start=start), lambda t: t.to('cpu', copy=True))
@@ -106,7 +108,6 @@ class Rehearsal:
             raise NotKnown('SyncBatchNorm waits for other processes')
         with putting_back(learn), learn.no_bar(), ExitStack() as stack:
             self.random = random_state(learn.dls)
-            for dl in {*self.loaders, *learn.dls.loaders}: stack.callback(_refill, vars(dl), dict(vars(dl)))
             learn.model = self.model
             out = [cb for cb in learn.cbs if not takes_part(cb) or isinstance(cb, MixHandler)]
             for cb in learn.cbs:

@@ -19,6 +19,7 @@ from .step import BatchUndo, opt_params
 class TwoPasses(ExtCallback):
     "Computes a first gradient before the batch; the loop's own passes are the second ones: subclass it"
     order,run_valid,single = 45,False,True      # after all callbacks that prepare a batch
+    in_lr_find = True
     transient = dict(_undo=None, _loss=None, _first=[])
     share = 1.      # of the second gradient in that of the step; the rest is the first one
     _undo,_loss,_first = None,None,()
