@@ -25,6 +25,7 @@ class ScheduleFree(ExtCallback):
 
     def before_fit(self):
         "`ValueError` if the optimizer cannot be switched; say that there is a schedule, if so"
+        if self.learn.opt is None: return       # there is no optimizer yet, and it is no fit
         self._switch        # it may be missing
         self.at_end(self._eval)
         if self.fitting and any(isinstance(cb, ParamScheduler) for cb in self.learn.cbs):

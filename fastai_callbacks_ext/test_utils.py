@@ -7,6 +7,7 @@ __all__ = ['digits_dls', 'digits_model', 'digits_learner', 'words', 'text_dls', 
 
 # %% ../nbs/90_test_utils.ipynb #f2b7bae8
 import re
+from collections.abc import Callable
 from functools import cache
 from pydoc_data.topics import topics
 
@@ -134,7 +135,7 @@ class PoisonBatch(Callback):
 class FreeSGD(torch.optim.Optimizer):
     "A small schedule-free optimizer: SGD by the formulas of Defazio et al. (2024), for examples and tests"
     def __init__(self,
-        params, # Parameters, or dicts for groups of them
+        params:list, # Parameters, or dicts for groups of them
         lr:float=.1, # Learning rate
         momentum:float=.9, # Share of the average in the point where gradients are computed
         weight_decay:float=0. # L2 penalty
@@ -158,7 +159,9 @@ class FreeSGD(torch.optim.Optimizer):
                     p.data.lerp_(self.state[p]['z'], 1-b if training else 1-1/b)
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self,
+        closure:Callable=None # Not used
+    ):
         "Step; at the weights for training"
         self.train()
         for g in self.param_groups:
