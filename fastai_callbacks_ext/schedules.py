@@ -155,7 +155,7 @@ def _filled(name, phases):
             raise ValueError(f'{told} has {o!r}: expected Warmup, Flat or Decay')
     if not phases: raise ValueError(f'{told} is empty: expected Warmup, Flat or Decay')
     if sum(o['length'] is None for o in phases)>1:
-        raise ValueError(f'{told}: several phases have no length; expected one, which takes what is left over')
+        raise ValueError(f'{told}: several phases have no length; expected one, which takes the rest')
     res,now = [],None
     for o in phases:
         first = 0. if o['kind']=='warmup' else 1.
@@ -198,14 +198,13 @@ class _Curve:
     def check(self, name, full, a, b, eps=1e-9):
         "`a` and `b`: shares of the fit where the phases from the start end, and those before the end begin"
         told,over = f'phases[{name!r}]',a-b
-        if over>eps: raise ValueError(f'{told}: the phases take {1+over:.4g} of the fit{self.fit}; expected '
-                                      '1 in all')
+        if over>eps:
+            raise ValueError(f'{told}: the phases take {1+over:.4g} of the fit{self.fit}; expected 1 in all')
         if full and over<-eps:
             raise ValueError(f'{told}: {-over:.4g} of the fit{self.fit} has no phase; expected 1 in all. '
                              'Leave out one length, or add Flat()')
         if not full and over>-eps:
-            raise ValueError(f'{told}: nothing of the fit{self.fit} is left over for the phase without a '
-                             'length')
+            raise ValueError(f'{told}: nothing is left over for the phase without a length{self.fit}')
 
     def __call__(self, t):
         "The multiple at the position `t`, from 0 to `total`"
@@ -219,7 +218,7 @@ class _AnyFit:
 
 # %% ../nbs/23_schedules.ipynb #sched-s07
 class Schedule(Multiplier):
-    """A schedule of phases for the learning rate and other hyper-parameters, in shares of the fit, epochs or steps
+    """A schedule of phases, for the learning rate and other hyper-parameters
 
     In each batch, the value that the fit has set is multiplied by that of the schedule. Several schedules
     multiply, also `fit_one_cycle` and `ReduceLROnPlateau`. Each fit begins it anew."""
@@ -275,7 +274,7 @@ class Schedule(Multiplier):
                 raise ValueError(f"phases[{name!r}]: length={n!r}, unit='steps': expected a whole number")
 
 class _Fit(FitSteps):
-    def __str__(self): return f', which has {self.total} steps in {self.n_epoch} epoch{"s"*(self.n_epoch!=1)}'
+    def __str__(self): return f' ({self.total} steps in {self.n_epoch} epoch{"s"*(self.n_epoch!=1)})'
 
 # %% ../nbs/23_schedules.ipynb #sched-s09
 @patch(cls_method=True)

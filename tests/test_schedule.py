@@ -26,7 +26,8 @@ class Values(Callback):
     def after_pred(self): self.batches.append(self.look())
     def before_step(self): self.steps.append(self.look())
 
-def values(*cbs, n=2, of='lr', method='fit', bs=32, items=160, splitter=None, opt=Adam, fitting=None, **kwargs):
+def values(*cbs, n=2, of='lr', method='fit', bs=32, items=160, splitter=None, opt=Adam,
+           **kwargs):
     "Values in each batch and in each step of a fit; an epoch has 4 batches"
     more = {} if splitter is None else dict(splitter=splitter)
     learn = digits_learner([*cbs, seen := Values(of)], n=items, bs=bs, opt_func=opt, **more)
@@ -110,7 +111,8 @@ def hf_wsd(step, warmup, stable, decay, kind, low):
 @pytest.mark.parametrize('warmup,decay', [(2,3), (0,5), (3,0), (1,8)])
 def test_wsd_is_hugging_faces(kind, low, warmup, decay):
     "12 steps in 3 epochs. The warm-up of theirs begins at the lowest value too"
-    lr,sched = 1e-2,Schedule({'lr': [Warmup(warmup, start=low), Flat(), Decay(decay, kind, end=low)]}, 'steps')
+    phases = [Warmup(warmup, start=low), Flat(), Decay(decay, kind, end=low)]
+    lr,sched = 1e-2,Schedule({'lr': phases}, 'steps')
     got = values(sched, n=3, lr=lr)[0][:,0]
     assert np.allclose(got, [lr*hf_wsd(t, warmup, 12-warmup-decay, decay, kind, low) for t in range(12)],
                        rtol=1e-12, atol=1e-18)
@@ -141,7 +143,8 @@ def test_it_multiplies_what_runs(opt, method, cbs):
     curve = [t/(n/4) if t<n/4 else 1. if t<n/2 else (1+cos(pi*(t-n/2)/(n/2)))/2 for t in range(n)]
     assert np.allclose(got[1], plain[1]*np.array(curve)[:,None], rtol=1e-6, atol=1e-15)
     assert np.allclose(got[0], plain[0]*np.repeat(curve, 12//n)[:,None], rtol=1e-6, atol=1e-15)
-    a,b = (fit(digits_learner(c, n=160, bs=32, opt_func=OPTS[opt]), 1, method) for c in (cbs(), [sched, *cbs()]))
+    make = lambda cbs: digits_learner(cbs, n=160, bs=32, opt_func=OPTS[opt])
+    a,b = (fit(make(c), 1, method) for c in (cbs(), [sched, *cbs()]))
     assert a.opt.hypers==b.opt.hypers
 
 @pytest.mark.parametrize('opt', OPTS)
@@ -168,14 +171,15 @@ def test_the_steps_use_it(cbs):
     assert n==(8 if cbs() else 16) and np.allclose(np.array(sizes.lrs)/1e-2, want, rtol=2e-2, atol=1e-3)
 
 @pytest.mark.parametrize('last', ['flush','drop'])
-@pytest.mark.parametrize('n_acc', [32, 50, 64, 100, 128, lambda epoch,step: 32*(1+epoch), lambda e,step: 32+40*step])
+@pytest.mark.parametrize('n_acc', [32, 50, 64, 100, 128, lambda epoch,step: 32*(1+epoch),
+                                   lambda epoch,step: 32+40*step])
 def test_the_steps_of_a_fit_are_known_beforehand(n_acc, last):
     "As many as are taken, and each at its own value; the last begins at (n-1)/n"
     sched = Schedule({'lr': [Decay(None, 'linear')]})
     batches,steps = values(sched, GradientAccumulation(n_acc, last=last), n=3, lr=1.)
     n = sched._fit.total
     assert n==len(steps) and np.allclose(steps[:,0], 1-np.arange(n)/n, rtol=1e-12)
-    assert {*batches[:,0]}<={*steps[:,0], 0.}      # no value but those of steps; after the last dropped, the end
+    assert {*batches[:,0]}<={*steps[:,0], 0.}      # of steps only; what is dropped at the end has 0
 
 def test_batches_are_counted_if_asked():
     got = values(Schedule({'lr': [Decay(None, 'linear')]}, count='batches'), GradientAccumulation(64), lr=1.)
@@ -267,7 +271,8 @@ def test_an_interrupted_fit_leaves_the_usual_values(event):
     assert not any(type(o).__module__.endswith('base.hypers') for o in learn.cbs)
 
 def test_at_a_multiple_of_1_it_is_bit_identical_to_none():
-    a,b = (fit(learner(cbs=cbs), 2, 'fit_one_cycle') for cbs in ([], [Schedule({'lr': [Flat()], 'mom': [Flat()]})]))
+    sched = Schedule({'lr': [Flat()], 'mom': [Flat()]})
+    a,b = (fit(learner(cbs=cbs), 2, 'fit_one_cycle') for cbs in ([], [sched]))
     assert a.recorder.lrs==b.recorder.lrs
     assert all(map(torch.equal, a.model.parameters(), b.model.parameters()))
 
@@ -291,7 +296,7 @@ def test_pickles_copies_and_exports(tmp_path):
     loaded = next(o for o in load_learner(tmp_path/'export.pkl').cbs if isinstance(o, Schedule))
     json.dumps(sched.phases)
     for o in (pickle.loads(pickle.dumps(sched)), copy.copy(sched), copy.deepcopy(sched), loaded):
-        assert (o.phases,o.scales,o.unit,o.count)==(sched.phases,sched.scales,'pct','steps') and o._fit is None
+        assert (o.phases,o.scales)==(sched.phases,sched.scales) and o._fit is None
         assert np.array_equal(values(o)[0], values(Schedule(sched.phases))[0])
 
 def test_plot():
@@ -327,15 +332,16 @@ def test_a_loader_of_pytorch_and_one_without_a_batch_size():
 
 # --- refusals -----------------------------------------------------------------------------------
 @pytest.mark.parametrize('make,message', [
-    (lambda: Schedule({'lr': [Flat(), Decay()]}), "phases['lr']: several phases have no length; expected one"),
+    (lambda: Schedule({'lr': [Flat(), Decay()]}), 'several phases have no length; expected one'),
     (lambda: Schedule({'lr': [Warmup(.5), Decay(.6)]}), 'the phases take 1.1 of the fit'),
     (lambda: Schedule({'lr': [Warmup(.5), Flat(), Decay(.6)]}), 'the phases take 1.1 of the fit'),
     (lambda: Schedule({'lr': [Warmup(.5), Decay(.4)]}), '0.1 of the fit has no phase; expected 1 in all'),
-    (lambda: Schedule({'lr': [Warmup(.5), Flat(), Decay(.5)]}), 'nothing of the fit is left over'),
-    (lambda: Schedule({'lr': [Warmup(5), Flat()]}), "length=5, unit='pct': expected a share of the fit, 0 to 1"),
+    (lambda: Schedule({'lr': [Warmup(.5), Flat(), Decay(.5)]}), 'nothing is left over'),
+    (lambda: Schedule({'lr': [Warmup(5), Flat()]}), "length=5, unit='pct': expected a share"),
     (lambda: Schedule({'lr': [Warmup(.5)]}, 'steps'), "length=0.5, unit='steps': expected a whole number"),
     (lambda: Warmup(-1), 'length=-1: expected a finite number >= 0'),
-    (lambda: Decay(float('nan')), 'length=nan'), (lambda: Flat(at=-1), 'at=-1'), (lambda: Decay(end=-1), 'end=-1'),
+    (lambda: Decay(float('nan')), 'length=nan'), (lambda: Flat(at=-1), 'at=-1'),
+    (lambda: Decay(end=-1), 'end=-1'),
     (lambda: Decay(.1, 'cosine'), "shape='cosine': expected 'linear', 'cos', 'sqrt', 'poly', 'exp'; did you"),
     (lambda: Decay(.1, 'poly', power=0), 'power=0: expected more than 0'),
     (lambda: Schedule({'lr': [Decay(None, 'exp')]}), "shape='exp' from 1 to 0; expected values above 0"),
@@ -357,14 +363,14 @@ def test_refused_kinds():
     (lambda: Schedule({'lrs': [Flat()]}), "phases: 'lrs' is no hyper-parameter of the optimizer; expected"),
     (lambda: Schedule({'lrs': [Flat()]}), "did you mean 'lr'?"),
     (lambda: Schedule({'amsgrad': [Flat()]}), "'amsgrad' is no hyper-parameter"),
-    (lambda: Schedule.wsd(2, 2, unit='epochs'), 'the phases take 2 of the fit, which has 8 steps in 2 epochs'),
-    (lambda: Schedule.wsd(1, 1, unit='epochs'), 'nothing of the fit, which has 8 steps in 2 epochs, is left'),
-    (lambda: Schedule({'lr': [Decay(4)]}, 'steps'), '0.5 of the fit, which has 8 steps in 2 epochs, has no')])
+    (lambda: Schedule.wsd(2, 2, unit='epochs'), 'the phases take 2 of the fit (8 steps in 2 epochs)'),
+    (lambda: Schedule.wsd(1, 1, unit='epochs'), 'without a length (8 steps in 2 epochs)'),
+    (lambda: Schedule({'lr': [Decay(4)]}, 'steps'), '0.5 of the fit (8 steps in 2 epochs) has no')])
 def test_refused_before_the_first_batch(sched, message):
     learn = learner(cbs=[sched()], opt_func=OPTS['wrapper'])
     before = [p.clone() for p in learn.model.parameters()]
     with pytest.raises(ValueError) as e: fit(learn, 2)
-    assert message.replace(', is', ' is').replace(', has no', ' has no') in str(e.value)
+    assert message in str(e.value)
     assert all(map(torch.equal, before, learn.model.parameters()))
 
 def test_a_fit_of_no_epoch(): fit(learner(cbs=[Schedule.wsd()]), 0)
