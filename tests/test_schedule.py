@@ -86,6 +86,12 @@ def fit_of(total, n_epoch=1):
     fit.total,fit.n_epoch = total,n_epoch
     return fit
 
+def test_a_step_decay_falls_at_the_step_that_was_meant():
+    "Sums of shares are rounded: 3 times .1 is more than .3"
+    for total in range(10, 400, 10):
+        curve = _Curve('lr', _filled('lr', [Flat(.1, 1-i/10) for i in range(10)]), 'pct', fit_of(total))
+        assert [round(10*curve(t)) for t in range(total)]==[10-10*t//total for t in range(total)], total
+
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.lists(st.tuples(st.sampled_from(['linear','cos','poly','sqrt']), st.floats(.01, 2), st.booleans()),
                 min_size=1, max_size=5))
