@@ -185,7 +185,7 @@ class _Curve:
         for p in phases[:rest:-1]: last.insert(0, self._move(last[0], p, unit, -1))
         self.check(name, rest==len(phases), first[-1]/self.total, last[0]/self.total)
         borders = first[:-1]+last if rest==len(phases) else first+last
-        borders = [round(o) if abs(o-round(o))<1e-6 else o for o in borders]   # .1+.2 is not .3
+        borders = [round(o) if abs(o-round(o))<1e-6 else o for o in borders]   # .28*25 is over 7
         self.parts = [(a,b,p) for a,b,p in zip(borders, borders[1:], phases) if b>a]
 
     def _move(self, at, phase, unit, sign):

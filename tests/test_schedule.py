@@ -87,10 +87,12 @@ def fit_of(total, n_epoch=1):
     return fit
 
 def test_a_step_decay_falls_at_the_step_that_was_meant():
-    "Sums of shares are rounded: 3 times .1 is more than .3"
-    for total in range(10, 400, 10):
-        curve = _Curve('lr', _filled('lr', [Flat(.1, 1-i/10) for i in range(10)]), 'pct', fit_of(total))
-        assert [round(10*curve(t)) for t in range(total)]==[10-10*t//total for t in range(total)], total
+    "28 % of 25 steps are 7.000000000000001; counted from the end too"
+    for total in range(3, 60):
+        for k in range(1, total):
+            for phases in ([Flat(k/total), Flat(at=0.)], [Flat(), Flat(1-k/total, at=0.)]):
+                curve = _Curve('lr', _filled('lr', phases), 'pct', fit_of(total))
+                assert [curve(k-1), curve(k)]==[1, 0], (total, k)
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.lists(st.tuples(st.sampled_from(['linear','cos','poly','sqrt']), st.floats(.01, 2), st.booleans()),
