@@ -42,6 +42,7 @@ bench: .venv/bench-ready ## Measure the callbacks and the loop beside their peer
 	$(RUN)/python benchmarks/checkpoint.py
 	$(RUN)/python benchmarks/safety.py
 	$(RUN)/python benchmarks/gradients.py
+	$(RUN)/python benchmarks/schedules.py
 	$(RUN)/python benchmarks/averaging.py
 	$(RUN)/python benchmarks/monitors.py
 

@@ -376,3 +376,28 @@ def _clean(self:GradientAccumulation):
 def _leave(self:GradientAccumulation):
     self._clean()
     if self._window: self._drop()
+
+# %% ../nbs/14_accumulation.ipynb #acc-plan-2
+@patch
+def step_plan(self:GradientAccumulation,
+    sizes:list, # Number of items in each batch of an epoch
+    n_epoch:int # Number of epochs
+)->list: # For each epoch, a number for each batch, and last the steps of the epoch
+    "How many steps of its epoch come before each batch"
+    if not callable(self.n_acc): return [self._epoch_plan(sizes, lambda step: self.n_acc)]*n_epoch
+    res,done = [],0
+    for epoch in range(n_epoch):
+        res.append(self._epoch_plan(sizes, lambda step: self.n_acc(epoch, done+step)))
+        done += res[-1][-1]
+    return res
+
+@patch
+def _epoch_plan(self:GradientAccumulation, sizes, size_of):
+    res,items = [0],0
+    for i,n in enumerate(sizes, 1):
+        if not items: n_acc = size_of(res[-1])
+        items += n
+        closes = items>=n_acc or self.last=='flush' and i==len(sizes)
+        if closes: items = 0
+        res.append(res[-1]+closes)
+    return res

@@ -24,6 +24,7 @@ from .base.files import Snapshot, save_state
 from .base.guard import (Guard, StateCopy, attempt, first_text, scaler_skipped,
                                              scaler_skips)
 from .base.grads import multiply_, step_grads
+from .base.hypers import Multiplier
 from .base.state import model_state, opt_state
 from .base.step import all_finite, generators, skip_record, step_numbers
 
@@ -160,13 +161,12 @@ def _above(values, threshold, beyond):
     return max(middle + threshold*deviation, nlargest(3, values)[-1] + beyond)
 
 # %% ../nbs/02_safety.ipynb #dddc9a24
-class SpikeGuard(Guard):
+class SpikeGuard(Guard, Multiplier):
     "Finds a loss spike or gradient spike before the step; skips the batch, clips its gradient, or goes back"
     run_after,run_before = MixedPrecision,GradientClip
     fit_state = dict(history={'loss':[], 'grad_norm':[]}, rollbacks=0, _in_a_row=0, _last=-2,
-                     _factor=1., _until=inf, _lrs=None)
+                     _factor=1., _until=inf)
     state_attrs = ('_due',)
-    single = property(lambda self: self.lr_factor<1)     # two would put back each other's learning rates
     _n_copies = 2     # the newer copy may be damaged; `snapshot` normal batches came after the older
     def __init__(self,
         window:int=100, # Number of past batches that a value is compared with
@@ -199,12 +199,16 @@ class SpikeGuard(Guard):
 
     def before_fit(self):
         "Start without a history"
-        super().before_fit()
-        self.at_end(self._restore_lr)
+        Guard.before_fit(self)
+        if self.lr_factor<1: Multiplier.before_fit(self)
 
-    def before_batch(self):
-        "Put back the learning rate of the schedule"
-        if self.learn.training: self._restore_lr()
+    def multipliers(self,
+        name:str, # 'lr'
+        values:list # What the schedule has set, for each parameter group
+    )->list: # A number for each group
+        "Lower learning rates after a rollback"
+        if self.train_iter>=self._until: self._factor,self._until = 1.,inf
+        return [self._factor]*len(values)
 
     def before_step(self):
         "Check whether this is a spike"
@@ -215,7 +219,6 @@ class SpikeGuard(Guard):
         finite = numbers.finite
         if not self.any_rank(not finite or bool(spikes)): self._remember(values)
         elif self._act(finite, values, ' and '.join(spikes)): raise CancelStepException
-        self._lower_lr()
 
     def after_cancel_step(self):
         "Undo a batch that a `GradScaler` has skipped; act if the loss is not finite or the scale is too low"
@@ -289,20 +292,6 @@ def _roll_back(self:SpikeGuard, why):
     self._factor *= self.lr_factor
     if self.lr_batches: self._until = self.train_iter+1+self.lr_batches
     self.tell(f'went back to {where}' + f', at {self._factor:.3g} of the learning rate'*(self._factor<1), why)
-
-@patch
-def _lower_lr(self:SpikeGuard):
-    "Lower the learning rate for this step"
-    if self.train_iter>=self._until: self._factor,self._until = 1.,inf
-    if self._factor==1: return
-    self._lrs = [h['lr'] for h in self.opt.hypers]
-    self.opt.set_hyper('lr', [lr*self._factor for lr in self._lrs])
-
-@patch
-def _restore_lr(self:SpikeGuard):
-    if not self._lrs: return
-    self.opt.set_hyper('lr', self._lrs)
-    self._lrs = None
 
 # %% ../nbs/02_safety.ipynb #caf5bcf2
 @patch

@@ -199,8 +199,7 @@ def test_the_same_callback_twice(cls):
         assert plain(cb.state_dict())==state and traces(learn)==before
     assert finite(fit(learn))
 
-singles = {'SAM': ext.SAM, 'GradientAccumulation': ext.GradientAccumulation, 'SWA': lambda: ext.SWA(lr=.1),
-           'SpikeGuard': lambda: ext.SpikeGuard(lr_factor=.5)}
+singles = {'SAM': ext.SAM, 'GradientAccumulation': ext.GradientAccumulation, 'SWA': lambda: ext.SWA(lr=.1)}
 @pytest.mark.parametrize('name', singles)
 def test_two_that_cannot_both_be(name):
     "Refused in one line, before others begin; outside of a fit, and one by one, they are right"

@@ -426,6 +426,13 @@ def test_rollback_lowers_the_learning_rate_for_a_while():
         assert got==pytest.approx(want), (got, want)
         assert [h['lr'] for h in learn.opt.hypers]==[h['lr'] for h in plain.opt.hypers]
 
+def test_lower_rates_multiply_with_a_schedule():
+    guard = SpikeGuard(watch='loss', action='rollback', snapshot=8, warmup=10, lr_factor=.5)
+    sched = lambda: Schedule({'lr': [Decay(None, 'linear')]})
+    plain,learn = (trained(digits, sched(), *cbs, epochs=4)[0] for cbs in ([], [guard, Spike(21)]))
+    want = [lr*(.5 if i>21 else 1) for i,lr in enumerate(plain.recorder.lrs) if i!=21]
+    assert learn.recorder.lrs==pytest.approx(want)
+
 def test_mended_weights_keep_the_schedule():
     "A copy does not bring the learning rate of its time back"
     learn,_ = trained(digits, SkipNonFinite(snapshot=8), PoisonBatch(30, 'weight'), epochs=4,

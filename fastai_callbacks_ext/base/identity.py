@@ -430,7 +430,9 @@ def _scheduled(learn):
     return {p: f for cb in learn.cbs if isinstance(cb, ParamScheduler) for p,f in cb.scheds.items()}
 
 def _schedule(learn):
-    return {p: _values_of(f) for p,f in _scheduled(learn).items()}
+    "Also the names of our callbacks whose rates depend on the length of the fit"
+    ours = {type(cb).__name__: 'on' for cb in learn.cbs if getattr(type(cb), 'by_length', False)}
+    return {p: _values_of(f) for p,f in _scheduled(learn).items()} | ours
 
 def _values_of(f):
     "Values of the schedule `f` at some points. A user's function may count its calls, so its name is taken"
