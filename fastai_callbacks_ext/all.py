@@ -6,14 +6,14 @@
 __all__ = []
 
 # %% ../nbs/all.ipynb #728a6161
-from . import (accumulation, activations, adversarial,
-        averaging, best, checkpoint, consistency, freeze, gradients,
-        items, layers, loop, monitors, preflight, progress, report, rnn,
-        runlog, safety, schedules, stopping, throughput, tracing, upgrades)
+from . import (accumulation, activations, adversarial, averaging,
+        best, checkpoint, consistency, finder, freeze, gradients, items, layers,
+        loop, monitors, preflight, progress, report, rnn, runlog, safety,
+        schedule_free, schedules, stopping, throughput, tracing, upgrades)
 # before the stars, which hide some of them
-_purposes = (accumulation, activations, adversarial, averaging, best, checkpoint, consistency, freeze,
-             gradients, items, layers, loop, monitors, preflight, progress, report, rnn, runlog, safety,
-             schedules, stopping, throughput, tracing, upgrades)
+_purposes = (accumulation, activations, adversarial, averaging, best, checkpoint, consistency, finder,
+             freeze, gradients, items, layers, loop, monitors, preflight, progress, report, rnn, runlog,
+             safety, schedule_free, schedules, stopping, throughput, tracing, upgrades)
 from .accumulation import *
 from .activations import *
 from .adversarial import *
@@ -21,6 +21,7 @@ from .averaging import *
 from .best import *
 from .checkpoint import *
 from .consistency import *
+from .finder import *
 from .freeze import *
 from .gradients import *
 from .items import *
@@ -33,6 +34,7 @@ from .report import *
 from .rnn import *
 from .runlog import *
 from .safety import *
+from .schedule_free import *
 from .schedules import *
 from .stopping import *
 from .throughput import *

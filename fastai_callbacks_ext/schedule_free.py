@@ -8,7 +8,6 @@ __all__ = ['ScheduleFree']
 # %% ../nbs/32_schedule_free.ipynb #free-005
 from fastai.callback.schedule import ParamScheduler
 from .base.core import ExtCallback, check_type
-from .base.model import norm_layers
 from .base.passes import refresh_batchnorm
 
 # %% ../nbs/32_schedule_free.ipynb #free-007
@@ -36,8 +35,8 @@ class ScheduleFree(ExtCallback):
         "The inner optimizer"
         opt = getattr(self.learn.opt, 'opt', self.learn.opt)
         if all(callable(getattr(type(opt), o, None)) for o in ('train','eval')): return opt
-        raise ValueError(f'{self.name}: {type(opt).__name__} has no train() and eval(); expected one that has, '
-                         'such as opt_func=partial(OptimWrapper, opt=schedulefree.AdamWScheduleFree)')
+        raise ValueError(f'{self.name}: {type(opt).__name__} has no train() and eval(); expected one that '
+                         'has, such as opt_func=partial(OptimWrapper, opt=schedulefree.AdamWScheduleFree)')
 
     def before_train(self):
         "To the weights for training"
@@ -49,7 +48,7 @@ class ScheduleFree(ExtCallback):
 
     def before_validate(self):
         "Compute the statistics of batch norm"
-        if self.fitting and self.refresh and norm_layers(self.model): refresh_batchnorm(self.learn, inner=True)
+        if self.fitting and self.refresh: refresh_batchnorm(self.learn, inner=True)
 
     def _eval(self):
         if self.learn is not None and self.learn.opt is not None: self._switch.eval()

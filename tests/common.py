@@ -7,9 +7,10 @@ import cloudpickle, torch
 import fastai.callback.all   # for what it adds to `Learner`: `fit_one_cycle`, `lr_find`, `no_bar`, ...
 import fastai_callbacks_ext.all as ext
 from fastai.callback.core import Callback
+from fastai.optimizer import OptimWrapper
 from fastai.text.models.awdlstm import EmbeddingDropout
 from fastai_callbacks_ext.base.core import ExtCallback
-from fastai_callbacks_ext.test_utils import digits_learner, text_learner
+from fastai_callbacks_ext.test_utils import FreeSGD, digits_learner, text_learner
 from torch import nn
 
 warnings.filterwarnings('ignore')
@@ -45,14 +46,18 @@ def suit(learn, *cbs):
     for cb in (*learn.cbs, *cbs):
         # an AWD-LSTM cannot be copied by `deepcopy`
         if type(cb) is ext.Distill: cb.teacher = pickle.loads(pickle.dumps(ext.unwrap_model(learn.model)))
+        if type(cb) is ext.ScheduleFree: learn.opt_func,learn.opt = FREE,None
         if type(cb) is ext.FGM and not _embeds(learn): cb.modules = (_first(learn),)
     return learn
+
+FREE = partial(OptimWrapper, opt=FreeSGD)
 
 def make(cls, **kwargs): return cls(**(NEW.get(cls, dict)() | ARGS.get(cls, {}) | kwargs))
 
 def learner(*classes, cbs=None, **kwargs):
     "A small learner with a callback of each of `classes`, or with `cbs`, and what they need beside them"
     cbs = [make(cls) for cls in classes] if cbs is None else cbs
+    if ext.ScheduleFree in classes: kwargs = dict(opt_func=FREE) | kwargs
     if any(NEEDS.get(cls) is text_learner for cls in classes):
         return text_learner([cls() for cls in RNN if cls not in classes] + cbs, n=1000, **kwargs)
     return suit(digits_learner(cbs, n=160, bs=32, **kwargs))

@@ -17,7 +17,7 @@ from fastcore.foundation import L
 from fastcore.xtras import working_directory
 import fastai_callbacks_ext.all as ext
 from fastai_callbacks_ext.base.core import from_all
-from common import RNN, exit_code, finite, learner, make, public_callbacks, suit, traces
+from common import FREE, RNN, exit_code, finite, learner, make, public_callbacks, suit, traces
 from crash import digests, flat
 from settings import SETTINGS
 
@@ -34,13 +34,15 @@ IS_RNN = *RNN, ext.RNNRegularizer
 FASTAI_CANNOT = {('exports','torch_loader'), ('exports','gan')}
 
 # They do not know the loss of a GAN; labels that are mixed have no second loss
-CANNOT = {(ext.Distill,'gan'), (ext.RDrop,'gan'), (ext.FGM,'gan'), (ext.RDrop,'multi_label')}
+CANNOT = {(ext.Distill,'gan'), (ext.RDrop,'gan'), (ext.FGM,'gan'),
+          (ext.RDrop,'multi_label'), (ext.ScheduleFree,'gan')}
 def possible(cls): return [s for s in SETTINGS if (s in TEXT or cls not in IS_RNN) and (cls,s) not in CANNOT]
 def checks_in(setting): return {k: f for k,f in PROPERTIES.items() if (k,setting) not in FASTAI_CANNOT}
 
 def learner_of(cls, setting, *cbs):
     "The learner of `setting` with `cbs`, and with what callbacks of class `cls` need"
     learn = SETTINGS[setting](cbs=[])
+    if cls is ext.ScheduleFree: learn.opt_func = FREE
     if cls in IS_RNN:
         learn.remove_cbs(FASTAIS)
         learn.add_cbs([o() for o in RNN if o is not cls])

@@ -1,6 +1,7 @@
 "The guide: each public callback has a section with all its parts; each example runs as pasted into a script"
 import ast, re
 from base64 import b64decode
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import fastai_callbacks_ext.all as ext
 from fastai.callback import schedule
+from fastai.optimizer import OptimWrapper
 from fastai_callbacks_ext import test_utils
 from fastai_callbacks_ext.test_utils import digits_learner
 from fastcore.nbio import read_nb
@@ -76,7 +78,7 @@ def test_lines_of_the_chooser(lines, tmp_path, monkeypatch):
     "With a learner at hand"
     monkeypatch.chdir(tmp_path)
     learn = digits_learner(n=100, path=tmp_path)
-    exec(lines, {**vars(ext), 'learn':learn})
+    exec(lines, {**vars(ext), 'learn':learn, 'partial':partial, 'OptimWrapper':OptimWrapper})
     assert 'fit' not in lines or learn.recorder.values
 
 def test_chooser_has_all():

@@ -514,6 +514,9 @@ ANOTHER |= {('LAWA','every'): 2, ('SWA','every'): 2, ('SWA','start'): .5, ('SAM'
 ANOTHER |= {('Distill','temperature'): 3., ('Distill','teacher'): torch.nn.Linear(2, 2),
             ('FGM','modules'): '0', ('AWP','share'): .5,
             ('Distill','outputs'): 'loss', ('RDrop','outputs'): 'loss'}
+ANOTHER |= {('Schedule','phases'): {'wd': [dict(kind='flat', length=None, unit=None, start=.5, end=.5,
+                                              shape='linear', power=1.)]},
+            ('Schedule','unit'): 'epochs', ('Schedule','count'): 'batches'}
 acting = [o for o in public_callbacks() if identity._acts(make(o))]
 arguments = [(o, k) for o in acting for k,p in signature(o).parameters.items() if p.kind is not p.VAR_KEYWORD
              and p.kind is not p.VAR_POSITIONAL]
@@ -532,8 +535,8 @@ def test_which_callbacks_act():
     "A new one has to be put on a side"
     assert {o.__name__ for o in acting}=={
         'EMA', 'SWA', 'LAWA', 'GradientAccumulation', 'GradientCentralization', 'GradientClip',
-        'GradientNoise', 'LookaheadWeights', 'SAM', 'ModelResetter', 'RNNCallback',
-        'RNNRegularizer', 'Distill', 'RDrop', 'AWP', 'FGM', 'ReduceLROnPlateau', 'BnFreeze'}
+        'GradientNoise', 'LookaheadWeights', 'SAM', 'ModelResetter', 'RNNCallback', 'RNNRegularizer',
+        'Distill', 'RDrop', 'AWP', 'FGM', 'Schedule', 'ScheduleFree', 'ReduceLROnPlateau', 'BnFreeze'}
     watch_guard_or_save = {'ActivationStats', 'Checkpoint', 'EarlyStopping', 'FastLoop', 'ItemStats',
                            'LayerStats', 'PreemptionGuard', 'Progress', 'RunLog', 'SampleLimit',
                            'SaveTopK', 'SkipNonFinite', 'SpikeGuard', 'StepLimit', 'StopFile',
