@@ -89,8 +89,10 @@ def peak_bytes(
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device)
     os.environ.setdefault('KINETO_LOG_LEVEL', '99')     # else it reports missing GPUs
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as p: f()
-    found = [(e.start_ns(), e.nbytes()) for e in p.profiler.kineto_results.events() if e.name()=='[memory]']
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, profile_memory=True) as p: f()
+    events = p.profiler.kineto_results.events()
+    found = [(e.start_ns(), e.nbytes()) for e in events if e.name()=='[memory]']
     now = most = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}.values())
     for _,n in sorted(found, key=itemgetter(0)):
         now += n

@@ -37,7 +37,7 @@ def _like(o, values):
     return type(o)(*values) if hasattr(o, '_fields') else type(o)(values)
 
 def take(
-    o, # A batch, as a tuple or list of its parts: tensors; dicts, tuples and lists of them; lists with an entry an item
+    o, # A batch: a tuple or list of tensors, of dicts, tuples and lists of them, or of lists with an entry an item
     n:int, # Number of items in it
     which, # A slice, or a list of numbers
     where:str='the batch' # What `o` is, for the message
@@ -51,14 +51,15 @@ def _take(o, n, which, where):
         if isinstance(o, Tensor) and (o.layout is not torch.strided or o.is_nested):
             raise NotSplit(f'{where} is a sparse or nested tensor')
         if o.ndim and len(o)==n: return o[which]
-        raise NotSplit(f'{where} has the shape {tuple(o.shape)}, which does not begin with {n}, the number of items')
+        raise NotSplit(f'{where} has the shape {tuple(o.shape)}, but there are {n} items')
     if isinstance(o, _shared): return o
-    if isinstance(o, Mapping): return _like(o, {k: _take(v, n, which, f'{where}[{k!r}]') for k,v in o.items()})
+    if isinstance(o, Mapping):
+        return _like(o, {k: _take(v, n, which, f'{where}[{k!r}]') for k,v in o.items()})
     if not isinstance(o, (tuple,list,L)):
         raise NotSplit(f'{where} is of class {type(o).__name__}, which cannot be split into items')
     parts = _arrays(o) and all(_rows(v, n) for v in o)
     if parts and len(o)==n:
-        raise NotSplit(f'{where} has {n} parts with {n} rows each; it is not clear which of the two are the items')
+        raise NotSplit(f'{where} has {n} parts with {n} rows each; either may be the items')
     if len(o)!=n: return take(o, n, which, where)
     return _like(o, o[which] if isinstance(which, slice) else [o[i] for i in which])
 
@@ -86,9 +87,11 @@ def join(
         axis = next(filter(fits, range(o.ndim)), None)
         if axis is not None: return torch.cat(parts, axis)
         shapes = [tuple(p.shape) for p in parts[:2]]
-        raise NotSplit(f'{where} has the shapes {shapes} for pieces of {sizes[:2]} items: no axis has the items')
-    if isinstance(o, Mapping): return _like(o, {k: join([p[k] for p in parts], sizes, f'{where}[{k!r}]') for k in o})
+        raise NotSplit(f'{where} has the shapes {shapes} for {sizes[:2]} items: no axis has the items')
+    if isinstance(o, Mapping):
+        return _like(o, {k: join([p[k] for p in parts], sizes, f'{where}[{k!r}]') for k in o})
     if not isinstance(o, (tuple,list,L)): return o
-    if all(len(p)==n for p,n in zip(parts, sizes)) and not all(_rows(v, n) for p,n in zip(parts, sizes) for v in p):
+    pairs = list(zip(parts, sizes))
+    if all(len(p)==n for p,n in pairs) and not all(_rows(v, n) for p,n in pairs for v in p):
         return _like(o, [v for p in parts for v in p])      # one entry an item
     return _like(o, [join([*vs], sizes, f'{where}[{i}]') for i,vs in enumerate(zip(*parts))])

@@ -24,7 +24,8 @@ from torch.nn.parameter import is_lazy
 from .core import n_ranks
 from .files import map_state
 from .model import resettable, unwrap_model
-from .passes import ExtraPass, leaving_no_trace, mixed_precision, precision_of, takes_part
+from .passes import (ExtraPass, leaving_no_trace, mixed_precision, precision_of,
+                                             takes_part)
 from .position import load_random_state, random_state
 from .state import FitStart, learner_state, load_learner_state
 from .step import BatchUndo, own_step
