@@ -1,8 +1,8 @@
 """Time of an item in pieces of `MicroBatch`, over small batches that are accumulated, with the same gradient
 
-Then the time of a batch that fits, with `MicroBatch` over without. On a GPU there would be more to measure: the
-time until a real error of memory is undone, the memory of pieces over that of small batches, and how close
-`find_batch_size` comes to the memory that a fit then takes.
+Then the time of a batch that fits, with `MicroBatch` over without. On a GPU there would be more to measure:
+the time until a real error of memory is undone, the memory of pieces over that of small batches, and how
+close `find_batch_size` comes to the memory that a fit then takes.
 """
 import warnings
 from functools import partial

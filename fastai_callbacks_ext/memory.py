@@ -147,10 +147,11 @@ def _mean_over_ranks(params):
 _weights = "'items', 'targets' (words, pixels), 'sum' or a function of the learner"
 
 def _unknown(call):
-    return ValueError(f'weight=None: it is not known what {call.name} is a mean over; expected weight={_weights}')
+    return ValueError(f'weight=None: it is not known what {call.name} is a mean over; expected weight='
+                      + _weights)
 
 class MicroBatch(ExtCallback):
-    """Does a batch that does not fit into memory in pieces, whose gradients add up to that of the whole batch.
+    """Does a batch that does not fit into memory in pieces; their gradients add up to that of the batch.
 
     With 'auto', a batch that fails is undone and done again in two pieces, four, ... The size that fits is
     kept for the batches that follow, one for training and one for validation. Metrics and other callbacks
@@ -278,14 +279,15 @@ def _shrink(self:MicroBatch, kind, n, size, ddp, e):
     if ddp: size = min(from_all(size))
     if size<=self.min_size:
         which = 'training' if kind=='train' else 'validation'
-        raise RuntimeError(f"MicroBatch: {size} item{'s'*(size!=1)} of a {which} batch of {n} do not fit into "
-                           f'memory, and min_size={self.min_size}. Expected a smaller model, smaller images or '
-                           'shorter texts, to_fp16(), or a GPU that no other program uses') from e
+        items = f"{size} item{'s'*(size!=1)} of a {which} batch of {n}"
+        raise RuntimeError(f'MicroBatch: {items} do not fit into memory, and min_size={self.min_size}. '
+                           'Expected a smaller model, smaller images or shorter texts, to_fp16(), or a GPU '
+                           'that no other program uses') from e
     if kind=='train' and self.found[kind] is None: self._say_batch_norm()
     self.found[kind] = max(self.min_size, ceil(size/2))
     what = '' if kind=='train' else 'validation '
     self.tell(f'does {what}batches in pieces of {self.found[kind]} items',
-              f'{size} of {n} did not fit into memory')
+              f"{f'a batch of {n}' if size==n else f'{size} items'} did not fit into memory")
 
 @patch
 def _say_batch_norm(self:MicroBatch):
@@ -380,8 +382,8 @@ def _as_one(learn, pred, loss, put):
     def too_late(factor):
         who = ', '.join(dict.fromkeys(changed)) or 'a callback'
         raise ValueError(f'MicroBatch: {who} adds to the loss of the whole batch what depends on its '
-                         'predictions, and its pieces are gone; expected a callback with in_pieces=True, which '
-                         'sees each piece')
+                         'predictions, and its pieces are gone; expected a callback with in_pieces=True, '
+                         'which sees each piece')
     def whole(o): return _with_grad(o, too_late) if isinstance(o, Tensor) and o.is_floating_point() else o
     learn.pred = apply(whole, pred)
     learn.loss_grad = _with_grad(loss, put)
@@ -419,13 +421,13 @@ class BatchSize(int):
     def table(self)->pd.DataFrame:
         "What was tried, by size: memory of a training step and of validation in MB, time an item in ms"
         columns = dict(bs='batch size', train='training MB', valid='validation MB', ms='ms an item')
-        return pd.DataFrame(self._rows).rename(columns=columns).set_index('batch size')
+        return pd.DataFrame(self._rows).rename(columns=columns).set_index('batch size').round(3)
 
     @property
     def _rows(self): return sorted(self.tried, key=lambda o: o['bs'])
 
     def plot(self,
-        ax=None # Axes of matplotlib; None: new ones
+        ax:object=None # Axes of matplotlib; None: new ones
     ): # The axes
         "Memory by batch size, with the limit"
         from matplotlib import pyplot as plt

@@ -32,7 +32,7 @@ def one(rank, *cbs, k=10**6, where='forward'):
                 found=cb and cb.found['train'])
 
 BESIDE = dict(alone=list, window=lambda: [GradientAccumulation(24)],
-              fast=lambda: [FastLoop(), GradientClip(.1)], guard=lambda: [SkipNonFinite()])
+              others=lambda: [FastLoop(), GradientClip(.1), SkipNonFinite()])
 
 def run(rank):
     "For each neighbour: without, in pieces from the beginning, and where one process fails"

@@ -37,7 +37,7 @@ def _like(o, values):
     return type(o)(*values) if hasattr(o, '_fields') else type(o)(values)
 
 def take(
-    o, # A batch: a tuple or list of tensors, of dicts, tuples and lists of them, or of lists with an entry an item
+    o, # A batch: a tuple of tensors, of dicts, tuples and lists of them, of lists with an entry an item
     n:int, # Number of items in it
     which, # A slice, or a list of numbers
     where:str='the batch' # What `o` is, for the message
