@@ -23,6 +23,7 @@ from fastcore.xtras import modify_exception
 from torch import Tensor
 from .base.calls import call_times
 from .base.core import ExtCallback
+from .base.lent import Lent, lend_methods, own_class
 
 # %% ../nbs/03_loop.ipynb #f3d246db
 _cancel = (CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException,
@@ -55,7 +56,7 @@ class _Table(dict):
         return cb,cb,vars(cb),method and getattr(cb, event_name)
 
 # %% ../nbs/03_loop.ipynb #b235f8e7
-class _FastEvents:
+class _FastEvents(Lent):
     "A learner that sends the events of a batch by a table"
     _table = None
 
@@ -78,17 +79,12 @@ class _FastEvents:
 
     def _set_device(self, b):
         "As `Learner._set_device`; a batch that is on the device already is returned as it is"
+        if own_class(self)._set_device is not Learner._set_device: return super()._set_device(b)
         device = next(self.model.parameters()).device
         there = lambda t: isinstance(t, Tensor) and t.device==device
         if type(b) in (tuple,list) and all(map(there, b)): return b
         return super()._set_device(b)
 
-    def __reduce_ex__(self, protocol):
-        "Copies, pickles and exports get the class that the learner has outside the fit"
-        fast,self.__class__ = type(self),type(self).__bases__[1]
-        try: make,args,*state = self.__reduce_ex__(protocol)
-        finally: self.__class__ = fast
-        return partial(make, *args),(),*state
 
 # %% ../nbs/03_loop.ipynb #ed5918c8
 def _count(cb):
@@ -190,9 +186,7 @@ class FastLoop(ExtCallback):
         if replaced := _replaced(learn):
             why = f"{base.__name__} has its own {' and '.join(replaced)}"
             return self.tell('left the loop as it is', why)
-        kept = {'_set_device':base._set_device} if base._set_device is not Learner._set_device else {}
-        learn.__class__ = type(base.__name__, (_FastEvents, base), kept)
-        self.at_end(setattr, learn, '__class__', base)
+        self.at_end(lend_methods(learn, _FastEvents))
         self.at_end(_settle, learn)
 
     def before_train(self):

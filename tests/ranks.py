@@ -89,6 +89,11 @@ def safety(seeds):
     from distributed_safety import run
     return [run(seed) for seed in seeds]
 
+def memory(_):
+    "The cases of distributed_memory.py"
+    from distributed_memory import run
+    return run(dist.get_rank())
+
 def contract(names):
     "What contract.py asks of the callbacks called `names` under fastai's `distrib_ctx`"
     import contract
@@ -106,7 +111,7 @@ def without_gpu():
     DistributedDL._broadcast = broadcast
 
 PARTS = dict(nan=nan, gradients=gradients, stopping=stopping, checkpoint=checkpoint, safety=safety,
-             contract=contract)
+             contract=contract, memory=memory)
 
 def work(out, parts):
     "What each process does"

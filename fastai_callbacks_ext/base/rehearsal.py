@@ -24,7 +24,8 @@ from torch.nn.parameter import is_lazy
 from .core import n_ranks
 from .files import map_state
 from .model import resettable, unwrap_model
-from .passes import ExtraPass, leaving_no_trace, precision_of, takes_part
+from .passes import (ExtraPass, leaving_no_trace, mixed_precision, precision_of,
+                                             takes_part)
 from .position import load_random_state, random_state
 from .state import FitStart, learner_state, load_learner_state
 from .step import BatchUndo, own_step
@@ -176,12 +177,13 @@ class Rehearsal:
         learn = self.learn
         self.mode(train)
         for m in resettable(self.model): m.reset()
-        learn._split(apply(Tensor.clone, b))
+        learn._split(apply(lambda o: o.clone() if isinstance(o, Tensor) else o, b))
         learn.loss = learn.loss_grad = learn.pred = None
         try:
             learn('before_batch')
             with self._precision():
-                learn.pred = to_float(self.model(*learn.xb))
+                pred = self.model(*learn.xb)
+                learn.pred = to_float(pred) if mixed_precision(learn) else pred
                 learn('after_pred')
         except (CancelBatchException, CancelTrainException, CancelEpochException, CancelFitException):
             raise NotKnown('a callback cancels the batch')

@@ -352,8 +352,8 @@ class BatchUndo:
         self._lazy = [m for m in modules if _still_lazy(m)]
         python,numpy = (random.getstate, random.setstate),(np.random.get_state, np.random.set_state)
         self._generators = [python, numpy, *generators(learn)]
-        held = set(opt_params(learn.opt))
-        self._never_zeroed = [p for p in step_params(learn).values() if p not in held]
+        held = set(opt_params(learn.opt)) if learn.opt else ()
+        self._never_zeroed = [p for p in step_params(learn).values() if p not in held] if learn.opt else []
 
     def keep(self):
         "Copy what the forward pass can change. Call it before the forward pass"
