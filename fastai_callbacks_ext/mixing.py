@@ -112,8 +112,7 @@ class _Mix:
         if self.all_cut: res = self.cut_out(x)
         elif self.one: res = torch.lerp(x[self.order], x, self.lam)
         else:
-            lam = torch.where(self.cut, 1, self.lam) if self.any_cut else self.lam
-            res = torch.lerp(x[self.order], x, _column(lam.to(x.dtype), x))
+            res = torch.lerp(x[self.order], x, _column(self.lam.to(x.dtype), x))
             if self.any_cut: res = torch.where(_column(self.cut, x), self.cut_out(x), res)
         return res.as_subclass(type(t))
 
@@ -242,18 +241,18 @@ def _draw(self:_Mixing, rng, xb, yb, each=None):
     cut = rng.random(k)<self.cut
     lam = _beta(rng, self.mix_alpha, k)
     lam = np.where(cut, _beta(rng, self.cut_alpha, k), np.maximum(lam, 1-lam))     # mostly its own
-    boxes,areas = _boxes(rng, lam, size) if cut.any() else (None,0)
+    boxes,areas = _boxes(rng, lam, size, cut) if cut.any() else (None,0)
     lam = np.where(cut, 1-areas, lam)
     return None if (lam==1).all() else _Mix(rng.permutation(n), lam, cut, boxes, size, chosen[0].device)
 
 def _beta(rng, alpha, k): return rng.beta(alpha, alpha, k) if alpha else np.ones(k)
 
-def _boxes(rng, lam, size):
+def _boxes(rng, lam, size, cut):
     "Rectangles of the share `1-lam` with a random centre, without what is over the edge, and their areas"
     size = np.array(size)
     sides = (size*np.sqrt(1-lam)[:,None]).round()
     begin = rng.integers(size, size=(len(lam), 2)) - sides//2
-    boxes = np.concatenate([begin.clip(0), np.minimum(begin+sides, size)], 1)
+    boxes = np.concatenate([begin.clip(0), np.minimum(begin+sides, size)], 1) * cut[:,None]
     return boxes.astype(np.float32),(boxes[:,2:]-boxes[:,:2]).prod(1)/size.prod()
 
 @patch

@@ -32,7 +32,7 @@ IS_RNN = *RNN, ext.RNNRegularizer
 # What fastai itself cannot do there
 FASTAI_CANNOT = {('exports','torch_loader'), ('exports','gan')}
 
-# They refuse word ids, categories, and each other; the third setting has fastai's, in a GAN two models take turns
+# They refuse word ids, categories, and each other; multi_label has fastai's; in a GAN, models take turns
 MIXING = {'MixUp','CutMix','CutMixUp'}
 NOT_MIXED = {*TEXT, 'tabular_classes', 'ratings', 'multi_label', 'gan'}
 

@@ -35,7 +35,7 @@ class Seen(Callback):
     "Inputs, targets and losses of each batch"
     order,run_valid = 20,False
     def before_fit(self): self.batches,self.losses = [],[]
-    def before_batch(self): self.batches.append((*(o.clone() for o in self.xb), *(o.clone() for o in self.yb)))
+    def before_batch(self): self.batches.append(tuple(o.clone() for o in (*self.xb, *self.yb)))
     def before_backward(self): self.losses.append((self.loss_grad.item(), self.loss.item()))
 
 class Raw(Seen): order = -50        # before they are mixed
@@ -59,7 +59,7 @@ OFF = [partial(MixUp, 0), partial(CutMix, 0), partial(CutMixUp, 0, 0), partial(C
        *(partial(cls, **kw) for cls in ALL for kw in (dict(p=0), dict(until=0)))]
 
 @pytest.mark.parametrize('method', ['fit','fit_one_cycle','fine_tune'])
-@pytest.mark.parametrize('off', [partial(MixUp, 0), partial(CutMix, p=0), partial(CutMixUp, until=0, by='item')])
+@pytest.mark.parametrize('off', [partial(MixUp, 0), partial(CutMix, p=0), partial(CutMixUp, until=0)])
 def test_off_is_bit_identical(method, off):
     a,b = (fit(learner(cbs=cbs), 2, method) for cbs in ([], [off()]))
     assert torch.equal(weights(a), weights(b)) and a.recorder.losses==b.recorder.losses
@@ -141,7 +141,8 @@ def test_inputs(cls, by):
 def test_shares_follow_alpha(by):
     "The variance of a Beta distribution with alpha twice is 1/(8 alpha+4); the larger of both shares counts"
     cb,rng = MixUp(3., by=by),np.random.default_rng(0)
-    lam = [cb._draw(rng, (torch.zeros(500, 1),), (), by=='item').shares for _ in range(1 if by=='item' else 500)]
+    x,times = torch.zeros(500, 1),range(1 if by=='item' else 500)
+    lam = [cb._draw(rng, (x,), (), by=='item').shares for _ in times]
     lam = np.concatenate(lam)
     assert abs(((lam-.5)**2).mean()-1/28)<.005 and lam.min()>=.5
     x = torch.zeros(500, 1, 64, 64)
@@ -204,7 +205,8 @@ class Expect(Callback):
         else:
             want = sum((lam if k==0 else 1-lam).to(self.pred.device)@self.per_item(self.pred, *ys).double()
                        for k,ys in enumerate((self.yb, mix.second)))
-        self.worst = max(self.worst, (self.loss.double()-want).abs().max().item()/(want.abs().max().item()+1e-9))
+        off = (self.loss.double()-want).abs().max()/(want.abs().max()+1e-9)
+        self.worst = max(self.worst, off.item())
         assert torch.equal(self.loss, self.loss_grad)
         self.n += 1
 
@@ -285,7 +287,8 @@ def test_values_of_items():
                 want = lam*f(self.pred, self.y) + (1-lam)*f(self.pred, *mix.second)
                 torch.testing.assert_close(self.loss_grad, want, check_device=False)
             self.learn.loss_grad,self.learn.loss = self.loss_grad.mean(),self.loss.mean()
-    for by in ('item','batch'): fit(small(MixUp(by=by), Mean(), loss_func=nn.CrossEntropyLoss(reduction='none')))
+    loss = nn.CrossEntropyLoss(reduction='none')
+    for by in ('item','batch'): fit(small(MixUp(by=by), Mean(), loss_func=loss))
 
 class NoParts(nn.Module):
     def forward(self, pred, y): return F.cross_entropy(pred, y)
@@ -295,10 +298,15 @@ class FalsePromise(NoParts):
 class Delegates:
     "Sets what it wraps: a copy of it would change the loss itself"
     def __init__(self): self.inner = nn.CrossEntropyLoss()
-    reduction = property(lambda self: self.inner.reduction, lambda self,v: setattr(self.inner, 'reduction', v))
+    @property
+    def reduction(self): return self.inner.reduction
+    @reduction.setter
+    def reduction(self, v): self.inner.reduction = v
     def __call__(self, pred, y): return self.inner(pred, y)
 
-@pytest.mark.parametrize('loss', [NoParts, FalsePromise, Delegates, lambda: lambda p,y: F.cross_entropy(p, y)])
+def plain_function(): return lambda p,y: F.cross_entropy(p, y)
+
+@pytest.mark.parametrize('loss', [NoParts, FalsePromise, Delegates, plain_function])
 def test_a_loss_without_values_of_items(loss, capsys):
     "One share for a batch, and one line that says it"
     learn = small(MixUp(), check := Expect(None), loss_func=loss())
@@ -317,9 +325,10 @@ def test_a_loss_that_is_not_known_is_tried_in_the_first_batch():
 
 def test_equal_shares_of_items_give_what_one_share_gives():
     "Also where a mean has weights, or ignores targets"
-    for loss in (nn.CrossEntropyLoss(w4, ignore_index=2), nn.CrossEntropyLoss(reduction='sum'), nn.GaussianNLLLoss()):
-        pred,y = torch.randn(16, 4),torch.randint(0, 4, (16,))
-        args = (y,) if not isinstance(loss, nn.GaussianNLLLoss) else (torch.randn(16, 4), torch.rand(16, 4)+.1)
+    y,real = (torch.randint(0, 4, (16,)),),(torch.randn(16, 4), torch.rand(16, 4)+.1)
+    for loss,args in ((nn.CrossEntropyLoss(w4, ignore_index=2), y), (nn.CrossEntropyLoss(reduction='sum'), y),
+                      (nn.GaussianNLLLoss(), real)):
+        pred = torch.randn(16, 4)
         parts = _parts(loss, 16, pred, args)
         torch.testing.assert_close((_counts(loss(pred, *args), parts)*parts).sum(), loss(pred, *args))
 
@@ -331,8 +340,9 @@ def test_compiled_losses_are_not_changed():
         def __getattr__(self, k): return getattr(vars(self)['_orig_mod'], k)
         def __call__(self, *args): return self._orig_mod(*args)
     loss = Compiled(nn.CrossEntropyLoss())
-    fit(small(MixUp(), check := Expect(ce_of()), loss_func=loss))
-    assert check.n and check.worst<1e-5 and loss.reduction=='mean'
+    learn = small(MixUp(), check := Expect(ce_of()), loss_func=loss)
+    fit(learn)
+    assert learn.mix_up._separable and check.n and check.worst<1e-5 and loss.reduction=='mean'
 
 def test_a_penalty_of_another_callback_stays():
     class Penalty(Callback):
@@ -387,16 +397,32 @@ def test_masks_are_cut_and_need_no_second_loss(by):
         class SameShape(Agree):
             def before_batch(self): assert torch.equal(self.x.squeeze(1), self.y.squeeze(1).float())
         model = pixels() if t.ndim==3 else nn.Conv2d(1, 1, 3, padding=1)
-        fit(small(CutMix(by=by), raw := Raw(), seen := Seen(), SameShape(), xs=xs, ys=[t], loss_func=loss, model=model))
+        raw,seen = Raw(),Seen()
+        fit(small(CutMix(by=by), raw, seen, SameShape(), xs=xs, ys=[t], loss_func=loss, model=model))
         assert any(not torch.equal(a[1], b[1]) for a,b in zip(seen.batches, raw.batches))
 
-@both
-def test_masks_beside_another_target(by):
+def test_masks_beside_another_target():
     "A mask that is cut is right for both losses"
     masks,y = torch.randint(0, 3, (32, 6, 6)),torch.randn(32)
-    learn = small(CutMix(by='batch'), check := Expect(None), loss_func=Sum(), ys=[masks, y], model=pixels())
+    class SameMask(Callback):
+        run_valid = False
+        def after_loss(self):
+            if mix_of(self): assert torch.equal(self.yb[0], mix_of(self).second[0])
+    cbs = CutMix(),SameMask(),Expect(None)
+    learn,check = small(*cbs, loss_func=Sum(), ys=[masks, y], model=pixels()),cbs[-1]
     fit(learn, 2)
     assert check.n>4 and check.worst<1e-6
+
+def test_masks_of_items_that_are_cut_and_of_others():
+    "Drawn for each item: a mask that is cut has one target, another mask has two"
+    x = torch.arange(16.).view(16, 1, 1, 1).expand(16, 1, 6, 6)
+    mask,cb = x[:,0].long(),CutMixUp(by='item')
+    mix = cb._draw(np.random.default_rng(0), (x,), (mask,), True)
+    (mixed,),(first,),(second,) = cb._mixed(mix, (x,), (mask,))
+    assert mix.any_cut and not mix.all_cut
+    for i,cut in enumerate(mix.cut.tolist()):
+        if cut: assert torch.equal(first[i], second[i]) and torch.equal(first[i].float(), mixed[i,0])
+        else: assert torch.equal(first[i], mask[i]) and torch.equal(second[i], mask[mix.order[i]])
 
 def test_mixup_of_masks_uses_two_losses():
     ys = [torch.randint(0, 3, (32, 6, 6))]
@@ -430,7 +456,10 @@ def test_nested_targets():
 
 @each
 def test_a_batch_of_one_item_and_the_rest_of_an_epoch(cls):
-    learn = small(cls(), raw := Raw(), seen := Seen(), n=33, bs=8, xs=[torch.randn(33, 1, 6, 6)],
+    class Alone(Callback):
+        run_valid = False
+        def after_loss(self): assert (mix_of(self) is None) or len(self.x)>1
+    learn = small(cls(), Alone(), raw := Raw(), seen := Seen(), xs=[torch.randn(33, 1, 6, 6)],
                   ys=[torch.randint(0, 4, (33,))])
     fit(learn)
     assert [len(b[0]) for b in seen.batches]==[8]*4+[1]
@@ -441,7 +470,7 @@ def test_a_batch_of_one_item_and_the_rest_of_an_epoch(cls):
 ids,vectors = torch.randint(0, 9, (32, 36)),torch.randn(32, 36)
 boxes = lambda *o: [TensorBBox(torch.rand(4, 2, 4))]
 REFUSED = [
-    (MixUp(), [ids], None, r'mix_up: input 0 has whole numbers \(torch.int64\), such as word ids or categories'),
+    (MixUp(), [ids], None, r'mix_up: input 0 has whole numbers \(torch.int64\), such as word ids'),
     (CutMix(), [vectors], None, r'cut_mix: input 0 has the shape \(8, 36\); expected images'),
     (CutMixUp(), [vectors], None, r'cut_mix_up: input 0 has the shape \(8, 36\); expected images'),
     (CutMixUp(), [(images()*9).byte()], None, r'cut_mix_up: input 0 has whole numbers \(torch.uint8\)'),
@@ -503,7 +532,8 @@ def test_accumulated_batches(cls, loss):
     class Grads(Callback):
         order,run_valid = 100,False
         def before_fit(self): self.all = []
-        def before_step(self): self.all.append(torch.cat([p.grad.flatten().clone() for p in self.model.parameters()]))
+        def before_step(self):
+            self.all.append(torch.cat([p.grad.flatten().clone() for p in self.model.parameters()]))
     opt = partial(Adam, lr=0.)
     fit(small(cls(), grads := Grads(), loss_func=loss, opt_func=opt), 1, lr=0.)
     fit(small(cls(), grads2 := Grads(), GradientAccumulation(16), loss_func=loss, opt_func=opt), 1, lr=0.)
@@ -593,7 +623,8 @@ def test_a_killed_run_with_an_own_loss_goes_on(tmp_path):
             order = 3000
             def after_batch(self):
                 if self.training and self.train_iter==stop: raise KeyboardInterrupt
-        learn = small(MixUp(), Checkpoint(tmp_path/f'{bool(stop or again)}', steps=1), Kill(), loss_func=OwnModule(), ys=[real])
+        save = Checkpoint(tmp_path/f'{bool(stop or again)}', steps=1)
+        learn = small(MixUp(), save, Kill(), loss_func=OwnModule(), ys=[real])
         return fit(learn, 2)
     again = False
     whole = run()
