@@ -75,9 +75,9 @@ def main():
         tables[task] = dict(unit='accuracy', larger_is_better=True, rows=rows)
         print(f'\n{task}\n\n{seeds_table(tables[task], list(rows))}', flush=True)
     cost = 'A batch of 64 images of 3x64x64, nearly without a model'
+    versions = {'Python': platform.python_version()} | {p: version(p) for p in ('torch','fastai')}
     results = dict(date=time.strftime('%Y-%m-%d'), machine=f'{platform.machine()} CPU', threads=1,
-                   versions={'Python': platform.python_version()} | {p: version(p) for p in ('torch','fastai')},
-                   rounds=args.rounds, tables=tables | {cost: costs(args.rounds)})
+                   versions=versions, rounds=args.rounds, tables=tables | {cost: costs(args.rounds)})
     FILE.write_text(json.dumps(results, indent=1)+'\n')
     print(f'\n{cost}\n\n{table(results, cost)}\n\n{facts(results)}')
 
