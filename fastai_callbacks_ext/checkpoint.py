@@ -19,7 +19,6 @@ import fastai
 import torch
 import torch.distributed as dist
 from fastai.callback.core import CancelFitException
-from fastai.callback.mixup import MixHandler
 from fastai.learner import Learner, Recorder
 from fastai.torch_core import rank_distrib
 from fastcore.basics import patch
@@ -33,7 +32,7 @@ from .base.identity import (facts_differences, facts_unknown, model_differences,
 from .base.position import (SeededItems, batches_from, keep_workers, load_random_state,
                                                 random_state, skips_exactly)
 from .base.state import FitStart, learner_state, load_learner_state
-from .base.watch import item_layers
+from .base.watch import item_layers, put_loss_back
 
 # %% ../nbs/06_checkpoint.ipynb #7b2f4560
 class Checkpoint(ExtCallback):
@@ -81,7 +80,7 @@ class Checkpoint(ExtCallback):
         self._root = self._root or Path.cwd()       # the script may change its working directory
         self._refuse_next()
         self._lock_folder()
-        self._take_loss_back()
+        put_loss_back(self.learn)
         self._facts,self._fit_start = run_facts(self.learn),FitStart(self.learn, (self,))
         self._choose_fit()
         self._files = StateFiles(self._root/self.path/f'fit_{self._fit}', self.keep, fresh=not self.resume)
@@ -98,11 +97,6 @@ class Checkpoint(ExtCallback):
         elif not self._fit: self._run = uuid4().hex
         Checkpoint._finished.pop(self._run, None)
         self._fits[self._fit:] = [self._facts]
-
-    def _take_loss_back(self):
-        "fastai's MixUp leaves its loss function on the learner when it is interrupted"
-        while isinstance(mix := getattr(self.learn.loss_func, '__self__', None), MixHandler):
-            self.learn.loss_func = mix.old_lf
 
     def _choose_fit(self):
         "Find the number of this fit. After an interrupted fit: the same number, or that of an earlier fit"

@@ -22,6 +22,7 @@ from .base.core import ExtCallback, check_number, check_type, from_all, n_ranks,
 from .base.identity import fingerprint
 from .base.labels import NotClear, label_numbers, output_kind, output_kinds
 from .base.position import load_random_state, random_state
+from .base.step import upload
 from .base.watch import ItemWatch, inner_loader
 
 # %% ../nbs/18_items.ipynb #items-007
@@ -40,16 +41,11 @@ def _turns(items):
     turn[order] = place-np.maximum.accumulate(np.where(first, place, 0))
     return [np.flatnonzero(turn==i) for i in range(turn.max(initial=-1)+1)]
 
-def _to(array, device):
-    "Indices on the device, without waiting for it"
-    t = torch.from_numpy(array)
-    return t.pin_memory().to(device, non_blocking=True) if device.type=='cuda' else t.to(device)
-
 def _add(sums, items, found, loss):
     "Add what was `found` of `items` to the means; values that are not finite do not count"
     turns = _turns(items)
     for turn in turns:
-        at,new = _to(items[turn], sums.device),found if len(turns)==1 else found[:,_to(turn, sums.device)]
+        at,new = upload(items[turn], sums.device),found if len(turns)==1 else found[:,upload(turn, sums.device)]
         value,margin,right,label,guess = new
         old = sums.index_select(1, at)
         n,mean,squares,margins,capped,forgotten,was_right,_,most,votes = old
@@ -187,7 +183,7 @@ def _work_off(self:ItemStats, items, ns, preds, targs, same, _):
             found[0] = found[0].where(torch.cat([_each(o, p) for o,p in zip(same, preds)]), torch.nan)
     if not all(n==len(o) for n,o in zip(ns, items)):      # the rest is there as padding only
         at = np.flatnonzero(np.concatenate([np.arange(len(o))<n for n,o in zip(ns, items)]))
-        found,items = found[:,_to(at, found.device)],[o[:n] for n,o in zip(ns, items)]
+        found,items = found[:,upload(at, found.device)],[o[:n] for n,o in zip(ns, items)]
     self._take(np.concatenate([np.asarray(o, int) for o in items]), found)
 
 def _alone(t):

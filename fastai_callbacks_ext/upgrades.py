@@ -7,15 +7,17 @@ __all__ = ['upgrade']
 
 # %% ../nbs/13_upgrade.ipynb #d7adeaf4
 import numpy as np
-from fastai.callback import hook as fastai_hook, rnn as fastai_rnn
+from fastai.callback import hook as fastai_hook, mixup as fastai_mixup, rnn as fastai_rnn
 from fastai.callback import tracker as fastai_tracker, training as fastai_training
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner
+from .base.watch import put_loss_back
 from .best import SaveTopK
 from .activations import ActivationStats
 from .accumulation import GradientAccumulation
 from .freeze import BnFreeze
 from .gradients import GradientClip
+from .mixing import CutMix, MixUp
 from .progress import Progress
 from .rnn import ModelResetter, RNNCallback, RNNRegularizer
 from .safety import TerminateOnNaN
@@ -35,12 +37,18 @@ def _save_best(cb):
 def _plateau(cb):
     return ReduceLROnPlateau(patience=cb.patience, factor=cb.factor, min_lr=cb.min_lr, **_tracker(cb))
 
+def _mixing(cls, cb):
+    put_loss_back(cb.learn)     # it is still there after Ctrl-C
+    return cls(cb.distrib.concentration1.item())
+
 def _activations(cb):
     if not cb.is_forward: raise ValueError('it looks at gradients, not at activations')
     return ActivationStats(cb.with_hist, cb.modules, cb.every or 1, cb.include_paramless)
 
 _ours = {
     fastai_hook.ActivationStats:            _activations,
+    fastai_mixup.CutMix:                    lambda cb: _mixing(CutMix, cb),
+    fastai_mixup.MixUp:                     lambda cb: _mixing(MixUp, cb),
     fastai_rnn.ModelResetter:               lambda cb: ModelResetter(),
     fastai_rnn.RNNCallback:                 lambda cb: RNNCallback(),
     fastai_rnn.RNNRegularizer:              lambda cb: RNNRegularizer(alpha=cb.alpha, beta=cb.beta),

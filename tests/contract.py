@@ -33,10 +33,23 @@ IS_RNN = *RNN, ext.RNNRegularizer
 # What fastai itself cannot do there
 FASTAI_CANNOT = {('exports','torch_loader'), ('exports','gan')}
 
+<<<<<<< HEAD
 # They do not know the loss of a GAN; labels that are mixed have no second loss
 CANNOT = {(ext.Distill,'gan'), (ext.RDrop,'gan'), (ext.FGM,'gan'),
           (ext.RDrop,'multi_label'), (ext.ScheduleFree,'gan')}
 def possible(cls): return [s for s in SETTINGS if (s in TEXT or cls not in IS_RNN) and (cls,s) not in CANNOT]
+=======
+# They refuse word ids, categories, and each other; multi_label has fastai's; in a GAN, models take turns
+MIXING = {'MixUp','CutMix','CutMixUp'}
+NOT_MIXED = {*TEXT, 'tabular_classes', 'ratings', 'multi_label', 'gan'}
+
+def possible(cls):
+    if cls.__name__ in MIXING:
+        not_images = {'torch_loader'} if cls.__name__!='MixUp' else set()
+        return [s for s in SETTINGS if s not in NOT_MIXED | not_images]
+    return [s for s in SETTINGS if s in TEXT or cls not in IS_RNN]
+def together(a, b): return not {a.__name__, b.__name__}<=MIXING
+>>>>>>> mixing
 def checks_in(setting): return {k: f for k,f in PROPERTIES.items() if (k,setting) not in FASTAI_CANNOT}
 
 def learner_of(cls, setting, *cbs):
@@ -192,7 +205,8 @@ def sample(seed=0):
 def sample_pairs(seed=0, steps=(1,)):
     "Each callback beside as many others as there are `steps`, on both sides, round a table"
     table = random.Random(seed).sample(callbacks, len(callbacks))
-    return [(cls, table[(i+k)%len(table)]) for i,cls in enumerate(table) for k in steps]
+    both = [(cls, table[(i+k)%len(table)]) for i,cls in enumerate(table) for k in steps]
+    return [o for o in both if together(*o)]
 
 def usual(cls): return 'text_classifier' if cls in IS_RNN else 'digits'
 
@@ -247,7 +261,7 @@ def soak(classes, settings):
 
 def soak_pairs(classes):
     found = {f'{a.__name__} and {b.__name__}': attempt(pair, a, b)
-             for a,b in itertools.combinations(classes, 2)}
+             for a,b in itertools.combinations(classes, 2) if together(a, b)}
     problems = [f'{k}: {p}' for k,p in found.items() if p]
     print(f'{len(found)-len(problems)} of {len(found)} pairs learn')
     return problems

@@ -16,7 +16,6 @@ from time import monotonic, perf_counter
 import torch
 from fastai.callback.core import (CancelBatchException, CancelEpochException, CancelFitException,
                                   CancelTrainException)
-from fastai.callback.mixup import MixHandler
 from fastai.learner import Learner
 from fastai.torch_core import apply, to_float
 from torch import Tensor, nn
@@ -29,7 +28,7 @@ from .passes import (ExtraPass, leaving_no_trace, mixed_precision, precision_of,
 from .position import load_random_state, random_state
 from .state import FitStart, learner_state, load_learner_state
 from .step import BatchUndo, own_step
-from .watch import inner_loader, n_workers
+from .watch import inner_loader, mixes_items, n_workers
 
 # %% ../../nbs/base/rehearsal.ipynb #rehearse-006
 @contextmanager
@@ -110,7 +109,7 @@ class Rehearsal:
         with putting_back(learn), learn.no_bar(), ExitStack() as stack:
             self.random = random_state(learn.dls)
             learn.model = self.model
-            out = [cb for cb in learn.cbs if not takes_part(cb) or isinstance(cb, MixHandler)]
+            out = [cb for cb in learn.cbs if not takes_part(cb) or mixes_items(cb)]
             for cb in learn.cbs:
                 if hasattr(type(cb), 'receive') or type(cb).__module__=='fastai.distributed': cb.run = False
             learn.dl,learn.n_epoch,learn.epoch,learn.iter = learn.dls.train,1,0,0
