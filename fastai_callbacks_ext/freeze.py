@@ -131,6 +131,7 @@ class Freeze(ExtCallback):
         self._entry,self.opt.frozen_idx = i,n
         before = [p.requires_grad for p in opt_params(self.opt)]
         for p in opt_params(self.opt): _train(p, p not in frozen or _always(self.opt, p))
+        _settle(self.opt)
         if not i or before!=[p.requires_grad for p in opt_params(self.opt)]: self._say(what, n)
 
     def _put_back(self, opt, before, n):
@@ -155,6 +156,12 @@ def _train(p, trained):
     "A frozen parameter gets no gradient. One of zeros would do: momentum and weight decay would move it"
     p.requires_grad_(trained)
     if not trained: p.grad = None
+
+def _settle(opt):
+    "fastai's `Lookahead` moves all weights towards its slow ones; for frozen weights they are the same now"
+    slow = vars(opt).get('slow_weights') or []
+    for p,s in zip(opt_params(opt), [s for group in slow for s in group]):
+        if not p.requires_grad: s.copy_(p.detach())
 
 def _always(opt, p): return opt.state.get(p, {}).get('force_train', False)
 

@@ -72,7 +72,8 @@ class _Layers:
     def is_block(self, m, parent):
         inside = _with_weights(m)
         flat = isinstance(m, nn.Sequential) and _is_flat(m)      # a convolution with its norm layer
-        return bool(inside) and isinstance(parent, _lists) and type(m) not in _lists and not flat and self.n[type(m)]>1
+        often = self.n[type(m)]>(1 if isinstance(parent, _lists) else 2)
+        return bool(inside) and often and type(m) not in _lists and not flat
 
     def has_blocks(self, m): return any(self.is_block(c, o) for o in m.modules() for c in o.children())
 
@@ -274,8 +275,9 @@ def _refuse(self:HyperMult, k, i, own):
     parts = {m: [n for n,o in own.items() if o==m] for m in dict.fromkeys(own.values())}
     said = '; '.join(f'{m:.4g} for {some_of(ns)}' for m,ns in parts.items())
     advice = 'with OptimWrapper, layer_groups(split_wd=True)' if k=='wd' else 'layer_groups()'
-    raise ValueError(f'HyperMult: {k} of group {i} (of {len(self.opt.param_lists)}) would be multiplied by {said}; '
-                     f'but a group has one {k}. Expected groups that fit: Learner(splitter=), such as {advice}')
+    raise ValueError(f'HyperMult: {k} of group {i} (of {len(self.opt.param_lists)}) would be multiplied by '
+                     f'{said}; but a group has one {k}. Expected groups that fit: Learner(splitter=), such as '
+                     f'{advice}')
 
 @patch
 def _keep_off(self:HyperMult, params):
