@@ -85,7 +85,7 @@ class Freeze(ExtCallback):
     name = 'freezing'       # not `freeze`: it would hide the method of the learner
     fit_state = dict(_entry=None, _steps=0, _begins=True)
     def __init__(self,
-        # What is frozen from when on. A number of groups as in `freeze_to` (-1: all but the last; 0: nothing);
+        # What is frozen from when on: a number of groups as in `freeze_to` (-1: all but the last; 0: none);
         # or beginnings of parameter names, one or a list; or a function of a name
         schedule:dict={0:-1, 1:-2, 2:0},
         unit:str='epochs', # Unit of the keys: 'epochs', 'steps' of the optimizer, or 'pct' of the fit, 0 to 1
@@ -177,10 +177,10 @@ def _frozen_by(self:Freeze, what):
     held = {*opt_params(self.opt)}
     lacking = [o for o,p in params.items() if p not in held and not p.requires_grad and o not in named]
     if lacking:
-        raise ValueError(f'Freeze: the optimizer does not have {some_of(lacking)}: frozen when it was made. So '
-                         'no entry can train them. Make all trainable, then the optimizer: '
-                         'learn.model.requires_grad_(True); learn.create_opt(). To keep them frozen, name them '
-                         'in each entry')
+        raise ValueError(f'Freeze: the optimizer does not have {some_of(lacking)}: frozen when it was made. '
+                         'So no entry can train them. Make all trainable, then the optimizer: '
+                         'learn.model.requires_grad_(True); learn.create_opt(). To keep them frozen, name '
+                         'them in each entry')
     if frozen>=held: raise ValueError(f'schedule: {what!r} freezes the whole model; expected a part of it')
     if not by_name: return frozen,n
     whole = [all(p in frozen or _always(self.opt, p) for p in g) for g in groups]
@@ -199,9 +199,9 @@ def _place(n, of):
 def _say(self:Freeze, what, n):
     params,of = opt_params(self.opt),len(self.opt.param_lists)
     total,trained = (sum(p.numel() for p in ps) for ps in (params, [p for p in params if p.requires_grad]))
-    names = getattr(what, '__name__', 'a function') if callable(what) else some_of(map(repr, L(what)))
-    why = f'the first {n} of {of} parameter groups are frozen' if isinstance(what, int) else f'{names} is frozen'
-    if isinstance(what, int) and n<2: why = 'the first parameter group is frozen' if n else 'nothing is frozen'
+    names = 'what the function chooses' if callable(what) else some_of(map(repr, L(what)))
+    first = f'the first {n} of {of} parameter groups are' if n>1 else 'the first parameter group is'
+    why = f'{(first if n else "nothing is") if isinstance(what, int) else names+" is"} frozen'
     later = [k for k in self.schedule if self.unit=='epochs' and k>=self.n_epoch]
     if later and not self._entry: why += f'; this fit ends before epoch {later[0]} of the schedule'
     self.tell(f'trains {trained:,} of {total:,} weights', why)

@@ -100,7 +100,8 @@ def test_upgrade_swaps_fastais():
 # In groups of three layers: the convolutions with their batch norm, and the head
 def three_groups(model): return [list(model[i:j].parameters()) for i,j in ((0,3), (3,6), (6,None))]
 def body(name): return name[0] in '01'
-OPTS = dict(fastai=Adam, sgd=partial(SGD, mom=.9), around=ranger, wrapper=partial(OptimWrapper, opt=torch.optim.AdamW))
+OPTS = dict(fastai=Adam, sgd=partial(SGD, mom=.9), around=ranger,
+            wrapper=partial(OptimWrapper, opt=torch.optim.AdamW))
 def scaler(): return AnyMixedPrecision(torch.float32, 2.**10)
 
 class Moves(Callback):
@@ -108,7 +109,8 @@ class Moves(Callback):
     order,run_valid = 3000,False
     def before_fit(self): self.moved,self.grads,self.lrs = [],[],[]
     def before_batch(self): self.was = [[p.detach().clone() for p in g] for g in self.opt.param_lists]
-    def before_step(self): self.grads.append([any(p.grad is not None for p in g) for g in self.opt.param_lists])
+    def before_step(self):
+        self.grads.append([any(p.grad is not None for p in g) for g in self.opt.param_lists])
     def after_batch(self):
         now = self.opt.param_lists
         self.moved.append([any(not torch.equal(p, w) for p,w in zip(*o)) for o in zip(now, self.was)])
@@ -124,8 +126,10 @@ def frozen(moved): return [row.index(True) for row in moved]     # number of gro
 def steady(moved): return all(row==sorted(row) for row in moved)
 
 BESIDE_FREEZE = dict(
-    alone=list, loop=lambda: [FastLoop()], sam=lambda: [SAM()], ema=lambda: [EMA()], swa=lambda: [SWA(start=0)],
-    lookahead=lambda: [LookaheadWeights(k=2)], noise=lambda: [GradientNoise()], skip=lambda: [SkipNonFinite()],
+    alone=list, loop=lambda: [FastLoop()], sam=lambda: [SAM()], ema=lambda: [EMA()],
+    swa=lambda: [SWA(start=0)],
+    lookahead=lambda: [LookaheadWeights(k=2)], noise=lambda: [GradientNoise()],
+    skip=lambda: [SkipNonFinite()],
     clip=lambda: [GradientClip(.1), GradientCentralization()], scaler=lambda: [scaler()],
     all=lambda: [scaler(), FastLoop(), SAM(), GradientClip(.1), LayerStats()])
 
@@ -139,7 +143,8 @@ def test_frozen_weights_stay(opt, beside):
     assert frozen(moves.moved)==[2]*4+[1]*4+[0]*4+[2]*4
 
 @pytest.mark.parametrize('schedule,unit,expected', [
-    ({0:2}, 'epochs', [2]*12), ({0:['0','1'], 1:0}, 'epochs', [1]*4+[0]*8), ({0:-1, 3:1, 5:0}, 'steps', [2]*3+[1]*2+[0]*7),
+    ({0:2}, 'epochs', [2]*12), ({0:['0','1'], 1:0}, 'epochs', [1]*4+[0]*8),
+    ({0:-1, 3:1, 5:0}, 'steps', [2]*3+[1]*2+[0]*7),
     ({0:-1, .5:0}, 'pct', [2]*6+[0]*6), ({0:['0','1','3','4'], 1:body}, 'epochs', [2]*4+[1]*8),
     ({0:0, 2:'[013]*'}, 'epochs', [0]*8+[1]*4)])
 @pytest.mark.parametrize('method', ['fit','fit_one_cycle'])
@@ -150,7 +155,9 @@ def test_when_and_what(schedule, unit, expected, method):
 
 def test_unfrozen_groups_join_the_schedule():
     rates = []
-    for cbs in ([], [Freeze()]): fit(three(*cbs, moves := Moves()), 3, 'fit_one_cycle'); rates.append(moves.lrs)
+    for cbs in ([], [Freeze()]):
+        fit(three(*cbs, moves := Moves()), 3, 'fit_one_cycle')
+        rates.append(moves.lrs)
     assert rates[0]==rates[1]
 
 @pytest.mark.parametrize('train_bn', [True, False])
@@ -158,11 +165,11 @@ def test_unfrozen_groups_join_the_schedule():
 def test_it_freezes_what_freeze_to_freezes(n, train_bn):
     class Look(Callback):
         order = 80
-        def before_batch(self): self.seen = [p.requires_grad for p in self.model.parameters()],self.opt.frozen_idx
+        def before_batch(self): self.seen = trained(self.learn)
     learn,other = (three(train_bn=train_bn) for _ in range(2))
     fit(learn, 1, cbs=[Freeze({0:n}), look := Look()])
     other.freeze_to(n)
-    assert look.seen==([p.requires_grad for p in other.model.parameters()], other.opt.frozen_idx)
+    assert look.seen==trained(other)
 
 @pytest.mark.parametrize('unit,key', [('steps',1), ('pct',.2), ('epochs',1)])
 def test_under_accumulation_it_waits_for_the_next_step(unit, key):
@@ -216,13 +223,13 @@ def test_both_fits_of_fine_tune_and_a_second_fit(capsys):
     assert 'trains 1,290 of 6,186 weights in epoch 0: the first 2 of 3 parameter groups are frozen' in said
 
 @pytest.mark.parametrize('opt', ['fastai','wrapper'])
-@pytest.mark.parametrize('schedule,unit', [({0:-1, 1:-2, 2:0}, 'epochs'), ({0:'0', 6:0, 9:['0','1']}, 'steps'),
-                                           ({0:-1, .45:0}, 'pct')])
+@pytest.mark.parametrize('schedule,unit', [
+    ({0:-1, 1:-2, 2:0}, 'epochs'), ({0:'0', 6:0, 9:['0','1']}, 'steps'), ({0:-1, .45:0}, 'pct')])
 @pytest.mark.parametrize('beside', [list, lambda: [GradientAccumulation(64), FastLoop()]])
 def test_a_resumed_run_goes_on_with_its_entry(tmp_path, schedule, unit, opt, beside):
     def run(*cbs):
-        learn = learner(cbs=[Freeze(schedule, unit), *beside(), *cbs], splitter=three_groups, opt_func=OPTS[opt])
-        return fit(learn, 3, 'fit_one_cycle')
+        cbs = [Freeze(schedule, unit), *beside(), *cbs]
+        return fit(learner(cbs=cbs, splitter=three_groups, opt_func=OPTS[opt]), 3, 'fit_one_cycle')
     whole = run()
     with pytest.raises(KeyboardInterrupt): run(Stop(), Checkpoint(tmp_path, steps=1))
     resumed = run(moves := Moves(), Checkpoint(tmp_path, steps=1))
@@ -233,7 +240,8 @@ def test_a_resumed_run_goes_on_with_its_entry(tmp_path, schedule, unit, opt, bes
 
 @pytest.mark.parametrize('keep', [True, False])
 def test_it_resumes_in_the_same_process_and_finds_the_end(tmp_path, keep):
-    learn = learner(cbs=[Freeze({0:-1, 1:-2}, keep=keep), Checkpoint(tmp_path, steps=1)], splitter=three_groups)
+    cbs = [Freeze({0:-1, 1:-2}, keep=keep), Checkpoint(tmp_path, steps=1)]
+    learn = learner(cbs=cbs, splitter=three_groups)
     with pytest.raises(KeyboardInterrupt): fit(learn, 3, cbs=Stop())
     fit(learn, 3)
     after = trained(learn)
@@ -300,16 +308,19 @@ class Wraps(Callback):
 
 def test_in_several_processes_one_entry_only():
     fit(three(Freeze({0:-1}), Wraps()), 1)
-    with pytest.raises(ValueError, match='expected a schedule with one entry'): fit(three(Freeze(), Wraps()), 1)
+    with pytest.raises(ValueError, match='expected a schedule with one entry'):
+        fit(three(Freeze(), Wraps()), 1)
     learn = three(Freeze({0:-1}))
     learn.model = DistributedDataParallel(learn.model)
     with pytest.raises(ValueError, match='in DistributedDataParallel'): fit(learn, 1)
 
 @pytest.mark.parametrize('schedule,unit,message', [
     ({1:0}, 'epochs', 'keys that begin with 0 and increase'), ({}, 'epochs', 'keys that begin with 0'),
-    ({0:0, 2:1, 1:0}, 'epochs', 'keys that begin with 0 and increase'), ({0:True}, 'epochs', 'schedule: True:'),
+    ({0:0, 2:1, 1:0}, 'epochs', 'keys that begin with 0 and increase'),
+    ({0:True}, 'epochs', 'schedule: True:'),
     ({0:[]}, 'epochs', 'expected a number of groups'), ({0:0, .5:1}, 'epochs', 'expected int'),
-    ({0:0, 1.:1}, 'pct', 'expected less than 1'), ({0:0}, 'batches', "unit='batches'"), ([0], 'epochs', 'expected dict')])
+    ({0:0, 1.:1}, 'pct', 'expected less than 1'), ({0:0}, 'batches', "unit='batches'"),
+    ([0], 'epochs', 'expected dict')])
 def test_refused_when_it_is_made(schedule, unit, message):
     with pytest.raises((ValueError, TypeError)) as e: Freeze(schedule, unit)
     assert message in str(e.value)
@@ -317,7 +328,8 @@ def test_refused_when_it_is_made(schedule, unit, message):
 @pytest.mark.parametrize('schedule,message', [
     ({0:-1, 1:3}, '3: the learner has 3 parameter groups; expected -3 to 2'), ({0:-4}, 'expected -3 to 2'),
     ({0:-1, 1:'8.weihgt'}, "there are: 0, 1, 3, 4, 8; did you mean '8.weight'?"),
-    ({0:''}, "schedule=''"), ({0:'*'}, 'freezes the whole model'), ({0:lambda n: False}, 'true for none of 0, 1')])
+    ({0:''}, "schedule=''"), ({0:'*'}, 'freezes the whole model'),
+    ({0:lambda n: False}, 'true for none of 0, 1')])
 def test_refused_at_the_start_of_a_fit(schedule, message):
     learn = three(Freeze(schedule))
     before = trained(learn)
@@ -328,7 +340,8 @@ def test_one_group_and_weights_that_the_optimizer_lacks():
     with pytest.raises(ValueError, match='has one parameter group'): fit(learner(cbs=Freeze()), 1)
     learn = learner(cbs=[Freeze({0:'0', 1:0})])
     learn.model[0].requires_grad_(False)
-    with pytest.raises(ValueError, match='the optimizer does not have 0.weight, 0.bias: frozen when'): fit(learn, 1)
+    with pytest.raises(ValueError, match='the optimizer does not have 0.weight, 0.bias: frozen when'):
+        fit(learn, 1)
     learn.model.requires_grad_(True), learn.create_opt()
     fit(learn, 2)
     always = learner(cbs=[Freeze({0:['0','3'], 1:'0'})])

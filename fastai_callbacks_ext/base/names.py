@@ -41,5 +41,7 @@ def chosen(
                          f'there are: {_there(names)}{nearest(o, _beginnings(names))}')
     return [n for n in names if any(fits_name(o, n) for o in L(what))]
 
-def _beginnings(names): return dict.fromkeys(n.rsplit('.', i)[0] for n in names for i in range(n.count('.')+1))
+def _beginnings(names):
+    return dict.fromkeys(n.rsplit('.', i)[0] for n in names for i in range(n.count('.')+1))
+
 def _there(names, most=6): return some_of(dict.fromkeys(n.partition('.')[0] for n in names), most)
