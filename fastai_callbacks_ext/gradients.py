@@ -250,6 +250,8 @@ class LookaheadWeights(ExtCallback):
         "Count the steps; at every `k`th step, go back a part of the way"
         self._t += 1
         if self._t%self.k: return
+        for p,slow in zip(opt_params(self.opt), self._slow):
+            if not p.requires_grad: slow.copy_(p.detach())      # it may be frozen since; it stays as it is
         params = [p.detach() for p in opt_params(self.opt)]
         new = torch._foreach_lerp(self._slow, params, self.alpha)
         # NaN in the slow weights would come back every `k` steps

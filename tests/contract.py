@@ -33,23 +33,19 @@ IS_RNN = *RNN, ext.RNNRegularizer
 # What fastai itself cannot do there
 FASTAI_CANNOT = {('exports','torch_loader'), ('exports','gan')}
 
-<<<<<<< HEAD
-# They do not know the loss of a GAN; labels that are mixed have no second loss
-CANNOT = {(ext.Distill,'gan'), (ext.RDrop,'gan'), (ext.FGM,'gan'),
-          (ext.RDrop,'multi_label'), (ext.ScheduleFree,'gan')}
-def possible(cls): return [s for s in SETTINGS if (s in TEXT or cls not in IS_RNN) and (cls,s) not in CANNOT]
-=======
-# They refuse word ids, categories, and each other; multi_label has fastai's; in a GAN, models take turns
-MIXING = {'MixUp','CutMix','CutMixUp'}
-NOT_MIXED = {*TEXT, 'tabular_classes', 'ratings', 'multi_label', 'gan'}
-
+# They do not know the loss of a GAN; labels that are mixed have no second loss. Word ids and categories are not
+# mixed, and multi_label has fastai's `MixUp`
+CANNOT = {(ext.Distill,'gan'), (ext.RDrop,'gan'), (ext.FGM,'gan'), (ext.ScheduleFree,'gan'),
+          (ext.RDrop,'multi_label')}
+MIXING = 'MixUp','CutMix','CutMixUp'
+NOT_MIXED = *TEXT,'tabular_classes','ratings','multi_label','gan'
+IMAGES = 'CutMix','CutMixUp'
 def possible(cls):
-    if cls.__name__ in MIXING:
-        not_images = {'torch_loader'} if cls.__name__!='MixUp' else set()
-        return [s for s in SETTINGS if s not in NOT_MIXED | not_images]
-    return [s for s in SETTINGS if s in TEXT or cls not in IS_RNN]
-def together(a, b): return not {a.__name__, b.__name__}<=MIXING
->>>>>>> mixing
+    "The settings in which `cls` can work"
+    name = cls.__name__
+    cannot = {s for c,s in CANNOT if c is cls} | {*(NOT_MIXED if name in MIXING else ())}
+    if name in IMAGES: cannot.add('torch_loader')
+    return [s for s in SETTINGS if s not in cannot and (s in TEXT or cls not in IS_RNN)]
 def checks_in(setting): return {k: f for k,f in PROPERTIES.items() if (k,setting) not in FASTAI_CANNOT}
 
 def learner_of(cls, setting, *cbs):
