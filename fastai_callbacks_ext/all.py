@@ -6,14 +6,16 @@
 __all__ = []
 
 # %% ../nbs/all.ipynb #728a6161
-from . import (accumulation, activations, adversarial, averaging,
-        best, checkpoint, consistency, finder, freeze, gradients, items, layers,
-        loop, monitors, preflight, progress, report, rnn, runlog, safety,
-        schedule_free, schedules, stopping, throughput, tracing, upgrades)
+from . import (accumulation, activations, adversarial,
+        averaging, best, checkpoint, consistency, finder, freeze,
+        gradients, groups, items, layers, loop, memory, mixing, monitors,
+        preflight, progress, report, rnn, runlog, safety, schedule_free,
+        schedules, stopping, throughput, tracing, upgrades)
 # before the stars, which hide some of them
 _purposes = (accumulation, activations, adversarial, averaging, best, checkpoint, consistency, finder,
-             freeze, gradients, items, layers, loop, monitors, preflight, progress, report, rnn, runlog,
-             safety, schedule_free, schedules, stopping, throughput, tracing, upgrades)
+             freeze, gradients, groups, items, layers, loop, memory, mixing, monitors, preflight,
+             progress, report, rnn, runlog, safety, schedule_free, schedules, stopping, throughput,
+             tracing, upgrades)
 from .accumulation import *
 from .activations import *
 from .adversarial import *
@@ -24,9 +26,12 @@ from .consistency import *
 from .finder import *
 from .freeze import *
 from .gradients import *
+from .groups import *
 from .items import *
 from .layers import *
 from .loop import *
+from .memory import *
+from .mixing import *
 from .monitors import *
 from .preflight import *
 from .progress import *

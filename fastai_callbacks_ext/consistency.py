@@ -10,18 +10,18 @@ from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
-from fastai.callback.mixup import MixHandler
 from fastai.learner import Learner
 from torch import Tensor, nn
 from .base.core import ExtCallback, check_number, check_type, nearest
 from .base.labels import NotClear, divergence, output_kind, output_kinds
 from .base.model import norm_layers, resettable, stateful_modules, unwrap_model
+from .base.watch import mixes_items
 
 # %% ../nbs/30_consistency.ipynb #cons-007
 class _Compares(ExtCallback):
     "Adds to the loss how far two outputs are apart: the base of `Distill` and `RDrop`"
     order,run_valid = 2,False       # before a `GradientAccumulation` divides the loss
-    in_lr_find = True
+    in_lr_find = in_pieces = True       # `MicroBatch`: for each piece
     transient = dict(_other=None, _far=None)
     _other = _far = None
 
@@ -124,7 +124,7 @@ class RDrop(_Compares):
     def before_fit(self):
         "Say that there is no dropout, if so; refuse `MixUp`, whose labels the second loss does not have"
         super().before_fit()
-        mixes = [cb.name for cb in self.learn.cbs if isinstance(cb, MixHandler)]
+        mixes = [cb.name for cb in self.learn.cbs if mixes_items(cb)]
         if mixes:
             raise ValueError(f'{self.name}: {mixes[0]} mixes labels, which the second loss would not have; '
                              'expected one of them')

@@ -33,6 +33,8 @@ ARGS = {ext.RNNRegularizer: dict(alpha=2, beta=1)}
 NEW = {ext.Checkpoint: lambda: dict(path=tempfile.mkdtemp(dir='.')), ext.StopFile: lambda: dict(path='stop'),
        ext.StepLimit: lambda: dict(steps=10**6), ext.SampleLimit: lambda: dict(samples=10**9),
        ext.Distill: lambda: dict(teacher=digits_learner(n=40).model),
+       ext.Freeze: lambda: dict(schedule={0: '*bias*', 1: 0}),
+       ext.HyperMult: lambda: dict(wd={'bias': 0}),
        ext.TimeLimit: lambda: dict(minutes=60, schedule=True)}
 
 # For `assert_close`: to the last bit where sums have one order; a GPU adds up in any

@@ -6,7 +6,7 @@ from functools import partial
 import pytest, torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback
-from fastai.callback.mixup import MixUp
+from fastai.callback import mixup
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.optimizer import SGD, Adam, OptimWrapper
@@ -103,6 +103,13 @@ def test_a_window_divides_the_whole_loss():
     fit(small(Distill(net(5)), GradientAccumulation(32), two := Grads(), **how), 1)
     for a,b in zip(two.rows[0], zip(*one.rows)): torch.testing.assert_close(a, sum(b)/4)
 
+@pytest.mark.parametrize('make', [lambda: Distill(net(5)), RDrop], ids=['distill','rdrop'])
+def test_a_batch_in_pieces_has_the_same_loss(make):
+    model = partial(net, drop=0., norm=False)
+    a,b = (small(make(), *cbs, model=model) for cbs in ([], [MicroBatch(3)]))
+    for o in (a, b): seeded(o, 2)
+    for x,y in zip(weights(a), weights(b)): torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-5)
+
 def test_the_teacher_stays_as_it_was():
     teacher = net(5).train()
     before,random = deepcopy(teacher.state_dict()),None
@@ -185,7 +192,7 @@ def test_positions_that_do_not_count():
 @pytest.mark.parametrize('make,message', [
     (lambda: small(Distill(net(5)), loss='own'), 'it does not know what'),
     (lambda: small(Distill(nn.Linear(6, 2))), 'expected the same shape'),
-    (lambda: small(RDrop(), MixUp()), 'mix_up mixes labels')])
+    (lambda: small(RDrop(), mixup.MixUp()), 'mix_up mixes labels')])
 def test_refused(make, message):
     LOSSES['own'] = (lambda x,y: (x.sum(1)-y).abs().mean(), lambda: torch.randn(32))
     with pytest.raises(ValueError) as e: fit(make())

@@ -517,6 +517,11 @@ ANOTHER |= {('Distill','temperature'): 3., ('Distill','teacher'): torch.nn.Linea
 ANOTHER |= {('Schedule','phases'): {'wd': [dict(kind='flat', length=None, unit=None, start=.5, end=.5,
                                               shape='linear', power=1.)]},
             ('Schedule','unit'): 'epochs', ('Schedule','count'): 'batches'}
+ANOTHER |= {('MicroBatch','size'): 8}
+ANOTHER |= {(o,k): v for o in ('MixUp','CutMix','CutMixUp') for k,v in dict(
+    by='batch' if o=='MixUp' else 'item', p=.5, until=.5, inputs=0).items()}
+ANOTHER |= {('Freeze','schedule'): {0: '0', 1: 0},
+            ('HyperMult','lr'): {'*': .5}, ('HyperMult','wd'): {'norm': 0}}
 acting = [o for o in public_callbacks() if identity._acts(make(o))]
 arguments = [(o, k) for o in acting for k,p in signature(o).parameters.items() if p.kind is not p.VAR_KEYWORD
              and p.kind is not p.VAR_POSITIONAL]
@@ -536,7 +541,8 @@ def test_which_callbacks_act():
     assert {o.__name__ for o in acting}=={
         'EMA', 'SWA', 'LAWA', 'GradientAccumulation', 'GradientCentralization', 'GradientClip',
         'GradientNoise', 'LookaheadWeights', 'SAM', 'ModelResetter', 'RNNCallback', 'RNNRegularizer',
-        'Distill', 'RDrop', 'AWP', 'FGM', 'Schedule', 'ScheduleFree', 'ReduceLROnPlateau', 'BnFreeze'}
+        'Distill', 'RDrop', 'AWP', 'FGM', 'Schedule', 'ScheduleFree', 'MicroBatch',
+        'MixUp', 'CutMix', 'CutMixUp', 'Freeze', 'HyperMult', 'ReduceLROnPlateau', 'BnFreeze'}
     watch_guard_or_save = {'ActivationStats', 'Checkpoint', 'EarlyStopping', 'FastLoop', 'ItemStats',
                            'LayerStats', 'PreemptionGuard', 'Progress', 'RunLog', 'SampleLimit',
                            'SaveTopK', 'SkipNonFinite', 'SpikeGuard', 'StepLimit', 'StopFile',

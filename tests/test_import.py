@@ -55,7 +55,7 @@ def test_names_upgrade_fastai():
 
 # Names that fastai has too, for the same job
 SAME_JOB = {'ModelResetter','RNNCallback','RNNRegularizer','rnn_cbs','TerminateOnNaNCallback',
-            'EarlyStoppingCallback','GradientAccumulation','GradientClip','ActivationStats',
+            'EarlyStoppingCallback','MixUp','CutMix','GradientAccumulation','GradientClip','ActivationStats',
             'ReduceLROnPlateau','BnFreeze'}
 
 modules = ['fastai.vision.all','fastai.text.all','fastai.tabular.all','fastai.collab','fastai.callback.all',
