@@ -153,7 +153,8 @@ class _Mixing(ExtCallback):
         check_type('inputs', inputs, int, tuple, list, type(None))
         listed = [inputs] if isinstance(inputs, int) else inputs
         self.inputs = listed and tuple(check_number('inputs', i, low=0, integer=True) for i in listed)
-        if listed is not None and not len(listed): raise ValueError(f'inputs={inputs!r}: expected at least one')
+        if listed is not None and not len(listed):
+            raise ValueError(f'inputs={inputs!r}: expected at least one')
         self._mix = None
 
     def before_fit(self):
@@ -200,7 +201,8 @@ class _Mixing(ExtCallback):
         learn = self.learn
         parts = [_parts(learn.loss_func, mix.n, learn.pred, o) for o in (learn.yb, mix.second)]
         if any(o is None for o in parts):
-            raise ValueError(f"{self.name}: by='item': the loss has no value for each item; expected by='batch'")
+            raise ValueError(f"{self.name}: by='item': the loss has no value for each item; "
+                             "expected by='batch'")
         with torch.no_grad(): losses = loss.detach(),self._loss(mix.second)
         first,second = ((_counts(l, o)*o).sum(1) for l,o in zip(losses, parts))
         return (first*mix.lam + second*(1-mix.lam)).sum()
@@ -359,14 +361,14 @@ class MixUp(_Mixing):
 class CutMix(_Mixing):
     """CutMix: pastes a rectangle of another image into each, and trains with both targets by their areas.
 
-    Masks as targets are cut in the same place. For the rest, see `MixUp`. It replaces fastai's callback of this
-    name."""
+    Masks as targets are cut in the same place. For the rest, see `MixUp`. It replaces fastai's callback of
+    this name."""
     cut = 1
     def __init__(self,
         # How much is cut: the area is drawn from a Beta distribution with `alpha` twice; 0 cuts nothing, 1
         # draws all areas alike
         alpha:float=1.,
-        by:str='batch', # One rectangle for the whole 'batch', which works with any loss, or one for each 'item'
+        by:str='batch', # One rectangle for the 'batch', which works with any loss, or one for each 'item'
         p:float=1., # Share of the batches that are mixed
         until:float=1., # Share of the fit after which nothing is mixed: 0.9 leaves out the last tenth
         inputs:int|tuple=None # Numbers of the inputs to mix, if the model has several; None: all

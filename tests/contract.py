@@ -33,8 +33,8 @@ IS_RNN = *RNN, ext.RNNRegularizer
 # What fastai itself cannot do there
 FASTAI_CANNOT = {('exports','torch_loader'), ('exports','gan')}
 
-# They do not know the loss of a GAN; labels that are mixed have no second loss. Word ids and categories are not
-# mixed, and multi_label has fastai's `MixUp`
+# They do not know the loss of a GAN; labels that are mixed have no second loss. Word ids and categories are
+# not mixed, and multi_label has fastai's `MixUp`
 CANNOT = {(ext.Distill,'gan'), (ext.RDrop,'gan'), (ext.FGM,'gan'), (ext.ScheduleFree,'gan'),
           (ext.RDrop,'multi_label')}
 MIXING = 'MixUp','CutMix','CutMixUp'
