@@ -156,6 +156,15 @@ def test_kfold(tmp_path, capfd):
     got,want = [np.load(tmp_path/o/'oof.npy') for o in ('run','whole')]
     assert np.array_equal(got, want) and (want!=0).all()
 
+def test_by_layers(tmp_path, capsys):
+    "It learns, says what it does, and the export has the averaged weights"
+    run('by_layers', '--path', tmp_path, '--epochs', 6)
+    out = capsys.readouterr().out
+    assert float(re.search(r'accuracy (\d\.\d+) at a rate', out)[1])>.8
+    said = 'hyper_mult: multiplies lr by','freezing: trains','cut_mix_up: mixes no more'
+    assert all(o in out for o in said)
+    assert type(load_learner(tmp_path/'model.pkl').model) is torch.nn.Sequential
+
 def test_wrong_labels(tmp_path, capfd):
     "Most of what was planted is found; the learner is as it should be; a page is written"
     run('wrong_labels', '--path', tmp_path)
