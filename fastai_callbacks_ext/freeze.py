@@ -108,10 +108,9 @@ class Freeze(ExtCallback):
         self._go_to(0)
 
     def before_train(self):
-        "Go to the entry of this epoch"
+        "An epoch begins with a step"
         if len(self.schedule)>1 and is_ddp(self.learn.model): self._refuse_ddp()
         self._begins = True
-        self.before_batch()
 
     def before_batch(self):
         "Go to the entry of this step, if a step begins here"

@@ -32,7 +32,17 @@ def vit(): return models.VisionTransformer(32, 8, 3, 2, 16, 32)
 def image_model(arch): return nn.Sequential(create_body(arch()), create_head(512, 10))
 def stages(*n): return [f'{i}.{j}' for i,k in enumerate(n, 1) for j in range(k)]
 
+class Bert(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words,self.places,self.norm = nn.Embedding(9, 4),nn.Embedding(9, 4),nn.LayerNorm(4)
+        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(4, 2, 8) for _ in range(2))
+        self.pooler = nn.Linear(4, 4)
+
 MODELS = dict(
+    pooled=(lambda: nn.Sequential(Bert(), nn.Dropout(), nn.Linear(4, 2)),
+            ['0.words', *(f'0.layers.{i}.self_attn' for i in range(2)), '2']),
+    headless=(Bert, ['words', *(f'layers.{i}.self_attn' for i in range(2)), 'pooler']),
     resnet=(models.resnet18, ['conv1', *(f'layer{o}.conv1' for o in stages(2,2,2,2)), 'fc']),
     vit=(vit, ['class_token', *(f'encoder.layers.encoder_layer_{i}.ln_1' for i in range(3)), 'heads.head']),
     fastais=(lambda: image_model(models.resnet18),
