@@ -15,17 +15,18 @@ def main(
 ):
     set_seed(42)
     groups = layer_groups(decay=.75)        # smaller rates for earlier layers
-    learn = Learner(digits_dls(bs), digits_model(),      # yours: a pretrained model
-                    CrossEntropyLossFlat(), metrics=accuracy, splitter=groups, path=path)
+    dls,model = digits_dls(bs),digits_model()       # yours: a pretrained model
+    learn = Learner(dls, model, CrossEntropyLossFlat(), metrics=accuracy,
+                    splitter=groups, path=path)
 
     lr = lr_find(learn, suggest='minimum', show_plot=False).minimum
     cbs = [
-        HyperMult(groups),                  # those rates; no weight decay on norms and biases
-        Freeze({0: -1, 1: 0}),              # the head alone in the first epoch
-        Schedule.wsd(warmup=.1, decay=.3),  # warm-up, stable, decay
-        CutMixUp(until=.8),                 # mixed images, but not in the last fifth
-        MicroBatch(),                       # a batch that does not fit is done in pieces
-        EMA()]                              # validated and kept: the average
+        HyperMult(groups),              # those rates; norms and biases do not decay
+        Freeze({0: -1, 1: 0}),          # the head alone in the first epoch
+        Schedule.wsd(.1, .3),           # warm-up, stable, decay
+        CutMixUp(until=.8),             # mixed images, but not in the last fifth
+        MicroBatch(),                   # a batch that does not fit is done in pieces
+        EMA()]                          # validated and kept: the average
     learn.fit(epochs, lr, cbs=cbs)
 
     path.mkdir(parents=True, exist_ok=True)
