@@ -38,7 +38,7 @@ def tensors_in(
     return [t for x in o for t in tensors_in(x)] if isinstance(o, Sequence) and not isinstance(o, str) else []
 
 def upload(
-    array:np.ndarray, # Numbers
+    array, # A NumPy array
     device:torch.device # Where to
 )->Tensor:
     "`array` as a tensor on the device. A GPU is not waited for"
