@@ -28,14 +28,18 @@ def wide_model():
     return nn.Sequential(block(1, 32, 1), block(32, 64, 2), block(64, 64, 1), nn.AdaptiveAvgPool2d(2),
                          nn.Flatten(), nn.Linear(256, 10))
 
-TASKS = {     # number of training images, model, epochs, largest learning rate
-    '1,200 images, small network, 20 epochs': (1200, digits_model, 20, 1e-2),
-    '1,200 images, large network, 20 epochs': (1200, wide_model, 20, 5e-3),
-    '200 images, large network, 40 epochs': (200, wide_model, 40, 5e-3)}
+TASKS = {     # number of training images, share of wrong labels, model, epochs, largest learning rate
+    '1,200 images, small network, 20 epochs': (1200, 0, digits_model, 20, 1e-2),
+    '1,200 images, large network, 20 epochs': (1200, 0, wide_model, 20, 5e-3),
+    '200 images, large network, 40 epochs': (200, 0, wide_model, 40, 5e-3),
+    '600 images, 30% of the labels wrong, large network, 30 epochs': (600, .3, wide_model, 30, 5e-3)}
 
-def learner(n, model, seed, cbs):
+def learner(n, wrong, model, seed, cbs):
     x,y = map(torch.tensor, load_digits(return_X_y=True))
-    x,order = (x/16).float().view(-1,1,8,8),torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
+    g = torch.Generator().manual_seed(0)
+    x,order = (x/16).float().view(-1,1,8,8),torch.randperm(len(y), generator=g)
+    bad = order[:round(wrong*n)]
+    y[bad] = (y[bad]+torch.randint(1, 10, (len(bad),), generator=g))%10
     set_seed(seed)
     parts = [order[:n], order[1200:]]
     dls = DataLoaders(*(DataLoader([*zip(x[o], y[o].long())], 64, shuffle=o is parts[0]) for o in parts))
@@ -43,8 +47,8 @@ def learner(n, model, seed, cbs):
 
 def found(task, seed, cbs):
     "Accuracy at the end"
-    n,model,n_epoch,lr = TASKS[task]
-    learn = learner(n, model, seed, cbs)
+    n,wrong,model,n_epoch,lr = TASKS[task]
+    learn = learner(n, wrong, model, seed, cbs)
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(n_epoch, lr)
     return learn.recorder.values[-1][2]
 

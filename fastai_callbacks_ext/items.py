@@ -45,7 +45,8 @@ def _add(sums, items, found, loss):
     "Add what was `found` of `items` to the means; values that are not finite do not count"
     turns = _turns(items)
     for turn in turns:
-        at,new = upload(items[turn], sums.device),found if len(turns)==1 else found[:,upload(turn, sums.device)]
+        at = upload(items[turn], sums.device)
+        new = found if len(turns)==1 else found[:,upload(turn, sums.device)]
         value,margin,right,label,guess = new
         old = sums.index_select(1, at)
         n,mean,squares,margins,capped,forgotten,was_right,_,most,votes = old

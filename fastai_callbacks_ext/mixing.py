@@ -153,7 +153,8 @@ class _Mixing(ExtCallback):
         check_type('inputs', inputs, int, tuple, list, type(None))
         listed = [inputs] if isinstance(inputs, int) else inputs
         self.inputs = listed and tuple(check_number('inputs', i, low=0, integer=True) for i in listed)
-        if listed is not None and not len(listed): raise ValueError(f'inputs={inputs!r}: expected at least one')
+        if listed is not None and not len(listed):
+            raise ValueError(f'inputs={inputs!r}: expected at least one')
         self._mix = None
 
     def before_fit(self):
@@ -348,7 +349,7 @@ class MixUp(_Mixing):
         # How much is mixed: the share of each item is drawn from a Beta distribution with `alpha` twice; 0
         # mixes nothing, 1 draws all shares alike. The larger of the two shares is the item's own
         alpha:float=.4,
-        by:str='item', # One share for each 'item', or one for the whole 'batch', which works with any loss
+        by:str='item', # One share for each 'item', or one for the whole 'batch', which suits any loss
         p:float=1., # Share of the batches that are mixed
         until:float=1., # Share of the fit after which nothing is mixed: 0.9 leaves out the last tenth
         inputs:int|tuple=None # Numbers of the inputs to mix, if the model has several; None: all
@@ -359,14 +360,14 @@ class MixUp(_Mixing):
 class CutMix(_Mixing):
     """CutMix: pastes a rectangle of another image into each, and trains with both targets by their areas.
 
-    Masks as targets are cut in the same place. For the rest, see `MixUp`. It replaces fastai's callback of this
-    name."""
+    Masks as targets are cut in the same place. For the rest, see `MixUp`. It replaces fastai's callback of
+    this name."""
     cut = 1
     def __init__(self,
         # How much is cut: the area is drawn from a Beta distribution with `alpha` twice; 0 cuts nothing, 1
         # draws all areas alike
         alpha:float=1.,
-        by:str='batch', # One rectangle for the whole 'batch', which works with any loss, or one for each 'item'
+        by:str='batch', # One rectangle for the whole 'batch', which suits any loss, or one for each 'item'
         p:float=1., # Share of the batches that are mixed
         until:float=1., # Share of the fit after which nothing is mixed: 0.9 leaves out the last tenth
         inputs:int|tuple=None # Numbers of the inputs to mix, if the model has several; None: all
@@ -380,7 +381,7 @@ class CutMixUp(_Mixing):
         mix_alpha:float=.4, # `alpha` of `MixUp`
         cut_alpha:float=1., # `alpha` of `CutMix`
         cut:float=.5, # Probability of `CutMix`; otherwise it is `MixUp`
-        by:str='batch', # Drawn for the whole 'batch', which works with any loss, or for each 'item'
+        by:str='batch', # Drawn for the whole 'batch', which suits any loss, or for each 'item'
         p:float=1., # Share of the batches that are mixed
         until:float=1., # Share of the fit after which nothing is mixed: 0.9 leaves out the last tenth
         inputs:int|tuple=None # Numbers of the inputs to mix, if the model has several; None: all

@@ -313,4 +313,5 @@ def put_loss_back(
     learn:Learner # A learner, outside of a fit or at its beginning
 ):
     "Take off the loss function that fastai's `MixUp` leaves on the learner when it is interrupted"
-    while isinstance(mix := getattr(learn.loss_func, '__self__', None), MixHandler): learn.loss_func = mix.old_lf
+    while isinstance(mix := getattr(learn.loss_func, '__self__', None), MixHandler):
+        learn.loss_func = mix.old_lf
