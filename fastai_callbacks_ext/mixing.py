@@ -350,7 +350,7 @@ class MixUp(_Mixing):
         # How much is mixed: the share of each item is drawn from a Beta distribution with `alpha` twice; 0
         # mixes nothing, 1 draws all shares alike. The larger of the two shares is the item's own
         alpha:float=.4,
-        by:str='item', # One share for each 'item', or one for the whole 'batch', which works with any loss
+        by:str='item', # One share for each 'item', or one for the whole 'batch', which suits any loss
         p:float=1., # Share of the batches that are mixed
         until:float=1., # Share of the fit after which nothing is mixed: 0.9 leaves out the last tenth
         inputs:int|tuple=None # Numbers of the inputs to mix, if the model has several; None: all
@@ -368,7 +368,7 @@ class CutMix(_Mixing):
         # How much is cut: the area is drawn from a Beta distribution with `alpha` twice; 0 cuts nothing, 1
         # draws all areas alike
         alpha:float=1.,
-        by:str='batch', # One rectangle for the 'batch', which works with any loss, or one for each 'item'
+        by:str='batch', # One rectangle for the whole 'batch', which suits any loss, or one for each 'item'
         p:float=1., # Share of the batches that are mixed
         until:float=1., # Share of the fit after which nothing is mixed: 0.9 leaves out the last tenth
         inputs:int|tuple=None # Numbers of the inputs to mix, if the model has several; None: all
@@ -382,7 +382,7 @@ class CutMixUp(_Mixing):
         mix_alpha:float=.4, # `alpha` of `MixUp`
         cut_alpha:float=1., # `alpha` of `CutMix`
         cut:float=.5, # Probability of `CutMix`; otherwise it is `MixUp`
-        by:str='batch', # Drawn for the whole 'batch', which works with any loss, or for each 'item'
+        by:str='batch', # Drawn for the whole 'batch', which suits any loss, or for each 'item'
         p:float=1., # Share of the batches that are mixed
         until:float=1., # Share of the fit after which nothing is mixed: 0.9 leaves out the last tenth
         inputs:int|tuple=None # Numbers of the inputs to mix, if the model has several; None: all
