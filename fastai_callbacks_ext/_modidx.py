@@ -2655,6 +2655,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'fastai_callbacks_ext/mixing.py'),
                                              'fastai_callbacks_ext.mixing._Mixing._why_not': ( 'mixing.html#_mixing._why_not',
                                                                                                'fastai_callbacks_ext/mixing.py'),
+                                             'fastai_callbacks_ext.mixing._Mixing.after_cancel_batch': ( 'mixing.html#_mixing.after_cancel_batch',
+                                                                                                         'fastai_callbacks_ext/mixing.py'),
                                              'fastai_callbacks_ext.mixing._Mixing.after_loss': ( 'mixing.html#_mixing.after_loss',
                                                                                                  'fastai_callbacks_ext/mixing.py'),
                                              'fastai_callbacks_ext.mixing._Mixing.before_batch': ( 'mixing.html#_mixing.before_batch',

@@ -178,6 +178,10 @@ class _Mixing(ExtCallback):
         own['_mix'] = self._draw(rng, learn.xb, learn.yb)
         if self._mix: learn.xb,learn.yb,self._mix.second = self._mixed(self._mix, learn.xb, learn.yb)
 
+    def after_cancel_batch(self):
+        "A batch that a guard skips was never there; it has no targets any more"
+        if not len(self.learn.yb): vars(self)['_n'] -= 1
+
     def _is_over(self):
         if self.until==1 or getattr(self.learn, 'pct_train', 0)<self.until-1e-9: return False
         if self.fitting and not self._off:

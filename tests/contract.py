@@ -46,6 +46,7 @@ def possible(cls):
     cannot = {s for c,s in CANNOT if c is cls} | {*(NOT_MIXED if name in MIXING else ())}
     if name in IMAGES: cannot.add('torch_loader')
     return [s for s in SETTINGS if s not in cannot and (s in TEXT or cls not in IS_RNN)]
+def together(a, b): return not {a.__name__, b.__name__}<={*MIXING}
 def checks_in(setting): return {k: f for k,f in PROPERTIES.items() if (k,setting) not in FASTAI_CANNOT}
 
 def learner_of(cls, setting, *cbs):
