@@ -201,7 +201,8 @@ class _Mixing(ExtCallback):
         learn = self.learn
         parts = [_parts(learn.loss_func, mix.n, learn.pred, o) for o in (learn.yb, mix.second)]
         if any(o is None for o in parts):
-            raise ValueError(f"{self.name}: by='item': the loss has no value for each item; expected by='batch'")
+            raise ValueError(f"{self.name}: by='item': the loss has no value for each item; "
+                             "expected by='batch'")
         with torch.no_grad(): losses = loss.detach(),self._loss(mix.second)
         first,second = ((_counts(l, o)*o).sum(1) for l,o in zip(losses, parts))
         return (first*mix.lam + second*(1-mix.lam)).sum()
