@@ -46,7 +46,9 @@ def possible(cls):
     cannot = {s for c,s in CANNOT if c is cls} | {*(NOT_MIXED if name in MIXING else ())}
     if name in IMAGES: cannot.add('torch_loader')
     return [s for s in SETTINGS if s not in cannot and (s in TEXT or cls not in IS_RNN)]
-def together(a, b): return not {a.__name__, b.__name__}<={*MIXING}
+def together(a, b):
+    "Of two that mix, or one that mixes and one for texts, the first batch is refused"
+    return not any(o.__name__ in MIXING and (p.__name__ in MIXING or p in IS_RNN) for o,p in ((a,b), (b,a)))
 def checks_in(setting): return {k: f for k,f in PROPERTIES.items() if (k,setting) not in FASTAI_CANNOT}
 
 def learner_of(cls, setting, *cbs):
@@ -202,8 +204,8 @@ def sample(seed=0):
 def sample_pairs(seed=0, steps=(1,)):
     "Each callback beside as many others as there are `steps`, on both sides, round a table"
     table = random.Random(seed).sample(callbacks, len(callbacks))
-    both = [(cls, table[(i+k)%len(table)]) for i,cls in enumerate(table) for k in steps]
-    return [o for o in both if together(*o)]
+    others = {cls: [o for o in table[i+1:]+table[:i] if together(cls, o)] for i,cls in enumerate(table)}
+    return [(cls, others[cls][k-1]) for cls in table for k in steps]
 
 def usual(cls): return 'text_classifier' if cls in IS_RNN else 'digits'
 

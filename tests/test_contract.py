@@ -15,7 +15,7 @@ from fastai.torch_core import set_seed
 from fastcore.docments import docments
 import contract
 import fastai_callbacks_ext.all as ext
-from common import (EXACT, NEEDS, Exports, ExtCallback, finite, fit, learner, make, public_callbacks, quiet,
+from common import (EXACT, NEEDS, Exports, ExtCallback, finite, fit, learner, make, public_callbacks, quiet, suit,
                     traces)
 
 callbacks = public_callbacks()
@@ -57,6 +57,7 @@ def test_fits(cls):
 @each
 def test_passed_to_two_fits(cls):
     cb,learn = make(cls),learner(cls, cbs=[])
+    suit(learn, cb)
     fit(learn, cbs=cb); fit(learn, cbs=cb)
     fit(learn, method='fine_tune', cbs=cb)
     assert cb.learn is None and not cb._scopes and finite(learn)

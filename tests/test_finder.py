@@ -1,5 +1,5 @@
 "`lr_find`: the fit after it is the fit without it, it counts steps, and it does not guess"
-import copy, os, pickle, signal
+import copy, pickle, signal
 from functools import partial
 
 import matplotlib.pyplot as plt
@@ -43,7 +43,7 @@ class At(Callback):
         if self.n==self.batch: self.f()
 
 def ctrl_c(): raise KeyboardInterrupt
-def sigint(): os.kill(os.getpid(), signal.SIGINT)
+def sigint(): signal.raise_signal(signal.SIGINT)
 def error(): raise OSError('no such thing')
 def cancel(): raise CancelFitException
 
