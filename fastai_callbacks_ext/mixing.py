@@ -143,7 +143,7 @@ class _Mixing(ExtCallback):
     # after the guards; before others whose `after_loss` adds to the loss
     order,run_valid,run_outside,single = -1,False,True,True
     mixes_items = True
-    fit_state,transient = dict(_seed=None, _n=0, _separable=None, _off=False),dict(_mix=None, _at=None)
+    fit_state,transient = dict(_seed=None, _n=0, _separable=None, _off=False),dict(_mix=None, _counted=False)
     mix_alpha,cut_alpha,cut = 0,0,0
 
     def __init__(self, by, p, until, inputs):
@@ -155,7 +155,7 @@ class _Mixing(ExtCallback):
         self.inputs = listed and tuple(check_number('inputs', i, low=0, integer=True) for i in listed)
         if listed is not None and not len(listed):
             raise ValueError(f'inputs={inputs!r}: expected at least one')
-        self._mix = self._at = None
+        self._mix,self._counted = None,False
 
     def before_fit(self):
         "Refuse others that mix; take a seed from PyTorch's random state, without drawing from it"
@@ -171,16 +171,18 @@ class _Mixing(ExtCallback):
     def before_batch(self):
         "Mix the inputs, and keep the second targets for the loss"
         own,learn = vars(self),self.learn
-        own['_mix'],own['_n'],own['_at'] = None,self._n+1,learn.train_iter
+        own['_mix'],own['_n'],own['_counted'] = None,self._n+1,True
         if self._is_over(): return
         rng = np.random.default_rng((self._seed, rank_distrib(), self._n))
         if rng.random()>=self.p: return
         own['_mix'] = self._draw(rng, learn.xb, learn.yb)
         if self._mix: learn.xb,learn.yb,self._mix.second = self._mixed(self._mix, learn.xb, learn.yb)
 
-    def after_cancel_batch(self):
-        "A batch that a guard skips was never there; it has no targets any more"
-        if not len(self.learn.yb) and self._at==self.learn.train_iter: vars(self)['_n'] -= 1
+    def after_batch(self):
+        "A batch that a guard has skipped was never there; it has no targets any more"
+        own = vars(self)
+        if own['_counted'] and not len(self.learn.yb): own['_n'] -= 1
+        own['_counted'] = False
 
     def _is_over(self):
         if self.until==1 or getattr(self.learn, 'pct_train', 0)<self.until-1e-9: return False
