@@ -61,7 +61,7 @@ def learner(*classes, cbs=None, **kwargs):
     cbs = [make(cls) for cls in classes] if cbs is None else cbs
     if ext.ScheduleFree in classes: kwargs = dict(opt_func=FREE) | kwargs
     if any(NEEDS.get(cls) is text_learner for cls in classes):
-        return text_learner([cls() for cls in RNN if cls not in classes] + cbs, n=1000, **kwargs)
+        return suit(text_learner([cls() for cls in RNN if cls not in classes] + cbs, n=1000, **kwargs))
     return suit(digits_learner(cbs, n=160, bs=32, **kwargs))
 
 @contextmanager

@@ -67,8 +67,9 @@ def few(cases):
 # Coverage slows a test down by half. It sees the notebooks that have code of the package, and of these files
 # the first case of each test, but of long ones
 TRACED = """
-test_best test_checkpoint test_files test_gradients test_identity test_items test_losses test_loop
-test_preflight test_profile test_progress test_resume test_step test_upgrade""".split()
+test_adversarial test_best test_checkpoint test_consistency test_files test_gradients test_identity
+test_items test_losses test_loop test_memory test_mixing test_preflight test_profile test_progress
+test_resume test_runlog test_step test_throughput test_upgrade""".split()
 LONG = """
 test_goes_on_from_anywhere test_damaged_files test_any_callbacks test_each_exception_in_each_event
 test_in_another_process""".split()

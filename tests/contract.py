@@ -46,9 +46,12 @@ def possible(cls):
     cannot = {s for c,s in CANNOT if c is cls} | {*(NOT_MIXED if name in MIXING else ())}
     if name in IMAGES: cannot.add('torch_loader')
     return [s for s in SETTINGS if s not in cannot and (s in TEXT or cls not in IS_RNN)]
+TWO_PASSES = ext.SAM, ext.AWP, ext.FGM
 def together(a, b):
-    "Of two that mix, or one that mixes and one for texts, the first batch is refused"
-    return not any(o.__name__ in MIXING and (p.__name__ in MIXING or p in IS_RNN) for o,p in ((a,b), (b,a)))
+    "Of two that mix, or one that mixes and one for texts, the first batch is refused; of two passes one is too"
+    mixes,text,two = (lambda o: o.__name__ in MIXING),(lambda o: o in IS_RNN),(lambda o: o in TWO_PASSES)
+    refused = (mixes,mixes), (mixes,text), (two,two), (mixes, lambda o: o is ext.RDrop)
+    return not any(f(o) and g(p) for f,g in refused for o,p in ((a,b), (b,a)))
 def checks_in(setting): return {k: f for k,f in PROPERTIES.items() if (k,setting) not in FASTAI_CANNOT}
 
 def learner_of(cls, setting, *cbs):

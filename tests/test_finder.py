@@ -78,9 +78,16 @@ def test_the_next_fit_is_the_same(opt, cbs):
         return trained(learn, 'fine_tune')
     same(two_fits(dict(runs=2, num_it=8)), two_fits())
 
+@pytest.fixture
+def keyboard():
+    "A process of pytest-xdist ignores Ctrl-C"
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
 @pytest.mark.parametrize('end', [ctrl_c, sigint, error, cancel])
 @pytest.mark.parametrize('event', [1, 7])
-def test_however_it_ends(end, event):
+def test_however_it_ends(end, event, keyboard):
     "Also by a signal as the terminal sends it"
     plain,learn = trained(learner()),learner(cbs=(cb := At(event, end)))
     before = traces(learn)
