@@ -49,9 +49,9 @@ def possible(cls):
 TWO_PASSES = ext.SAM, ext.AWP, ext.FGM
 def together(a, b):
     "Of two that mix, or one that mixes and one for texts, the first batch is refused; of two passes one is too"
-    mixes,text,two = (lambda o: o.__name__ in MIXING),(lambda o: o in IS_RNN),(lambda o: o in TWO_PASSES)
-    refused = (mixes,mixes), (mixes,text), (two,two), (mixes, lambda o: o is ext.RDrop)
-    return not any(f(o) and g(p) for f,g in refused for o,p in ((a,b), (b,a)))
+    mixing = {getattr(ext, o) for o in MIXING}
+    refused = (mixing, mixing), (mixing, {*IS_RNN, ext.RDrop}), (TWO_PASSES, TWO_PASSES)
+    return not any(o in one and p in other for one,other in refused for o,p in ((a,b), (b,a)))
 def checks_in(setting): return {k: f for k,f in PROPERTIES.items() if (k,setting) not in FASTAI_CANNOT}
 
 def learner_of(cls, setting, *cbs):
