@@ -48,7 +48,7 @@ def possible(cls):
     return [s for s in SETTINGS if s not in cannot and (s in TEXT or cls not in IS_RNN)]
 TWO_PASSES = ext.SAM, ext.AWP, ext.FGM
 def together(a, b):
-    "Of two that mix, or one that mixes and one for texts, the first batch is refused; of two passes one is too"
+    "Of two that mix, one that mixes and one for texts, or two of two passes, the first batch is refused"
     mixing = {getattr(ext, o) for o in MIXING}
     refused = (mixing, mixing), (mixing, {*IS_RNN, ext.RDrop}), (TWO_PASSES, TWO_PASSES)
     return not any(o in one and p in other for one,other in refused for o,p in ((a,b), (b,a)))
