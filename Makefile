@@ -44,6 +44,7 @@ bench: .venv/bench-ready ## Measure the callbacks and the loop beside their peer
 	$(RUN)/python benchmarks/gradients.py
 	$(RUN)/python benchmarks/schedules.py
 	$(RUN)/python benchmarks/averaging.py
+	$(RUN)/python benchmarks/memory.py
 	$(RUN)/python benchmarks/monitors.py
 
 techniques: .venv/ready ## Train digits and a language model with and without each technique: tables and figures of the docs (an hour)
@@ -51,6 +52,8 @@ techniques: .venv/ready ## Train digits and a language model with and without ea
 	OMP_NUM_THREADS=1 $(RUN)/python benchmarks/average_defaults.py
 	OMP_NUM_THREADS=1 $(RUN)/python benchmarks/figures.py
 	OMP_NUM_THREADS=1 $(RUN)/python benchmarks/lr_find.py
+	OMP_NUM_THREADS=1 $(RUN)/python benchmarks/mixing.py
+	OMP_NUM_THREADS=1 $(RUN)/python benchmarks/freezing.py
 
 soak-contract: .venv/ready ## Every callback in every setting, every pair, in a notebook and in 2 processes (an hour)
 	$(RUN)/python tests/contract.py --all
