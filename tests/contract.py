@@ -48,9 +48,12 @@ def possible(cls):
     return [s for s in SETTINGS if s not in cannot and (s in TEXT or cls not in IS_RNN)]
 TWO_PASSES = ext.SAM, ext.AWP, ext.FGM
 def together(a, b):
-    "Of two that mix, one that mixes and one for texts, or two of two passes, the first batch is refused"
-    mixing = {getattr(ext, o) for o in MIXING}
-    refused = (mixing, mixing), (mixing, {*IS_RNN, ext.RDrop}), (TWO_PASSES, TWO_PASSES)
+    """Of two that mix, one that mixes and one for texts, or two of two passes, the first batch is refused.
+
+    `HyperMult` wants groups of PyTorch's optimizers, and with frozen statistics a new net learns slowly"""
+    mixing,free = {getattr(ext, o) for o in MIXING},{ext.ScheduleFree}
+    refused = ((mixing, mixing), (mixing, {*IS_RNN, ext.RDrop}), (TWO_PASSES, TWO_PASSES),
+               (free, {ext.HyperMult, ext.BnFreeze}))
     return not any(o in one and p in other for one,other in refused for o,p in ((a,b), (b,a)))
 def checks_in(setting): return {k: f for k,f in PROPERTIES.items() if (k,setting) not in FASTAI_CANNOT}
 
