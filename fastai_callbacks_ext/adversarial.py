@@ -12,6 +12,7 @@ from fastcore.foundation import L
 from torch import Tensor, nn
 from .base.core import check_number, check_type, some_of
 from .base.model import unwrap_model
+from .base.names import chosen
 from .base.twopass import MovesWeights, TwoPasses
 
 # %% ../nbs/31_adversarial.ipynb #adv-007
@@ -32,7 +33,7 @@ class AWP(_FromStart, MovesWeights):
     transient = dict(_chosen=frozenset())
     def __init__(self,
         gamma:float=0.01, # How far each weight matrix is moved, as a share of its 2-norm
-        # Beginnings of the names of parameters to move; None: all with two dimensions or more
+        # Beginnings of the names of parameters to move, or patterns; None: all with two dimensions or more
         names:str|tuple=None,
         start:float=0., # Begin after this share of the fit, 0 to 1
         share:float=1. # Share of the gradient there, 0 to 1; the rest is the gradient at the plain weights
@@ -48,12 +49,8 @@ class AWP(_FromStart, MovesWeights):
         "Refuse `names` that fit no parameter"
         super().before_fit()
         named = dict(unwrap_model(self.model).named_parameters())
-        for o in self.names:
-            if not any(n.startswith(o) for n in named):
-                raise ValueError(f"names={o!r}: expected the beginning of a parameter's name, "
-                                 f'as {some_of(dict.fromkeys(n.rpartition(".")[0] for n in named), 8)}')
-        chosen = [p for n,p in named.items() if (n.startswith(self.names) if self.names else p.ndim>1)]
-        self._chosen = frozenset(map(id, chosen))
+        names = chosen(self.names, named, 'names') if self.names else [n for n,p in named.items() if p.ndim>1]
+        self._chosen = frozenset(id(named[n]) for n in names)
 
     def go(self, params:list, grads:list):
         "Move those that are chosen"
@@ -82,7 +79,7 @@ class FGM(_FromStart, TwoPasses):
     transient = dict(_hooks=[], _outputs=[], _added=[], _modules=[])
     def __init__(self,
         epsilon:float=1., # How far the embeddings of an item are moved, in 2-norm over all of them
-        modules:str|tuple=None, # Beginnings of the names of modules whose outputs are moved; None: embeddings
+        modules:str|tuple=None, # Names of the modules whose outputs are moved; None: embeddings
         start:float=0., # Begin after this share of the fit, 0 to 1
         share:float=0.5 # Share of the moved pass in loss and gradient, 0 to 1; the rest is the plain one
     ):

@@ -154,11 +154,13 @@ def exports(cls, setting):
     torch.testing.assert_close(preds_of(loaded, dl), want)
 
 STEADY = {ext.TimeLimit: dict(schedule=False)}      # a schedule by the clock is never twice the same
+IN_RANKS = {ext.Freeze: dict(schedule={0: '*bias*'})}       # with several entries, it is refused there
 
 def _run(cls, setting, folder, stop=None, how=None, ranks=False):
     "The learner after a run with checkpoints in `folder`"
     cbs = [ext.Checkpoint(folder, steps=2, background=False, seed_items=setting=='classifier')]
-    if cls is not ext.Checkpoint: cbs.insert(0, make(cls, **STEADY.get(cls, {})))
+    kwargs = (STEADY | IN_RANKS if ranks else STEADY).get(cls, {})
+    if cls is not ext.Checkpoint: cbs.insert(0, make(cls, **kwargs))
     learn = learner_of(cls, setting, *cbs, Stop(stop, how))
     with learn.distrib_ctx(sync_bn=False) if ranks else contextlib.nullcontext(): return train(learn)
 

@@ -3,7 +3,7 @@ from functools import partial
 
 import pytest, torch
 import torch.nn.functional as F
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, CancelBackwardException
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.optimizer import SGD, Adam, OptimWrapper
@@ -163,7 +163,7 @@ def test_frozen_embeddings_are_moved_too():
 
 @pytest.mark.parametrize('cb,message', [
     (FGM(), "modules=None: expected names of modules whose output can be moved, such as an nn.Embedding"),
-    (FGM(modules='body'), "modules='body'"), (AWP(names='body'), "names='body': expected the beginning")])
+    (FGM(modules='body'), "modules='body'"), (AWP(names='body'), "names='body': no parameter is named so")])
 def test_what_fits_nothing_is_refused(cb, message):
     with pytest.raises(ValueError) as e: fit(digits_learner([cb], n=160, bs=32))
     assert message in str(e.value)
@@ -172,6 +172,22 @@ def test_what_fits_nothing_is_refused(cb, message):
                                   lambda: FGM('a')])
 def test_bad_arguments(make):
     with pytest.raises((ValueError,TypeError)): make()
+
+class CancelsBackward(Callback):
+    "In each second batch, after both passes are prepared"
+    order = 60
+    def before_backward(self):
+        if self.train_iter%2: raise CancelBackwardException
+
+@pytest.mark.parametrize('name', MAKE)
+def test_a_cancelled_backward_pass_leaves_no_gradient(name):
+    class Look(Callback):
+        order,seen = 3000,()
+        def after_cancel_backward(self):
+            grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+            self.seen += (sum(g.abs().sum().item() for g in grads),)
+    fit(words(MAKE[name](share=.5), CancelsBackward(), look := Look()), 2)
+    assert len(look.seen)==4 and set(look.seen)=={0.}
 
 def test_two_of_them_are_refused():
     with pytest.raises(ValueError, match='needs two passes too'): fit(words(AWP(), SAM()))

@@ -20,9 +20,9 @@ class TwoPasses(ExtCallback):
     "Computes a first gradient before the batch; the loop's own passes are the second ones: subclass it"
     order,run_valid,single = 45,False,True      # after all callbacks that prepare a batch
     in_lr_find = True
-    transient = dict(_undo=None, _loss=None, _first=[])
+    transient = dict(_undo=None, _loss=None, _first=(), _before=())
     share = 1.      # of the second gradient in that of the step; the rest is the first one
-    _undo,_loss,_first = None,None,()
+    _undo,_loss,_first,_before = None,None,(),()
 
     def go(self,
         params:list, # Trained parameters that have a gradient
@@ -46,7 +46,7 @@ class TwoPasses(ExtCallback):
         self.at_end(self._forget)
         self.at_end(self._come_back)
 
-    def _forget(self): self._undo,self._first = None,[]
+    def _forget(self): self._undo,self._first,self._before = None,(),()
 
     def before_batch(self):
         "Do the first pass, and go to the worst point nearby"
@@ -72,27 +72,29 @@ class TwoPasses(ExtCallback):
         self.learn.loss = self._loss
         if self.share<1: self.learn.loss_grad = self.learn.loss_grad*self.share
 
-    def after_backward(self):
-        "Come back, and add the first gradient"
-        self._come_back()
-        if self._first: _add(*self._first)
-        self._first = []
+    def before_backward(self):
+        "The second gradient is added to the first: several processes take the mean of both together"
+        if not self._first: return
+        (params,grads),self._first = self._first,()
+        self._before = params,[p.grad for p in params]
+        for p,g in zip(params, grads): p.grad = g if p.grad is None else p.grad+g
 
-    def after_cancel_batch(self):
+    def after_backward(self):
         "Come back"
         self._come_back()
-        self._first = []
+        self._first = self._before = ()
+    after_cancel_batch = after_backward
+
+    def after_cancel_backward(self):
+        "Take off the first gradient"
+        if self._before:
+            for p,g in zip(*self._before): p.grad = g
 
     def _come_back(self):
         if self._loss is None: return
         self._loss = None
         self.come_back()
         self._undo[1].rewind()
-
-def _add(params, grads):
-    "Add to the gradients, which there may not be"
-    with torch.no_grad():
-        for p,g in zip(params, grads): p.grad = g if p.grad is None else p.grad+g
 
 # %% ../../nbs/base/twopass.ipynb #twopass-007
 @patch
