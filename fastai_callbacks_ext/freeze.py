@@ -14,7 +14,7 @@ from fastcore.foundation import L
 
 from .base.core import ExtCallback, check_number, check_type, some_of
 from .base.model import is_ddp, norm_layers, plain_name, unwrap_model
-from .base.names import chosen
+from .base.names import chosen, fits_name
 from .base.step import opt_params, step_params
 
 # %% ../nbs/24_freeze.ipynb #freeze-008
@@ -51,10 +51,10 @@ class BnFreeze(ExtCallback):
 
     def _by_name(self, named):
         for o in self.names:
-            if not any(n.startswith(o) for n in named):
+            if not any(fits_name(o, n) for n in named):
                 raise ValueError(f"names={o!r}: expected the beginning of a layer's name, "
                                  f"one of {', '.join(named) or 'none: no layer has running statistics'}")
-        return {n: m for n,m in named.items() if n.startswith(self.names)}
+        return {n: m for n,m in named.items() if any(fits_name(o, n) for o in self.names)}
 
     def _by_group(self, model, named):
         frozen = {id(p) for group in self.opt.param_lists[:self.opt.frozen_idx] for p in group}

@@ -20,6 +20,7 @@ from .base.core import ExtCallback, check_number, check_type
 from .base.grads import (grad_numbers, multiply_, numbers_behind, step_grads, total_norm,
                                              with_grad)
 from .base.model import unwrap_model
+from .base.names import fits_name
 from .base.step import opt_params, step_numbers
 from .base.twopass import MovesWeights
 
@@ -55,11 +56,11 @@ class GradientClip(ExtCallback):
         # a tied weight has several names
         named = list(unwrap_model(self.model).named_parameters(remove_duplicate=False))
         for o in self.exclude:
-            if not any(n.startswith(o) for n,_ in named):
+            if not any(fits_name(o, n) for n,_ in named):
                 tops = dict.fromkeys(n.split('.')[0] for n,_ in named)
                 raise ValueError(f"exclude={o!r}: expected the beginning of a parameter's name, "
                                  f"as {', '.join(tops)}")
-        self._excluded = {id(p) for n,p in named if self.exclude and n.startswith(self.exclude)}
+        self._excluded = {id(p) for n,p in named if any(fits_name(o, n) for o in self.exclude)}
 
     def before_step(self):
         "Clip the gradient if it is too long; skip the step if it is NaN or infinite"

@@ -88,6 +88,13 @@ def test_new_layers_are_named(capsys):
     fit(learner(cbs=BnFreeze()))
     assert '2 of them without a batch so far, such as 1' in capsys.readouterr().out
 
+def test_a_name_ends_at_a_dot():
+    "'1' is not 10"
+    layers = [nn.Flatten(), nn.BatchNorm1d(64), *[nn.Identity()]*8, nn.BatchNorm1d(64), nn.Linear(64, 10)]
+    learn = learner(cbs=BnFreeze('1'), model=nn.Sequential(*layers))
+    fit(learn)
+    assert not learn.model[1].num_batches_tracked and learn.model[10].num_batches_tracked
+
 def test_a_name_that_fits_nothing():
     said = "names='body': expected the beginning of a layer's name, one of 1, 4"
     with pytest.raises(ValueError, match=said):
