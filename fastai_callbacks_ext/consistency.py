@@ -64,7 +64,7 @@ class Distill(_Compares):
     """Knowledge distillation: trains a model with what a teacher says about each item too
 
     Training only: `valid_loss` is that of the labels alone. A copy or an export has no teacher."""
-    transient = dict(teacher=None)
+    transient = dict(teacher=None, _stateful=())
     def __init__(self,
         teacher:nn.Module|Learner, # A trained model, or its learner; called with the inputs of the batch
         alpha:float=0.5, # Share of the teacher in the loss, 0 to 1
@@ -77,6 +77,7 @@ class Distill(_Compares):
         self.alpha = check_number('alpha', alpha, low=0, high=1)
         self.temperature = check_number('temperature', temperature, low=1e-3)
         self._choose_outputs(outputs)
+        self._stateful = ()
 
     def before_fit(self):
         "Put the teacher on the device of the model, in evaluation mode; as it was at the end"
@@ -90,13 +91,14 @@ class Distill(_Compares):
         modes = [(m, m.training) for m in self.teacher.modules()]
         at = next((p.device for p in self.teacher.parameters()), None)
         device = next((p.device for p in self.model.parameters()), at)
+        self._stateful = resettable(self.teacher)
         self.at_end(_back, self.teacher, modes, at)
         self.teacher.eval().to(device)
 
     def after_pred(self):
         "Ask the teacher; a recurrent one begins anew in each batch"
         if not self.alpha: return
-        for m in resettable(self.teacher): m.reset()
+        for m in self._stateful: m.reset()
         with torch.no_grad(): self._other = _first(self.teacher(*self.xb))
 
     def after_loss(self):
@@ -112,13 +114,14 @@ def _back(teacher, modes, device):
 # %% ../nbs/30_consistency.ipynb #cons-013
 class RDrop(_Compares):
     "R-Drop: calls the model twice with other dropout, and trains both outputs to agree"
-    transient = dict(_states=[])
+    transient = dict(_stateful=(), _norms=(), _states=())
     def __init__(self,
         alpha:float=1., # Weight of the disagreement; the paper has 1 to 5
         # What the model gives out, as in `ItemStats`, or 'loss' for regression; None: by the loss
         outputs:str=None
     ):
-        self.alpha,self._states = check_number('alpha', alpha, low=0),[]
+        self.alpha = check_number('alpha', alpha, low=0)
+        self._stateful = self._norms = self._states = ()
         self._choose_outputs(outputs)
 
     def before_fit(self):
@@ -128,17 +131,18 @@ class RDrop(_Compares):
         if mixes:
             raise ValueError(f'{self.name}: {mixes[0]} mixes labels, which the second loss would not have; '
                              'expected one of them')
-        self.at_end(setattr, self, '_states', [])
+        self._stateful,self._norms = stateful_modules(self.model).values(),norm_layers(self.model)
+        self.at_end(vars(self).update, _stateful=(), _norms=(), _states=())
         if not any('drop' in type(m).__name__.lower() for m in unwrap_model(self.model).modules()):
             self.tell('finds no dropout', 'both passes are the same, unless the model is random elsewhere')
 
     def before_batch(self):
         "Keep hidden states"
-        self._states = [(vars(m), dict(vars(m))) for m in stateful_modules(self.model).values()]
+        self._states = [(vars(m), dict(vars(m))) for m in self._stateful]
 
     def after_pred(self):
         "Call the model again"
-        with _aside(self.model, self._states): self._other = _first(unwrap_model(self.model)(*self.xb))
+        with _aside(self._norms, self._states): self._other = _first(unwrap_model(self.model)(*self.xb))
 
     def after_loss(self):
         "Add the second loss, and how far both outputs are apart"
@@ -149,12 +153,12 @@ class RDrop(_Compares):
         self._set_loss((self.learn.loss_grad+second)/2 + self.alpha*far)
 
 @contextmanager
-def _aside(model, states):
+def _aside(norms, states):
     "In the block, the model has the hidden states of before the batch, and batch norm does not count"
-    layers,now = norm_layers(model),[dict(d) for d,_ in states]
-    for m in layers: m.track_running_stats = not m.training
+    now = [dict(d) for d,_ in states]
+    for m in norms: m.track_running_stats = not m.training
     for d,before in states: d.update(before)
     try: yield
     finally:
-        for m in layers: m.track_running_stats = True
+        for m in norms: m.track_running_stats = True
         for (d,_),o in zip(states, now): d.update(o)

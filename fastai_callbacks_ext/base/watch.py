@@ -307,7 +307,7 @@ def mixes_items(
     cb:Callback # A callback of a learner
 )->bool:
     "Does `cb` mix the items of a batch, as `MixUp` and `CutMix` do?"
-    return isinstance(cb, MixHandler) or getattr(cb, 'mixes_items', False)
+    return isinstance(cb, MixHandler) or getattr(type(cb), 'mixes_items', False)
 
 def put_loss_back(
     learn:Learner # A learner, outside of a fit or at its beginning
