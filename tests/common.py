@@ -131,7 +131,7 @@ def traces(learn):
         hooks=[_hooks(m) for m in learn.model.modules()],
         tensor_hooks=[len(p._backward_hooks or ()) for p in learn.model.parameters()],
         replaced={k for k,v in own.items() if callable(v)},     # methods
-        loaders=[set(vars(dl)) for dl in learn.dls.loaders], attrs=set(vars(learn)),
+        loaders=[set(getattr(dl, '__dict__', ())) for dl in learn.dls.loaders], attrs=set(vars(learn)),
         model_attrs=[set(vars(m)) for m in learn.model.modules()],
         opt_attrs=set(vars(learn.opt)) if learn.opt else None,
         loss=(type(learn.loss_func), set(vars(learn.loss_func))),

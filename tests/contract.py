@@ -31,7 +31,7 @@ TEXT = ('language_model', 'text_classifier')
 FASTAIS = [rnn.ModelResetter, rnn.RNNCallback, rnn.RNNRegularizer]
 IS_RNN = *RNN, ext.RNNRegularizer
 # What fastai itself cannot do there
-FASTAI_CANNOT = {('exports','torch_loader'), ('exports','gan')}
+FASTAI_CANNOT = {('exports','torch_loader'), ('exports','list_of_batches'), ('exports','gan')}
 
 # They do not know the loss of a GAN; labels that are mixed have no second loss. Word ids and categories are
 # not mixed, and multi_label has fastai's `MixUp`
@@ -44,7 +44,7 @@ def possible(cls):
     "The settings in which `cls` can work"
     name = cls.__name__
     cannot = {s for c,s in CANNOT if c is cls} | {*(NOT_MIXED if name in MIXING else ())}
-    if name in IMAGES: cannot.add('torch_loader')
+    if name in IMAGES: cannot |= {'torch_loader','list_of_batches'}
     return [s for s in SETTINGS if s not in cannot and (s in TEXT or cls not in IS_RNN)]
 TWO_PASSES = ext.SAM, ext.AWP, ext.FGM
 def together(a, b):
@@ -114,7 +114,7 @@ def sleeps_outside_a_fit(cls, setting):
         if setting!='gan':      # it has no validation
             learn.validate()
             learn.lr_find(show_plot=False, num_it=3, suggest_funcs=None)
-        if setting not in ('gan','torch_loader'): assert preds_of(learn).isfinite().all()
+        if setting not in ('gan','torch_loader','list_of_batches'): assert preds_of(learn).isfinite().all()
     for k,v in learn.model.state_dict().items(): assert torch.equal(v, before[k]), f'{k} has changed'
     assert cb.records==[] and f'{cb.name}:' not in out.getvalue()
 
