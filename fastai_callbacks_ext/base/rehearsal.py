@@ -38,7 +38,7 @@ def putting_back(
     "After the block, however it ends, the learner is as before: weights, optimizer, loaders, random states"
     with _ctrl_c_waits() as allowed, leaving_no_trace(learn), ExitStack() as stack:
         loaders = [*map(inner_loader, learn.dls.loaders), *learn.dls.loaders]
-        for attrs in {id(dl): getattr(dl, '__dict__', {}) for dl in loaders}.values():    # a list is a loader too
+        for attrs in {id(dl): getattr(dl, '__dict__', {}) for dl in loaders}.values():     # also lists
             stack.callback(_refill, attrs, dict(attrs))
         if learn.opt is None: learn.create_opt()
         start = FitStart(learn)
