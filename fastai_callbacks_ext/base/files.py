@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['plain_types', 'map_state', 'replacing', 'save_state', 'DamagedFile', 'load_state', 'StateFiles', 'FolderLock',
-           'Snapshot', 'BackgroundWriter']
+           'BackgroundWriter']
 
 # %% ../../nbs/base/files.ipynb #fad74e98
 import hashlib, json, os, re
-from collections import Counter, OrderedDict, defaultdict
+from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
@@ -285,51 +285,6 @@ class FolderLock:
 def _is_at(fd, file):
     try: return os.path.samestat(os.fstat(fd), os.stat(file))
     except FileNotFoundError: return False
-
-# %% ../../nbs/base/files.ipynb #e23574d3
-class Snapshot:
-    "Copies states to the CPU. Where shapes and types are the same, the memory of the last copy is used again"
-    def __init__(self): self._buffers = defaultdict(list)
-
-    def take(self,
-        state:object # Tensors and plain values, in dicts, lists and tuples
-    )->object: # The copy. Its tensors share memory with each other if those of `state` do
-        "Copy `state`. The next `take` overwrites the copy. `TypeError` for other values, see `map_state`"
-        tensors = []
-        map_state(state, lambda t: tensors.append(t) if _dense(t) else None)
-        sources,keys = _pieces(tensors)
-        targets = dict(zip(sources, self._memory(sources.values())))
-        _copy(list(targets.values()), list(sources.values()))
-        view = lambda o,t: o.as_strided(t.shape, t.stride(), t.storage_offset())
-        copies = (targets[k] if k==i else view(targets[k], t) for i,(k,t) in enumerate(zip(keys, tensors)))
-        return map_state(state, lambda t: next(copies) if _dense(t) else t.to('cpu', copy=True))
-
-    def _memory(self, sources):
-        old,self._buffers = self._buffers,defaultdict(list)
-        for t in sources:
-            kind = t.dtype,t.shape,t.is_cuda
-            if old[kind]: memory = old[kind].pop()
-            else: memory = torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda)
-            self._buffers[kind].append(memory)
-            yield memory
-
-def _copy(targets, sources):
-    gpus = {t.device for t in sources if t.is_cuda}
-    if sources: torch._foreach_copy_(targets, sources, non_blocking=bool(gpus))
-    for o in gpus: torch.cuda.current_stream(o).synchronize()
-
-# %% ../../nbs/base/files.ipynb #fc5d8a2c
-def _pieces(tensors):
-    "What to copy, by key: whole storages, or single tensors by their number. Also the key of each tensor"
-    used = Counter()
-    for t in tensors: used[_storage(t)] += t.nbytes
-    whole = lambda t: used[_storage(t)]>=t.untyped_storage().nbytes()
-    keys = [_storage(t) if whole(t) else i for i,t in enumerate(tensors)]
-    return {k: t if k==i else _whole(t) for i,(k,t) in enumerate(zip(keys, tensors))},keys
-
-def _dense(t): return t.layout is torch.strided and not t.is_quantized
-def _storage(t): return t.untyped_storage()._cdata,t.dtype      # `torch.save` wants one type for each
-def _whole(t): return t.as_strided((t.untyped_storage().nbytes()//t.itemsize,), (1,), 0)
 
 # %% ../../nbs/base/files.ipynb #ee4d9c4b
 class BackgroundWriter:

@@ -7,7 +7,8 @@ __all__ = ['model_state', 'load_model_state', 'opt_state', 'load_opt_state', 'Fi
 
 # %% ../../nbs/base/state.ipynb #e73d8e47
 from collections import Counter
-from itertools import takewhile
+from itertools import groupby, takewhile
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -202,7 +203,7 @@ def _recorder_state(rec):
     "Losses, learning rates and metrics; metrics that gather values now are stored elsewhere"
     losses,lrs = (vars(rec).get(o, []) for o in ('losses','lrs'))
     metrics = _metrics(rec)[:2 if _gathering(rec.learn) else None]
-    losses = torch.stack([o.detach().cpu() for o in losses]) if losses else None
+    losses = [torch.stack([*same]) for _,same in groupby((o.detach() for o in losses), attrgetter('device'))]
     return dict(losses=losses, lrs=torch.tensor(lrs, dtype=torch.float64),
                 metrics=[_small(attributes(m)) for m in metrics])
 
@@ -214,7 +215,8 @@ def _size(o):
 
 def _load_recorder_state(rec, state):
     losses,lrs = state['losses'],state['lrs']
-    vars(rec).setdefault('losses', [])[:] = [] if losses is None else losses.unbind()
+    if not isinstance(losses, list): losses = [] if losses is None else [losses]      # of an older version
+    vars(rec).setdefault('losses', [])[:] = [o for same in losses for o in same.cpu().unbind()]
     vars(rec).setdefault('lrs', [])[:] = lrs.tolist()
     for m,s in zip(_metrics(rec), state['metrics']): set_attributes(m, s)
 
