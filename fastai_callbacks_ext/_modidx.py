@@ -1649,6 +1649,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'fastai_callbacks_ext/base/state.py'),
                                                  'fastai_callbacks_ext.base.state._small': ( 'base/state.html#_small',
                                                                                              'fastai_callbacks_ext/base/state.py'),
+                                                 'fastai_callbacks_ext.base.state._stacked': ( 'base/state.html#_stacked',
+                                                                                               'fastai_callbacks_ext/base/state.py'),
                                                  'fastai_callbacks_ext.base.state._that_count': ( 'base/state.html#_that_count',
                                                                                                   'fastai_callbacks_ext/base/state.py'),
                                                  'fastai_callbacks_ext.base.state._to': ( 'base/state.html#_to',

@@ -8,8 +8,9 @@ __all__ = ['model_state', 'load_model_state', 'opt_state', 'load_opt_state', 'Fi
 # %% ../../nbs/base/state.ipynb #e73d8e47
 from collections import Counter
 from itertools import groupby, takewhile
-from operator import attrgetter
+from operator import attrgetter, is_
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -203,9 +204,22 @@ def _recorder_state(rec):
     "Losses, learning rates and metrics; metrics that gather values now are stored elsewhere"
     losses,lrs = (vars(rec).get(o, []) for o in ('losses','lrs'))
     metrics = _metrics(rec)[:2 if _gathering(rec.learn) else None]
-    losses = [torch.stack([*same]) for _,same in groupby((o.detach() for o in losses), attrgetter('device'))]
-    return dict(losses=losses, lrs=torch.tensor(lrs, dtype=torch.float64),
+    return dict(losses=_stacked(rec, losses), lrs=torch.tensor(lrs, dtype=torch.float64),
                 metrics=[_small(attributes(m)) for m in metrics])
+
+_stacks = WeakKeyDictionary()      # losses of a recorder that were stacked, and the tensors
+
+def _stacked(rec, losses):
+    "`losses` as tensors, each of one device, and none is waited for. Only new losses are stacked"
+    old,parts = _stacks.get(rec, ([], []))
+    if len(old)>len(losses) or not all(map(is_, old, losses)): old,parts = [],[]
+    parts = list(parts)
+    for device,new in groupby((o.detach() for o in losses[len(old):]), attrgetter('device')):
+        new = torch.stack([*new])
+        if parts and parts[-1].device==device: parts[-1] = torch.cat([parts[-1], new])
+        else: parts.append(new)
+    _stacks[rec] = list(losses),parts
+    return parts
 
 def _small(attributes): return {k:v for k,v in attributes.items() if _size(v)<1000}
 
