@@ -8,12 +8,14 @@ __all__ = ['Snapshot']
 # %% ../../nbs/base/snapshot.ipynb #snapshot-005
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
+from itertools import count
 
 import numpy as np
 import torch
 from fastcore.basics import patch
-from .files import BackgroundWriter, map_state
+from .files import BackgroundWriter, map_state, replace_tensors
 
 # %% ../../nbs/base/snapshot.ipynb #snapshot-008
 class Snapshot:
@@ -36,7 +38,7 @@ class Snapshot:
         copy,unfinished = self._start(state)
         def finish():
             while unfinished: unfinished.pop()()
-            return copy
+            return copy()
         return finish
 
     def later(self,
@@ -46,52 +48,57 @@ class Snapshot:
         self._writer.close()
         copy,unfinished = self._start(state)
         for f in unfinished: self._writer.submit(f)
+        copy = copy()      # the state itself is let go
         def finish():
             self._writer.close()
             return copy
         return finish
 
     def _start(self, state):
-        "The copy, and functions that complete it"
+        "A function that makes the copy of its memory, and functions that fill this"
         tensors = []
-        map_state(state, lambda t: tensors.append(t) if _dense(t) else None)
-        sources,keys = _pieces(tensors)
-        groups = {device: ([sources[k] for k in ks],ks) for device,ks in self._by_device(sources).items()}
-        held = {device: self._hold(device, ts) for device,(ts,_) in groups.items()}
-        memory = dict(zip(sources, self._memory(sources.values())))
-        typed = {k: _as(memory[k], t) for k,t in sources.items()}
-        view = lambda o,t: o.as_strided(t.shape, t.stride(), t.storage_offset())
-        copies = (typed[k] if k==i else view(typed[k], t) for i,(k,t) in enumerate(zip(keys, tensors)))
-        copy = map_state(state, lambda t: next(copies) if _dense(t) else t.to('cpu', copy=True))
-        unfinished = [self._copy(device, held[device], ts, [memory[k] for k in ks], [typed[k] for k in ks])
-                      for device,(ts,ks) in groups.items()]
+        def note(t):
+            if not _dense(t): return t.to('cpu', copy=True)
+            tensors.append(t)
+            return t
+        state = map_state(state, note)
+        pieces,keys = _pieces(tensors)
+        groups = self._groups(pieces)
+        held = {group: self._hold(*group, [pieces[k] for k in ks]) for group,ks in groups.items()}
+        memory = dict(zip(pieces, self._memory(pieces.values())))
+        unfinished = [self._copy(group[0], held.pop(group), [pieces[k] for k in ks], [memory[k] for k in ks])
+                      for group,ks in groups.items()]
+        def view(i, k, t):
+            if k==i: return memory[k].view(t.shape)
+            return memory[k].as_strided(t.shape, t.stride(), t.storage_offset())
+        def copy():
+            copies = map(view, count(), keys, tensors)
+            return replace_tensors(state, lambda t: next(copies) if _dense(t) else t)
         return copy,[*filter(None, unfinished)]
 
-    def _by_device(self, sources):
-        "Keys of what is on each GPU, and under None of all else"
+    def _groups(self, pieces):
+        "Keys of the pieces by GPU, None for all else, and by type; where a GPU has no room is found too"
         res = defaultdict(list)
-        for k,t in sources.items(): res[t.device if self._gpu.has(t) else None].append(k)
+        for k,t in pieces.items(): res[t.device if self._gpu.has(t) else None, t.dtype].append(k)
+        for device in {o for o,_ in res if o is not None} - self._tight:
+            need = sum(pieces[k].nbytes for (o,_),ks in res.items() if o==device for k in ks)
+            if need>self._gpu.room(device): self._tight.add(device)
         return res
 
-    def _hold(self, device, sources):
+    def _hold(self, device, dtype, pieces):
         "A copy on the GPU; None if there is no room or no GPU"
-        if device is None or not self._fits(device, sources): return
-        if (held := self._gpu.clone(sources)) is None: self._tight.add(device)
+        if device is None or device in self._tight: return
+        if (held := self._gpu.clone(pieces)) is None: self._tight.add(device)
         return held
 
-    def _fits(self, device, sources):
-        "Is there room for a copy on the GPU? If once there is not, pinned memory is used from then on"
-        if device not in self._tight and self._gpu.room(device)<_n_bytes(sources): self._tight.add(device)
-        return device not in self._tight
-
-    def _copy(self, device, held, sources, memory, typed):
+    def _copy(self, device, held, pieces, memory):
         "Copy into `memory`. Returns a function that completes this; None if it is complete"
-        if device is None: return _copy_all(typed, sources)
-        if held is None:
-            for m,t in zip(typed, sources): m.copy_(t, non_blocking=True)
-        mark = self._gpu.mark(device)
-        if held is None: return mark.synchronize
-        return partial(_bring, [m.numpy() for m in memory], self._gpu.parts(held, mark))
+        if device is None:
+            torch._foreach_copy_(memory, pieces)
+            return
+        if held is not None: return partial(_bring, memory, self._gpu.parts(held, self._gpu.mark(device)))
+        torch._foreach_copy_(memory, pieces, non_blocking=True)
+        return self._gpu.mark(device).synchronize
 
 # %% ../../nbs/base/snapshot.ipynb #snapshot-010
 class _Gpu:
@@ -106,13 +113,9 @@ class _Gpu:
         cached = torch.cuda.memory_reserved(device)-torch.cuda.max_memory_allocated(device)
         return free + cached - total//10
 
-    def clone(self, sources):
-        "A copy on the GPU, in one piece; None if there is no memory for it"
-        try: held = torch.empty(sum(map(_padded, sources)), dtype=torch.uint8, device=sources[0].device)
-        except torch.cuda.OutOfMemoryError: return
-        ends = np.cumsum([_padded(t) for t in sources]).tolist()
-        _copy_all([_as(held[e-_padded(t):e][:t.nbytes], t) for e,t in zip(ends, sources)], sources)
-        return held
+    def clone(self, pieces):
+        "All of them in one tensor; None if there is no memory for it"
+        with suppress(torch.cuda.OutOfMemoryError): return torch.cat(pieces)
 
     def mark(self, device):
         "The place in the GPU's work at which everything is done that was asked for before"
@@ -122,71 +125,60 @@ class _Gpu:
         "Bring `held` to the CPU in parts, beside the training. Each part is valid until the next one"
         side = torch.cuda.Stream(held.device)
         side.wait_event(mark)
-        buffers,parts = [torch.empty(self.part, dtype=torch.uint8, pin_memory=True) for _ in '12'],[]
-        for i,t in enumerate(held.split(self.part)):
+        buffers,coming = [torch.empty(self.part, dtype=torch.uint8, pin_memory=True) for _ in '12'],[]
+        for i,t in enumerate(held.view(torch.uint8).split(self.part)):
             with torch.cuda.stream(side):
-                parts.append((buffers[i%2][:len(t)].copy_(t, non_blocking=True), side.record_event()))
-            if i: yield _arrived(*parts.pop(0))
-        if parts: yield _arrived(*parts.pop(0))
+                coming.append((buffers[i%2][:len(t)].copy_(t, non_blocking=True), side.record_event()))
+            if i: yield _arrived(*coming.pop(0))
+        yield _arrived(*coming.pop(0))
 
 def _arrived(part, mark):
     mark.synchronize()
-    return part.numpy()
+    return part
 
 def _bring(memory, parts):
-    "Copy `parts`, one after the other, into the arrays `memory`; each of these begins at a multiple of 64"
-    todo,at,start = iter(memory),0,0       # bytes that were copied, and where the array `m` begins
-    m = next(todo, None)
-    for part in parts:
-        while m is not None and start<at+len(part):
-            a,b = max(start, at),min(start+len(m), at+len(part))
-            if a<b: np.copyto(m[a-start:b-start], part[a-at:b-at])
-            if start+len(m)>at+len(part): break       # goes on in the next part
-            start += _up(len(m))
-            m = next(todo, None)
-        at += len(part)
+    "Copy `parts`, one after the other, into the tensors `memory`"
+    left = iter([_bytes(m) for m in memory])
+    m = next(left)
+    for part in map(_bytes, parts):
+        while len(part):
+            while not len(m): m = next(left)
+            n = min(len(m), len(part))
+            np.copyto(m[:n], part[:n])       # other threads go on meanwhile
+            m,part = m[n:],part[n:]
 
-def _up(n): return n + -n%64
-def _padded(t): return _up(t.nbytes)
-def _n_bytes(tensors): return sum(map(_padded, tensors))
+def _bytes(t): return t.view(torch.uint8).numpy()
 
 # %% ../../nbs/base/snapshot.ipynb #snapshot-012
 def _pieces(tensors):
-    "What to copy, by key: whole storages, or single tensors by their number. Also the key of each tensor"
-    used = Counter()
-    for t in tensors: used[_storage(t)] += t.nbytes
-    whole = lambda t: used[_storage(t)]>=t.untyped_storage().nbytes()
-    keys = [_storage(t) if whole(t) else i for i,t in enumerate(tensors)]
-    return {k: t if k==i else _whole(t) for i,(k,t) in enumerate(zip(keys, tensors))},keys
+    "What to copy, by key: whole storages, or single tensors by their number, as rows. Also the tensors' keys"
+    storages = [t.untyped_storage() for t in tensors]
+    keys = [(o._cdata, t.dtype) for o,t in zip(storages, tensors)]      # `torch.save` wants one type for each
+    sizes,used = {k: o.nbytes() for k,o in zip(keys, storages)},Counter()
+    for k,t in zip(keys, tensors): used[k] += t.nbytes
+    keys = [k if used[k]>=sizes[k] else i for i,k in enumerate(keys)]
+    row = lambda k,i,t: t.reshape(-1) if k==i else t.as_strided((sizes[k]//t.itemsize,), (1,), 0)
+    new = {k: (i, t) for i,(k,t) in enumerate(zip(keys, tensors))}
+    return {k: row(k, i, t) for k,(i,t) in new.items()},keys
 
 def _dense(t): return t.layout is torch.strided and not t.is_quantized
-def _storage(t): return t.untyped_storage()._cdata,t.dtype      # `torch.save` wants one type for each
-def _whole(t): return t.as_strided((t.untyped_storage().nbytes()//t.itemsize,), (1,), 0)
-def _as(memory, t): return memory.view(t.dtype).view(t.shape)
-
-def _copy_all(targets, sources):
-    "Copy tensors; of each kind with few calls, as they come in groups"
-    kinds = defaultdict(list)
-    for o in zip(targets, sources): kinds[o[1].dtype, o[1].is_contiguous()].append(o)
-    for group in kinds.values(): torch._foreach_copy_(*map(list, zip(*group)))
 
 # %% ../../nbs/base/snapshot.ipynb #snapshot-014
 _small = 2**24      # bytes: a first copy of less takes a few milliseconds
 
 @patch
 def _kind(self:Snapshot, t):
-    "Bytes, and whether they are pinned"
-    return t.nbytes,self._gpu.has(t) and t.device in self._tight
+    "Type, number of values, and whether they are pinned"
+    return t.dtype,len(t),self._gpu.has(t) and t.device in self._tight
 
 @patch
-def _memory(self:Snapshot, sources):
+def _memory(self:Snapshot, pieces):
     old,self._buffers = self._buffers,defaultdict(list)
-    for t in sources:
-        kind = self._kind(t)
+    for kind in map(self._kind, pieces):
         self._buffers[kind].append(memory := old[kind].pop() if old[kind] else _new(*kind))
         yield memory
 
-def _new(n, pinned): return torch.empty(n, dtype=torch.uint8, pin_memory=pinned)
+def _new(dtype, n, pinned): return torch.empty(n, dtype=dtype, pin_memory=pinned)
 
 @patch
 def missing(self:Snapshot,
@@ -195,14 +187,12 @@ def missing(self:Snapshot,
     "What memory a copy of `state` needs beyond what is there"
     tensors = []
     map_state(state, lambda t: tensors.append(t) if _dense(t) else None)
-    sources = _pieces(tensors)[0]
-    for device,ks in self._by_device(sources).items():
-        if device is None or not self._fits(device, [sources[k] for k in ks]): continue
-        for k in ks: del sources[k]      # its memory is found in the background
-    need = Counter(map(self._kind, sources.values()))
+    pieces = _pieces(tensors)[0]
+    here = [ks for (device,_),ks in self._groups(pieces).items() if device is None or device in self._tight]
+    need = Counter(self._kind(pieces[k]) for ks in here for k in ks)      # all else is found by a thread
     need.subtract({k: len(v) for k,v in self._buffers.items()})
     need = [*(+need).elements()]
-    return need if sum(n for n,_ in need)>=_small else []
+    return need if sum(dtype.itemsize*n for dtype,n,_ in need)>=_small else []
 
 @patch
 def prepare(self:Snapshot,
@@ -211,5 +201,5 @@ def prepare(self:Snapshot,
     "Find the memory that the next copy will need. This takes long, so it is for a thread"
     for kind in need:
         memory = _new(*kind)
-        memory.numpy()[::4096] = 0
+        _bytes(memory)[::4096] = 0
         self._buffers[kind].append(memory)

@@ -8,6 +8,7 @@ __all__ = ['model_state', 'load_model_state', 'opt_state', 'load_opt_state', 'Fi
 # %% ../../nbs/base/state.ipynb #e73d8e47
 from collections import Counter
 from itertools import groupby, takewhile
+from math import inf
 from operator import attrgetter, is_
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -48,12 +49,17 @@ def model_state(
 def _grads(params):
     "Gradients by name; None for a gradient that is all zero"
     grads = {n:p.grad for n,p in params.items() if p.grad is not None}
-    bits = lambda g: g.resolve_conj().resolve_neg().reshape(-1).view(torch.uint8)
-    dense = {n: bits(g).any() for n,g in grads.items() if g.layout is torch.strided and type(g) is Tensor}
-    if not dense: return grads
-    device = next(iter(dense.values())).device
-    used = dict(zip(dense, torch.stack([o.to(device) for o in dense.values()]).tolist()))     # one wait
+    dense = {n:g for n,g in grads.items() if g.layout is torch.strided and type(g) is Tensor}
+    used = dict(zip(dense, _used([*dense.values()])))
     return {n: g if used.get(n, True) else None for n,g in grads.items()}
+
+def _used(grads):
+    "Does each have a bit that is set? On a GPU, where each kernel takes long to start: a value that is not zero?"
+    if not grads: return []
+    bits = lambda g: g.resolve_conj().resolve_neg().reshape(-1).view(torch.uint8)
+    together = all(g.is_cuda and g.is_floating_point() and g.numel() for g in grads)
+    res = torch._foreach_norm(grads, inf) if together else [bits(g).any() for g in grads]
+    return torch.stack([o.to(res[0].device) for o in res]).tolist()     # one wait
 
 @torch.no_grad()
 def load_model_state(
