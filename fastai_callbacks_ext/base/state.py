@@ -54,7 +54,7 @@ def _grads(params):
     return {n: g if used.get(n, True) else None for n,g in grads.items()}
 
 def _used(grads):
-    "Does each have a bit that is set? On a GPU, where each kernel takes long to start: a value that is not zero?"
+    "Has each a bit that is set? On a GPU, where each kernel takes long to start: a value other than 0?"
     if not grads: return []
     bits = lambda g: g.resolve_conj().resolve_neg().reshape(-1).view(torch.uint8)
     together = all(g.is_cuda and g.is_floating_point() and g.numel() for g in grads)
