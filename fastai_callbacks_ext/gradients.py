@@ -21,7 +21,8 @@ from .base.grads import (grad_numbers, multiply_, numbers_behind, step_grads, to
                                              with_grad)
 from .base.model import unwrap_model
 from .base.names import fits_name
-from .base.step import opt_params, step_numbers
+from .base.lists import copy_finite_, means_of_rest, opt_params
+from .base.step import step_numbers
 from .base.twopass import MovesWeights
 
 # %% ../nbs/10_gradients.ipynb #97119271
@@ -185,9 +186,8 @@ class GradientCentralization(ExtCallback):
 
     def before_step(self):
         "Subtract the means"
-        units = [p for p in with_grad(self.opt) if p.ndim>=self.least and p.numel()>len(p)]
-        grads = [grad_numbers(p) for p in units]
-        if grads: torch._foreach_sub_(grads, [g.mean(tuple(range(1, g.ndim)), keepdim=True) for g in grads])
+        grads = [g for g in step_grads(self.opt) if g.ndim>=self.least and g.numel()>len(g)]
+        if grads: torch._foreach_sub_(grads, means_of_rest(grads))
 
 # %% ../nbs/10_gradients.ipynb #151874a5
 class GradientNoise(ExtCallback):
@@ -255,6 +255,5 @@ class LookaheadWeights(ExtCallback):
             if not p.requires_grad: slow.copy_(p.detach())      # it may be frozen since; it stays as it is
         params = [p.detach() for p in opt_params(self.opt)]
         new = torch._foreach_lerp(self._slow, params, self.alpha)
-        # NaN in the slow weights would come back every `k` steps
-        for slow,o in zip(self._slow, new): torch.where(o.isfinite(), o, slow, out=slow)
+        copy_finite_(self._slow, new)       # NaN in the slow weights would come back every `k` steps
         torch._foreach_copy_(params, self._slow)

@@ -244,6 +244,11 @@ class ExtCallback(Callback):
         super().__delattr__(name)
         if name in _decides: edits.n += 1
 
+    def __getattr__(self, k):
+        "As fastcore's `GetAttr`, but quicker: what the callback does not have is read from the learner"
+        learn = vars(self).get('learn')
+        return super().__getattr__(k) if learn is None or k[0]=='_' else getattr(learn, k)
+
     @property
     def name(self)->str:
         "Name of the callback on the learner: the class name in snake case, without `Callback`"
