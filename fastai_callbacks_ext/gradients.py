@@ -21,7 +21,7 @@ from .base.grads import (grad_numbers, multiply_, numbers_behind, step_grads, to
                                              with_grad)
 from .base.model import unwrap_model
 from .base.names import fits_name
-from .base.lists import copy_finite_, means_of_rest, opt_params
+from .base.lists import Rows, copy_finite_, means_of_rest, opt_params
 from .base.step import step_numbers
 from .base.twopass import MovesWeights
 
@@ -66,7 +66,7 @@ class GradientClip(ExtCallback):
     def before_step(self):
         "Clip the gradient if it is too long; skip the step if it is NaN or infinite"
         try: self._look()
-        finally: self._units = self._ratios = None     # they would keep the memory of the gradients
+        finally: self._units = self._ratios = self._rows = None     # they would keep the memory of the gradients
 
     def _look(self):
         norm = self._norm()
@@ -97,11 +97,13 @@ class GradientClip(ExtCallback):
 
 # %% ../nbs/10_gradients.ipynb #cd95e6f1
 def unit_norm(
-    x:Tensor # A weight or its gradient, of any shape
+    x:Tensor, # A weight or its gradient, of any shape
+    n:int=0 # 1 if `x` is a stack of them
 )->Tensor: # Of shape (units, 1, ...), or one number for a vector; float32 for half precision
     "2-norm of each unit, which is one index of the first dimension; a vector is one unit"
-    dims,dtype = tuple(range(1, x.ndim)) if x.ndim>1 else None,torch.float32 if x.element_size()<4 else None
-    return torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=dtype)
+    dtype = torch.float32 if x.element_size()<4 else None
+    if x.ndim<=n: return x.abs().to(dtype or x.dtype)
+    return torch.linalg.vector_norm(x, dim=tuple(range(min(n+1, x.ndim-1), x.ndim)), keepdim=True, dtype=dtype)
 
 # %% ../nbs/10_gradients.ipynb #611dd76c
 @patch
@@ -118,11 +120,12 @@ def _largest_ratio(self:GradientClip):
     params = [p for p in with_grad(self.opt) if id(p) not in self._excluded]
     if not params: return 0.
     self._units = [grad_numbers(p) for p in params]
-    norms,weights = ([unit_norm(t) for t in ts] for ts in (self._units, map(numbers_behind, params)))
+    self._rows = Rows(self._units)
+    weights = [numbers_behind(p) for p in params]
+    self._ratios,weights = (self._rows.each(unit_norm, ts) for ts in (self._units, weights))
     torch._foreach_clamp_min_(weights, 1e-3)    # else weights that start at 0 could never move
-    torch._foreach_div_(norms, weights)
-    self._ratios = norms
-    return total_norm(norms, inf).item()
+    torch._foreach_div_(self._ratios, weights)
+    return total_norm(self._ratios, inf).item()
 
 @patch
 def _clip(self:GradientClip, limit, norm):
@@ -133,7 +136,7 @@ def _clip(self:GradientClip, limit, norm):
     elif self.by=='adaptive':
         torch._foreach_div_(self._ratios, limit)
         torch._foreach_clamp_min_(self._ratios, 1.)
-        torch._foreach_div_(self._units, self._ratios)
+        torch._foreach_div_(self._units, self._rows.apart(self._ratios))
     else: multiply_(step_grads(self.opt), limit/norm)
 
 # %% ../nbs/10_gradients.ipynb #921f9a6c

@@ -489,9 +489,11 @@ def load_state_dict(self:ExtCallback,
     for a,v in state.items(): setattr(self, a, v)
 
 # %% ../../nbs/base/core.ipynb #ad30387b
+_can_distribute = dist.is_available()
+
 def n_ranks()->int:
     "Number of processes of a distributed run; otherwise 1"
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if _can_distribute and dist.is_initialized() else 1
 
 def from_first(
     o:object # Anything that can be pickled

@@ -6,10 +6,12 @@
 __all__ = ['grad_numbers', 'numbers_behind', 'with_grad', 'step_grads', 'total_norm', 'multiply_', 'divide_']
 
 # %% ../../nbs/base/grads.ipynb #2d3f591f
+from operator import attrgetter
+
 import torch
 from fastai.optimizer import Optimizer
 from torch import Tensor, nn
-from .lists import as_factor, grad_lists, norms_in_one
+from .lists import any_sparse, as_factor, grad_lists, norms_in_one
 
 # %% ../../nbs/base/grads.ipynb #dccf5023
 def grad_numbers(
@@ -39,7 +41,8 @@ def step_grads(
 )->list: # Tensors that share memory with the gradients, so they can be changed in place
     "The numbers in all gradients of `opt`"
     params,grads,_ = grad_lists(opt)
-    grads = [grad_numbers(p) if g.is_sparse else g for p,g in zip(params, grads) if g.numel()]
+    if any_sparse(grads): grads = [grad_numbers(p) if g.is_sparse else g for p,g in zip(params, grads)]
+    if 0 in map(Tensor.numel, grads): grads = [g for g in grads if g.numel()]
     return [torch.view_as_real(g) if g.is_complex() else g for g in grads] if real else grads
 
 # %% ../../nbs/base/grads.ipynb #9afa4ef6
@@ -66,8 +69,11 @@ def divide_(
     "Divide `tensors` in place"
     _on_each_device(torch._foreach_div_, tensors, divisor)
 
+_device = attrgetter('device')
 def _on_each_device(f, tensors, number):
     by_device = {}
-    for t in tensors: by_device.setdefault(t.device, []).append(t)
+    if len({*map(_device, tensors)})<2: by_device = {t.device: tensors for t in tensors[:1]}
+    else:
+        for t in tensors: by_device.setdefault(t.device, []).append(t)
     for device,ts in by_device.items():
         f(ts, number.to(device) if isinstance(number, Tensor) else as_factor(ts, number))

@@ -25,7 +25,8 @@ from fastai.optimizer import Optimizer
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from .core import runs_in
-from .lists import Rows, are_same, copies, grad_lists, norms_in_one, opt_params
+from .lists import (Rows, any_sparse, are_same, copies, grad_lists, norms_in_one,
+                                             opt_params)
 from .model import modules_own, unwrap_model
 
 # %% ../../nbs/base/step.ipynb #a219797b
@@ -72,7 +73,7 @@ class StepNumbers:
     ):
         self._values,ts = None,[loss, *grads]
         self._refs,self._versions = [*map(ref, ts)],[t._version for t in ts]
-        if any(g.is_sparse for g in grads): grads = [g.coalesce().values() if g.is_sparse else g for g in grads]
+        if any_sparse(grads): grads = [g.coalesce().values() if g.is_sparse else g for g in grads]
         loss = loss.as_subclass(Tensor).detach()     # fastai's tensor classes are slow
         self._loss = loss.mean() if loss.ndim else loss
         self._norms = norms_in_one(grads, rows=rows) if grads else self._loss.new_zeros(0)
@@ -208,6 +209,7 @@ class _Copies:
 
     def keep(self, tensors):
         "Copy `tensors`"
+        if not tensors and not self.tensors: return
         same = are_same(tensors, self.tensors) and self.shapes==[t.shape for t in self.copied]
         if same and not _copy_all(self.copies, self.copied): return
         self.tensors,self.copied,self.copies,self.failed = tensors,[],[],[]
