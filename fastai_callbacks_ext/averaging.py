@@ -19,7 +19,8 @@ from .base.model import (buffer_marks, norm_places, statistic_places, tensor_pla
                                              weight_places)
 from .base.passes import refresh_batchnorm
 from .base.state import load_random_state, random_state
-from .base.step import all_finite, norms, overlaps
+from .base.lists import norms_in_one
+from .base.step import all_finite, overlaps
 
 # %% ../nbs/09_averaging.ipynb #f3434176
 def _lerp(average, tensors, part):
@@ -225,7 +226,8 @@ def _put(self:_Averager, values):
 def _marks_of_weights(self:_Averager):
     "Norms of the weights: they tell if the weights have changed, and need less memory than a copy"
     weights = [d[k].detach() for d,k in weight_places(self._learner.model, self._shapes).values()]
-    return [str(n.item()) for n in norms(weights)] if weights else []      # as text, NaN is equal to itself
+    # as text, NaN is equal to itself
+    return list(map(str, norms_in_one(weights).tolist())) if weights else []
 
 # %% ../nbs/09_averaging.ipynb #14653bf7
 @patch

@@ -21,7 +21,8 @@ from .base.grads import (grad_numbers, multiply_, numbers_behind, step_grads, to
                                              with_grad)
 from .base.model import unwrap_model
 from .base.names import fits_name
-from .base.step import opt_params, step_numbers
+from .base.lists import Rows, copy_finite_, means_of_rest, opt_params
+from .base.step import step_numbers
 from .base.twopass import MovesWeights
 
 # %% ../nbs/10_gradients.ipynb #97119271
@@ -65,7 +66,7 @@ class GradientClip(ExtCallback):
     def before_step(self):
         "Clip the gradient if it is too long; skip the step if it is NaN or infinite"
         try: self._look()
-        finally: self._units = self._ratios = None     # they would keep the memory of the gradients
+        finally: self._units = self._ratios = self._rows = None     # they would keep the memory of the gradients
 
     def _look(self):
         norm = self._norm()
@@ -96,11 +97,13 @@ class GradientClip(ExtCallback):
 
 # %% ../nbs/10_gradients.ipynb #cd95e6f1
 def unit_norm(
-    x:Tensor # A weight or its gradient, of any shape
+    x:Tensor, # A weight or its gradient, of any shape
+    n:int=0 # 1 if `x` is a stack of them
 )->Tensor: # Of shape (units, 1, ...), or one number for a vector; float32 for half precision
     "2-norm of each unit, which is one index of the first dimension; a vector is one unit"
-    dims,dtype = tuple(range(1, x.ndim)) if x.ndim>1 else None,torch.float32 if x.element_size()<4 else None
-    return torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=dtype)
+    dtype = torch.float32 if x.element_size()<4 else None
+    if x.ndim<=n: return x.abs().to(dtype or x.dtype)
+    return torch.linalg.vector_norm(x, dim=tuple(range(min(n+1, x.ndim-1), x.ndim)), keepdim=True, dtype=dtype)
 
 # %% ../nbs/10_gradients.ipynb #611dd76c
 @patch
@@ -117,11 +120,12 @@ def _largest_ratio(self:GradientClip):
     params = [p for p in with_grad(self.opt) if id(p) not in self._excluded]
     if not params: return 0.
     self._units = [grad_numbers(p) for p in params]
-    norms,weights = ([unit_norm(t) for t in ts] for ts in (self._units, map(numbers_behind, params)))
+    self._rows = Rows(self._units)
+    weights = [numbers_behind(p) for p in params]
+    self._ratios,weights = (self._rows.each(unit_norm, ts) for ts in (self._units, weights))
     torch._foreach_clamp_min_(weights, 1e-3)    # else weights that start at 0 could never move
-    torch._foreach_div_(norms, weights)
-    self._ratios = norms
-    return total_norm(norms, inf).item()
+    torch._foreach_div_(self._ratios, weights)
+    return total_norm(self._ratios, inf).item()
 
 @patch
 def _clip(self:GradientClip, limit, norm):
@@ -132,7 +136,7 @@ def _clip(self:GradientClip, limit, norm):
     elif self.by=='adaptive':
         torch._foreach_div_(self._ratios, limit)
         torch._foreach_clamp_min_(self._ratios, 1.)
-        torch._foreach_div_(self._units, self._ratios)
+        torch._foreach_div_(self._units, self._rows.apart(self._ratios))
     else: multiply_(step_grads(self.opt), limit/norm)
 
 # %% ../nbs/10_gradients.ipynb #921f9a6c
@@ -185,9 +189,8 @@ class GradientCentralization(ExtCallback):
 
     def before_step(self):
         "Subtract the means"
-        units = [p for p in with_grad(self.opt) if p.ndim>=self.least and p.numel()>len(p)]
-        grads = [grad_numbers(p) for p in units]
-        if grads: torch._foreach_sub_(grads, [g.mean(tuple(range(1, g.ndim)), keepdim=True) for g in grads])
+        grads = [g for g in step_grads(self.opt) if g.ndim>=self.least and g.numel()>len(g)]
+        if grads: torch._foreach_sub_(grads, means_of_rest(grads))
 
 # %% ../nbs/10_gradients.ipynb #151874a5
 class GradientNoise(ExtCallback):
@@ -255,6 +258,5 @@ class LookaheadWeights(ExtCallback):
             if not p.requires_grad: slow.copy_(p.detach())      # it may be frozen since; it stays as it is
         params = [p.detach() for p in opt_params(self.opt)]
         new = torch._foreach_lerp(self._slow, params, self.alpha)
-        # NaN in the slow weights would come back every `k` steps
-        for slow,o in zip(self._slow, new): torch.where(o.isfinite(), o, slow, out=slow)
+        copy_finite_(self._slow, new)       # NaN in the slow weights would come back every `k` steps
         torch._foreach_copy_(params, self._slow)

@@ -24,7 +24,8 @@ from .base.core import check_number, n_ranks, some_of
 from .base.grads import total_norm, with_grad
 from .base.measure import Measure, stacked
 from .base.model import plain_name, unwrap_model
-from .base.step import norms, opt_params, step_params
+from .base.lists import norms, opt_params
+from .base.step import step_params
 
 # %% ../nbs/17_layers.ipynb #layers-006
 class LayerStats(Measure):

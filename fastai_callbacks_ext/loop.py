@@ -17,12 +17,13 @@ from fastai.callback.core import (Callback, CancelBackwardException, CancelBatch
                                   CancelTrainException, CancelValidException, TrainEvalCallback, _inner_loop)
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import AvgLoss, AvgMetric, AvgSmoothLoss, CastToTensor, Learner, Recorder
+from fastai.optimizer import OptimWrapper
 from fastai.torch_core import find_bs, num_distrib, to_detach
 from fastcore.foundation import L
 from fastcore.xtras import modify_exception
 from torch import Tensor
 from .base.calls import call_times
-from .base.core import ExtCallback
+from .base.core import ExtCallback, edits
 from .base.lent import Lent, lend_methods, own_class
 
 # %% ../nbs/03_loop.ipynb #f3d246db
@@ -31,29 +32,60 @@ _cancel = (CancelBackwardException, CancelBatchException, CancelEpochException, 
 _calls = Callback.__call__,ExtCallback.__call__
 _inner = frozenset(_inner_loop)
 
+def _is_known(cb):
+    "Does `edits` count each change of what decides if `cb` is called?"
+    cls,parts = type(cb),('run','fitting','__setattr__','__delattr__')
+    plain = isinstance(cls.run_train, bool) and isinstance(cls.run_valid, bool)
+    return isinstance(cb, ExtCallback) and plain and all(getattr(cls, o) is getattr(ExtCallback, o) for o in parts)
+
 class _Table(dict):
-    "For each event of a batch: callbacks, how fastai calls each, in which events that is done, its method"
+    """For each event of a batch: callbacks, how fastai calls each, in which events that is done, its method,
+    and if that is called in validation and in training (None: to be asked each time)"""
     def __init__(self, learn):
-        self.cbs,self.times = list(learn.cbs),call_times(learn)
+        self.learn,self.cbs,self.times = learn,list(learn.cbs),call_times(learn)
+        self.model,self.param = learn.model,next(learn.model.parameters(), None)
+        self.dls,self.n_inp = learn.dls,getattr(learn.dls, 'n_inp', None)
+        own = own_class(learn)
+        self.sets_device = self.param is not None and own._set_device is Learner._set_device
+        self.splits = own._split is Learner._split
         # with several processes, fastai gathers the values in each batch: keep `Recorder.after_batch`
         gathers = num_distrib()>1 or hasattr(learn.dl, 'to_detach')
         self.faster = {k:v for k,v in _faster.items() if not (gathers and k is Recorder.after_batch)}
+        self.known = {id(cb): [] for cb in learn.cbs if _is_known(cb)}
+        self.look()
         cbs = learn.cbs.sorted('order')
         entry = self._timed if self.times else self._entry
-        super().__init__({e:[entry(cb, e, hasattr(learn, e)) for cb in cbs] for e in _inner})
+        rows = {e: [entry(cb, e, hasattr(learn, e)) for cb in cbs] for e in _inner}
+        super().__init__({e: [o for o in rs if not self._is_silent(*o)] for e,rs in rows.items()})
+
+    def look(self):
+        "See which of our callbacks run. Returns if one of them has got or lost a method"
+        self.n,before = edits.n,getattr(self, 'own', None)
+        self.own = [_inner & vars(cb).keys() for cb in self.cbs if id(cb) in self.known]
+        for cb in self.cbs:
+            if id(cb) not in self.known: continue
+            on = cb.learn is self.learn and cb.run
+            self.known[id(cb)][:] = on and cb.run_valid,on and cb.run_train
+        return before!=self.own
+
+    def _is_silent(self, cb, send, fastais, method, runs):
+        "Is there nothing to do, and would `edits` count it if there were?"
+        return runs is not None and method is None
 
     def _timed(self, cb, event_name, reads_through):
         "With `profile_callbacks`"
-        cb,send,fastais,method = self._entry(cb, event_name, reads_through)
-        return cb,self.times.of(cb, event_name),fastais,method and self.times.timed(cb, event_name, method)
+        cb,send,fastais,method,runs = self._entry(cb, event_name, reads_through)
+        method = method and self.times.timed(cb, event_name, method)
+        return cb,self.times.of(cb, event_name),fastais,method,runs
 
     def _entry(self, cb, event_name, reads_through):
-        cls = type(cb)
+        cls,runs = type(cb),self.known.get(id(cb))
         special = cls.__call__ not in _calls or hasattr(cls, 'training') or 'training' in vars(cb)
-        if special or reads_through: return cb,cb,_inner,None
-        method = getattr(cls, event_name, None)
-        if method in self.faster: return cb,cb,vars(cb),self.faster[method](cb)
-        return cb,cb,vars(cb),method and getattr(cb, event_name)
+        if special or reads_through: return cb,cb,_inner,None,None
+        method,own = getattr(cls, event_name, None),vars(cb)
+        if event_name in own or own.get('learn') is not self.learn: runs = None
+        if method in self.faster: return cb,cb,own,self.faster[method](cb),None
+        return cb,cb,own,method and getattr(cb, event_name),runs
 
 # %% ../nbs/03_loop.ipynb #b235f8e7
 class _FastEvents(Lent):
@@ -66,24 +98,40 @@ class _FastEvents(Lent):
             _settle(self)
             return L(event_name).map(self._call_one)
         table = type(self)._table
-        if table is None or table.cbs!=self.cbs.items:
+        if table is None or table.cbs!=self.cbs.items or (edits.n!=table.n and table.look()):
             table = type(self)._table = _Table(self)
-        for cb,send,fastais,method in table[event_name]:
-            if event_name in fastais or (method and cb.learn is not self): send(event_name)
-            elif method and cb.run and (cb.run_train if self.training else cb.run_valid):
-                try: method()
-                except _cancel: raise
-                except Exception as e:
-                    where = f'Exception occured in `{type(cb).__name__}` when calling event `{event_name}`'
-                    raise modify_exception(e, f'{where}:\n\t{e.args[0]}', replace=True)
+        n,training = table.n,self.training
+        for cb,send,fastais,method,runs in table[event_name]:
+            # unless an earlier callback has just changed something, `look` has seen if it runs
+            if runs is None or edits.n!=n or self.training is not training:
+                if event_name in fastais or (method and cb.learn is not self):
+                    send(event_name)
+                    continue
+                if not (method and cb.run and (cb.run_train if self.training else cb.run_valid)): continue
+            elif not runs[bool(training)]: continue
+            try: method()
+            except _cancel: raise
+            except Exception as e:
+                where = f'Exception occured in `{type(cb).__name__}` when calling event `{event_name}`'
+                raise modify_exception(e, f'{where}:\n\t{e.args[0]}', replace=True)
 
     def _set_device(self, b):
         "As `Learner._set_device`; a batch that is on the device already is returned as it is"
-        if own_class(self)._set_device is not Learner._set_device: return super()._set_device(b)
-        device = next(self.model.parameters()).device
-        there = lambda t: isinstance(t, Tensor) and t.device==device
-        if type(b) in (tuple,list) and all(map(there, b)): return b
-        return super()._set_device(b)
+        table = type(self)._table
+        if table is None or table.model is not self.model or not table.sets_device: return super()._set_device(b)
+        if type(b) not in (tuple,list): return super()._set_device(b)
+        device = table.param.device
+        for t in b:
+            if not isinstance(t, Tensor) or t.device!=device: return super()._set_device(b)
+        return b
+
+    def _split(self, b):
+        "As `Learner._split`; the number of inputs is looked up once in each phase"
+        table = type(self)._table
+        if table is None or table.dls is not self.dls or not table.splits: return super()._split(b)
+        i = table.n_inp
+        if i is None: i = 1 if len(b)==1 else len(b)-1
+        self.xb,self.yb = b[:i],b[i:]
 
 
 # %% ../nbs/03_loop.ipynb #ed5918c8
@@ -121,6 +169,12 @@ _accumulate = {AvgSmoothLoss.accumulate: _smooth,
                AvgLoss.accumulate: lambda met,learn: _add(met, learn, learn.loss.mean()),
                AvgMetric.accumulate: lambda met,learn: _add(met, learn, met.func(learn.pred, *learn.yb))}
 
+def _lr(opt):
+    "`opt.hypers[-1]['lr']`, without the dicts that `OptimWrapper` makes of all hyper-parameters to read one"
+    if isinstance(opt, OptimWrapper) and type(opt).hypers is OptimWrapper.hypers and opt.fwd_map.get('lr')=='lr':
+        return opt.opt.param_groups[-1]['lr']
+    return opt.hypers[-1]['lr']
+
 def _record(cb):
     "Replaces `Recorder.after_batch`"
     learn = cb.learn
@@ -133,7 +187,7 @@ def _record(cb):
             accumulate = type(met).accumulate
             _accumulate.get(accumulate, accumulate)(met, learn)
         if not learn.training: return
-        cb.lrs.append(learn.opt.hypers[-1]['lr'])
+        cb.lrs.append(_lr(learn.opt))
         learn.smooth_loss = cb.smooth_loss.value
         cb.losses.append(learn.smooth_loss)
     return after_batch

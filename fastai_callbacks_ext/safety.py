@@ -91,7 +91,7 @@ def _report(self:TerminateOnNaN, why):
 @patch
 def _look_later(self:TerminateOnNaN, numbers):
     "Keep the result of this batch on the device; check all results in every n-th batch"
-    self._looks.append((self.train_iter, numbers.tensor.isfinite().all()))
+    self._looks.append((self.train_iter, numbers.tensor))
     if len(self._looks)>=self.every: self._look_back()
 
 @patch
@@ -101,8 +101,8 @@ def after_train(self:TerminateOnNaN):
 
 @patch
 def _look_back(self:TerminateOnNaN):
-    (batches,finite),self._looks = zip(*self._looks),[]
-    finite = torch.stack(finite).tolist()
+    (batches,numbers),self._looks = zip(*self._looks),[]
+    finite = torch.nn.utils.rnn.pad_sequence(numbers, batch_first=True).isfinite().all(1).tolist()
     if not self.any_rank(not all(finite)): return
     if all(finite): self._end_fit('loss or gradient of another process is not finite')
     self._end_fit(f'loss or gradient of batch {batches[finite.index(False)]} of the fit is not finite')

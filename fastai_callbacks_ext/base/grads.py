@@ -6,10 +6,12 @@
 __all__ = ['grad_numbers', 'numbers_behind', 'with_grad', 'step_grads', 'total_norm', 'multiply_', 'divide_']
 
 # %% ../../nbs/base/grads.ipynb #2d3f591f
+from operator import attrgetter
+
 import torch
 from fastai.optimizer import Optimizer
 from torch import Tensor, nn
-from .step import norms, opt_params
+from .lists import any_sparse, as_factor, grad_lists, norms_in_one
 
 # %% ../../nbs/base/grads.ipynb #dccf5023
 def grad_numbers(
@@ -30,15 +32,18 @@ def with_grad(
     opt:Optimizer # fastai's optimizer, or an `OptimWrapper`
 )->list: # Parameters
     "The parameters of `opt` that have a gradient with at least one element"
-    return [p for p in opt_params(opt) if p.grad is not None and p.numel()]
+    params,grads,_ = grad_lists(opt)
+    return [p for p,g in zip(params, grads) if g.numel()]
 
 def step_grads(
     opt:Optimizer, # fastai's optimizer, or an `OptimWrapper`
     real:bool=False # True: complex numbers as pairs of real numbers
 )->list: # Tensors that share memory with the gradients, so they can be changed in place
     "The numbers in all gradients of `opt`"
-    res = [grad_numbers(p) for p in with_grad(opt)]
-    return [torch.view_as_real(g) if g.is_complex() else g for g in res] if real else res
+    params,grads,_ = grad_lists(opt)
+    if any_sparse(grads): grads = [grad_numbers(p) if g.is_sparse else g for p,g in zip(params, grads)]
+    if 0 in map(Tensor.numel, grads): grads = [g for g in grads if g.numel()]
+    return [torch.view_as_real(g) if g.is_complex() else g for g in grads] if real else grads
 
 # %% ../../nbs/base/grads.ipynb #9afa4ef6
 def total_norm(
@@ -48,8 +53,7 @@ def total_norm(
     "p-norm of all numbers in `tensors` together. Numbers in half precision are added up in float32"
     tensors = [t for t in tensors if t.numel()]
     if not tensors: return torch.zeros(())
-    each = norms(tensors, p)
-    return torch.linalg.vector_norm(torch.stack([n.to(each[0]) for n in each]), p)
+    return torch.linalg.vector_norm(norms_in_one(tensors, p), p)
 
 def multiply_(
     tensors:list, # Tensors, on one device or several
@@ -65,7 +69,11 @@ def divide_(
     "Divide `tensors` in place"
     _on_each_device(torch._foreach_div_, tensors, divisor)
 
+_device = attrgetter('device')
 def _on_each_device(f, tensors, number):
     by_device = {}
-    for t in tensors: by_device.setdefault(t.device, []).append(t)
-    for device,ts in by_device.items(): f(ts, number.to(device) if isinstance(number, Tensor) else number)
+    if len({*map(_device, tensors)})<2: by_device = {t.device: tensors for t in tensors[:1]}
+    else:
+        for t in tensors: by_device.setdefault(t.device, []).append(t)
+    for device,ts in by_device.items():
+        f(ts, number.to(device) if isinstance(number, Tensor) else as_factor(ts, number))
