@@ -258,6 +258,7 @@ def _replay(self:Graphs, learn, kind):
     "A batch by its graphs; all events are sent"
     part = self._part = kind.part
     learn.pred,*loss = part.run()
+    self.replayed += 1
     self._whole = part.plan=='whole'
     try:
         learn('after_pred')
@@ -266,7 +267,6 @@ def _replay(self:Graphs, learn, kind):
         learn('after_loss')
         learn._do_grad_opt()
     finally: self._whole,self._part = False,None
-    self.replayed += 1
 
 @patch
 def _pass(self:Graphs, backward):

@@ -260,8 +260,8 @@ class Assumed:
     def _counts(self, name, m, k, but):
         if k in modules_own: return k=='training'
         if (name, k) in but: return False
-        # PyTorch's own modules compute such tensors from their parameters
-        return _keeps_state(m) or not any(isinstance(o, Tensor) for o in _leaves(vars(m)[k]))
+        # in PyTorch's and fastai's own modules, other things are computed from the parameters
+        return _keeps_state(m) or all(type(o) in _plain or type(o) is tuple for o in _leaves(vars(m)[k]))
 
     def _now(self):
         return [(id(t), t.data_ptr(), t.requires_grad) for d in self._lists for t in d.values() if t is not None]
