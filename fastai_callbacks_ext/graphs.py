@@ -263,7 +263,7 @@ def _replay(self:Graphs, learn, kind):
     try:
         learn('after_pred')
         learn.loss_grad = loss[0] if loss else learn.loss_func(learn.pred, *learn.yb)
-        learn.loss = learn.loss_grad.clone()
+        learn.loss = loss[1] if loss[1:] else learn.loss_grad.clone()
         learn('after_loss')
         learn._do_grad_opt()
     finally: self._whole,self._part = False,None

@@ -61,4 +61,4 @@ class Tape:
         finally:
             for storage,before in tape.before.values(): storage.copy_(before)
             torch.set_rng_state(state)
-        return _Recorded(tape.calls, [t.detach() for t in outputs])
+        return _Recorded(tape.calls, [t.detach().as_subclass(Tensor) for t in outputs])
