@@ -125,7 +125,9 @@ def _zero_grad(opt):
 # %% ../nbs/34_graphs.ipynb #graphs-012
 class _Kind:
     "Batches of one shape"
-    def __init__(self): self.n,self.why,self.part,self.moved,self.misses,self.dropped,self.hits = 0,'',None,{},0,0,0
+    def __init__(self):
+        self.n,self.doubts,self.why,self.moved = 0,0,'',{}              # batches that were watched
+        self.part,self.hits,self.misses,self.dropped = None,0,0,0       # batches since the capture
     def close(self):
         if self.part is not None: self.part.close()
         self.part = None
@@ -240,10 +242,13 @@ def _watched(self:Graphs, learn, kind, plan):
     self._looking = watch
     try: learn._do_grad_opt()
     finally: self._looking = None
-    kind.moved = watch.moved
-    if kind.n==self.warmup:
-        kind.why = watch.why or self._seen or ''
-        if kind.why: self._say(kind.why)
+    kind.moved,why = watch.moved,watch.why or self._seen
+    kind.doubts = kind.doubts+1 if why else 0
+    if kind.n<self.warmup or not why: return
+    kind.n -= 1         # a model may do so in its first batch only: look once more
+    if kind.doubts>1:
+        kind.why = why
+        self._say(why)
 
 @patch
 def _watch_outside(self:Graphs, o):
