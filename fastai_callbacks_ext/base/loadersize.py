@@ -30,7 +30,8 @@ def why_fixed(
 )->str: # '' if it can
     "Why its batch size cannot be changed"
     dl = inner_loader(dl)
-    if not isinstance(dl, (DataLoader,TorchLoader)): return f'{type(dl).__name__} is no loader of fastai or PyTorch'
+    if not isinstance(dl, (DataLoader,TorchLoader)):
+        return f'{type(dl).__name__} is no loader of fastai or PyTorch'
     if size_of(dl)['bs'] is not None: return ''
     sampler = getattr(dl, 'batch_sampler', None)
     return f'{type(sampler).__name__} makes the batches' if sampler else 'the loader has no batch size'
