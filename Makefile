@@ -53,6 +53,7 @@ techniques: .venv/ready ## Train digits and a language model with and without ea
 	OMP_NUM_THREADS=1 $(RUN)/python benchmarks/figures.py
 	OMP_NUM_THREADS=1 $(RUN)/python benchmarks/lr_find.py
 	OMP_NUM_THREADS=1 $(RUN)/python benchmarks/mixing.py
+	OMP_NUM_THREADS=1 $(RUN)/python benchmarks/resizing.py
 	OMP_NUM_THREADS=1 $(RUN)/python benchmarks/freezing.py
 
 soak-contract: .venv/ready ## Every callback in every setting, every pair, in a notebook and in 2 processes (an hour)
