@@ -55,6 +55,7 @@ techniques: .venv/ready ## Train digits, texts, a table and a language model wit
 	OMP_NUM_THREADS=1 $(RUN)/python benchmarks/figures.py
 	OMP_NUM_THREADS=1 $(RUN)/python benchmarks/lr_find.py
 	OMP_NUM_THREADS=1 $(RUN)/python benchmarks/mixing.py
+	OMP_NUM_THREADS=1 $(RUN)/python benchmarks/resizing.py
 	OMP_NUM_THREADS=1 $(RUN)/python benchmarks/freezing.py
 
 soak-contract: .venv/ready ## Every callback in every setting, every pair, in a notebook and in 2 processes (an hour)
