@@ -16,13 +16,23 @@ import torch
 
 SCALE = {'ms':1e3, 'µs':1e6, 'ns':1e9}
 
-def options(doc, rounds=9):
-    "The parser with what every benchmark has; threads are set to 1"
+def options(doc, rounds=9, device=False):
+    "The parser with what every benchmark has; threads are set to 1. `device`: it can run on a GPU too"
     torch.set_num_threads(1)
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--rounds', type=int, default=rounds,
                         help='times that each case is measured (default: %(default)s)')
+    devices = dict(choices=('cpu','cuda'), default='cpu', help='(default: %(default)s)')
+    if device: parser.add_argument('--device', **devices)
     return parser
+
+def sync():
+    "Wait for the GPU, if one is used: call it before the clock is read, around many batches"
+    if torch.cuda.is_initialized(): torch.cuda.synchronize()
+
+def on_device(name, device):
+    "Name of the results: those of a GPU lie beside those of the CPU"
+    return name if device=='cpu' else f'{name}-{device}'
 
 def measure(cases, rounds, unit='ms a batch', baseline=None):
     """Quartiles of each of `cases`, functions that return seconds, or what else `unit` says

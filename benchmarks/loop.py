@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 from fastai_callbacks_ext.all import FastLoop, ModelResetter, RNNCallback, RNNRegularizer, TerminateOnNaN
 from fastai_callbacks_ext.test_utils import digits_model, text_learner
-from harness import apart, measure, options, ratio, report
+from harness import apart, measure, on_device, options, ratio, report, sync
 
 EPOCHS,LR = 3,1e-3
 TorchAdam = partial(OptimWrapper, opt=torch.optim.Adam)
@@ -32,7 +32,7 @@ class Loader(DataLoader):
         super().__init__(data, sampler=sampler, batch_size=None)
         self.starts = []
     def __iter__(self):
-        if torch.cuda.is_initialized(): torch.cuda.synchronize()
+        sync()
         self.starts.append(perf_counter())
         return super().__iter__()
 
@@ -245,8 +245,7 @@ def check_memory(net, loader, batches, cbs):
 # The command
 
 def main():
-    parser = options(__doc__)
-    parser.add_argument('--device', choices=('cpu','cuda'), default='cpu', help='(default: %(default)s)')
+    parser = options(__doc__, device=True)
     parser.add_argument('--batches', type=int,
                         help='train the tiny net for so many batches, in epochs of 1,000')
     args = parser.parse_args()
@@ -263,8 +262,7 @@ def main():
     if args.device=='cuda':
         facts['waits'] = {title:{'fastai':waits(fastai, net), 'FastLoop':waits(fast, net)}
                           for title,net in nets.items()}
-    name = 'loop' if args.device=='cpu' else 'loop-cuda'
-    report(name, tables, args.rounds, args.device, ('lightning','keras'), **facts)
+    report(on_device('loop', args.device), tables, args.rounds, args.device, ('lightning','keras'), **facts)
     print('\nTargets')
     for t in facts['targets']:
         met = 'met' if t['ratio']<=t['limit'] else 'MISSED'

@@ -6,7 +6,7 @@ warnings.filterwarnings('ignore')
 from fastai.callback.tracker import EarlyStoppingCallback, TerminateOnNaNCallback
 from fastai_callbacks_ext.all import (EarlyStopping, FastLoop, SampleLimit, SkipNonFinite, SpikeGuard,
                                       StepLimit, StopFile, TerminateOnNaN, TimeLimit)
-from harness import measure, options, ratio, report
+from harness import measure, on_device, options, ratio, report
 from loop import NETS, fastai, net, seconds
 
 FASTAIS = "fastai's TerminateOnNaNCallback"
@@ -35,15 +35,15 @@ STOPPING = {
     'StopFile': lambda: [StopFile('stop')]}
 
 def main():
-    args = options(__doc__).parse_args()
+    args = options(__doc__, device=True).parse_args()
     titles = list(NETS)[:2]
-    nets = {title:net(title, 'cpu') for title in titles}
+    nets = {title:net(title, args.device) for title in titles}
     case = lambda title,cbs: partial(seconds, partial(fastai, cbs=cbs, bar=False), nets[title])
     def table(title, cases):
         return measure({k:case(title, cbs) for k,cbs in cases.items()}, args.rounds, 'µs a batch')
     tables = {title: table(title, CASES) for title in titles}
     tables |= {f'Stopping. {title}': table(title, STOPPING) for title in titles}
-    results = report('safety', tables, args.rounds)
+    results = report(on_device('safety', args.device), tables, args.rounds, args.device)
     print('\nTarget: no dearer than fastai\'s')
     for title in titles:
         for row in list(CASES)[2:7]:

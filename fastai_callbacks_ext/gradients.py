@@ -66,7 +66,7 @@ class GradientClip(ExtCallback):
     def before_step(self):
         "Clip the gradient if it is too long; skip the step if it is NaN or infinite"
         try: self._look()
-        finally: self._units = self._ratios = self._rows = None     # they would keep the memory of the gradients
+        finally: self._units = self._ratios = self._rows = None     # they would keep the gradients' memory
 
     def _look(self):
         norm = self._norm()
@@ -103,7 +103,8 @@ def unit_norm(
     "2-norm of each unit, which is one index of the first dimension; a vector is one unit"
     dtype = torch.float32 if x.element_size()<4 else None
     if x.ndim<=n: return x.abs().to(dtype or x.dtype)
-    return torch.linalg.vector_norm(x, dim=tuple(range(min(n+1, x.ndim-1), x.ndim)), keepdim=True, dtype=dtype)
+    dims = tuple(range(min(n+1, x.ndim-1), x.ndim))
+    return torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=dtype)
 
 # %% ../nbs/10_gradients.ipynb #611dd76c
 @patch

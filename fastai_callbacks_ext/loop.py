@@ -34,9 +34,10 @@ _inner = frozenset(_inner_loop)
 
 def _is_known(cb):
     "Does `edits` count each change of what decides if `cb` is called?"
-    cls,parts = type(cb),('run','fitting','__setattr__','__delattr__')
-    plain = isinstance(cls.run_train, bool) and isinstance(cls.run_valid, bool)
-    return isinstance(cb, ExtCallback) and plain and all(getattr(cls, o) is getattr(ExtCallback, o) for o in parts)
+    cls = type(cb)
+    if not isinstance(cb, ExtCallback): return False
+    ours = [getattr(cls, o) is getattr(ExtCallback, o) for o in ('run','fitting','__setattr__','__delattr__')]
+    return all(ours) and isinstance(cls.run_train, bool) and isinstance(cls.run_valid, bool)
 
 class _Table(dict):
     """For each event of a batch: callbacks, how fastai calls each, in which events that is done, its method,
@@ -55,8 +56,11 @@ class _Table(dict):
         self.look()
         cbs = learn.cbs.sorted('order')
         entry = self._timed if self.times else self._entry
-        rows = {e: [entry(cb, e, hasattr(learn, e)) for cb in cbs] for e in _inner}
-        super().__init__({e: [o for o in rs if not self._is_silent(*o)] for e,rs in rows.items()})
+        for e in _inner:
+            reads_through = hasattr(learn, e)
+            self[e] = [(i,*entry(cb, e, reads_through)) for i,cb in enumerate(cbs)]
+        # without those that have nothing to do, if `edits` counts it when they get something
+        self.short = {e: [o for o in rows if o[-1] is None or o[-2]] for e,rows in self.items()}
 
     def look(self):
         "See which of our callbacks run. Returns if one of them has got or lost a method"
@@ -68,9 +72,14 @@ class _Table(dict):
             self.known[id(cb)][:] = on and cb.run_valid,on and cb.run_train
         return before!=self.own
 
-    def _is_silent(self, cb, send, fastais, method, runs):
-        "Is there nothing to do, and would `edits` count it if there were?"
-        return runs is not None and method is None
+    def rows(self, event_name):
+        "The callbacks to call, one after the other; after a change in mid-event, those that follow are asked"
+        n,last = self.n,-1
+        for row in self.short[event_name]:
+            if edits.n!=n: break
+            last = row[0]
+            yield row
+        if edits.n!=n: yield from ((*row[:-1],None) for row in self[event_name][last+1:])
 
     def _timed(self, cb, event_name, reads_through):
         "With `profile_callbacks`"
@@ -100,10 +109,9 @@ class _FastEvents(Lent):
         table = type(self)._table
         if table is None or table.cbs!=self.cbs.items or (edits.n!=table.n and table.look()):
             table = type(self)._table = _Table(self)
-        n,training = table.n,self.training
-        for cb,send,fastais,method,runs in table[event_name]:
-            # unless an earlier callback has just changed something, `look` has seen if it runs
-            if runs is None or edits.n!=n or self.training is not training:
+        training = self.training
+        for _,cb,send,fastais,method,runs in table.rows(event_name):
+            if runs is None or self.training is not training:
                 if event_name in fastais or (method and cb.learn is not self):
                     send(event_name)
                     continue
@@ -118,8 +126,8 @@ class _FastEvents(Lent):
     def _set_device(self, b):
         "As `Learner._set_device`; a batch that is on the device already is returned as it is"
         table = type(self)._table
-        if table is None or table.model is not self.model or not table.sets_device: return super()._set_device(b)
-        if type(b) not in (tuple,list): return super()._set_device(b)
+        known = table is not None and table.model is self.model and table.sets_device
+        if not known or type(b) not in (tuple,list): return super()._set_device(b)
         device = table.param.device
         for t in b:
             if not isinstance(t, Tensor) or t.device!=device: return super()._set_device(b)
@@ -171,9 +179,8 @@ _accumulate = {AvgSmoothLoss.accumulate: _smooth,
 
 def _lr(opt):
     "`opt.hypers[-1]['lr']`, without the dicts that `OptimWrapper` makes of all hyper-parameters to read one"
-    if isinstance(opt, OptimWrapper) and type(opt).hypers is OptimWrapper.hypers and opt.fwd_map.get('lr')=='lr':
-        return opt.opt.param_groups[-1]['lr']
-    return opt.hypers[-1]['lr']
+    wraps = isinstance(opt, OptimWrapper) and type(opt).hypers is OptimWrapper.hypers
+    return opt.opt.param_groups[-1]['lr'] if wraps and opt.fwd_map.get('lr')=='lr' else opt.hypers[-1]['lr']
 
 def _record(cb):
     "Replaces `Recorder.after_batch`"

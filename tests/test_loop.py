@@ -189,7 +189,7 @@ plans = st.fixed_dictionaries(dict(
     order=st.sampled_from([-20, -10, 0, 5, 50, 55, 61]), run_train=st.booleans(), run_valid=st.booleans(),
     events=st.lists(some_events, unique=True, min_size=1, max_size=8),
     own=st.lists(some_events, unique=True, max_size=2),
-    special=st.sampled_from(['', '', '', 'calls', 'training']),
+    special=st.sampled_from(['', '', '', 'calls', 'training', 'ours', 'ours', 'ours']),
     # (which of its events, which time, what)
     acts=st.lists(st.tuples(st.integers(0, 7), st.integers(0, 3), acts), max_size=3)))
 
@@ -214,7 +214,7 @@ class Actor(Callback):
         self.all.append(cb); self.learn.add_cb(cb)
     def do_gain(self, i, e):
         cb = self.all[i%len(self.all)]
-        vars(cb)[e] = lambda: cb.act(e)
+        setattr(cb, e, lambda: cb.act(e))
     def do_flag(self, name, value): setattr(self, name, value)
 
 def calls(self, event_name):
@@ -224,7 +224,8 @@ def calls(self, event_name):
 def actor(plan, all):
     methods = {e:lambda self, e=e: self.act(e) for e in plan['events']}
     methods |= dict(calls={'__call__':calls}, training={'training':False}).get(plan['special'], {})
-    return type('Actor', (Actor,), methods)(plan, all)
+    bases = (Actor, ext.ExtCallback) if plan['special']=='ours' else (Actor,)
+    return type('Actor', bases, methods)(plan, all)
 
 def same_with(plans, use, **kwargs):
     "The same results with actors of these `plans`, and the same calls to each"
@@ -253,6 +254,37 @@ def fit_twice(learn): learn.fit(2)
 def test_flags_in_a_fit():
     log, = same_with([plan('before_batch', acts=[(0, 1, ('flag', 'run', False))])], fit_twice)
     assert len(log)==2
+
+def test_flags_of_ours_in_a_fit():
+    "They are asked again where something has changed: also within an event, and for a single part of the fit"
+    for flag in ('run','run_train'):
+        acts = [(0, 1, ('flag', flag, False))]
+        log, = same_with([plan('before_batch', special='ours', acts=acts)], fit_twice)
+        assert len(log)==(2 if flag=='run' else 8)
+    first = lambda *act: plan('after_batch', order=0, acts=[(0, 1, act)])
+    ours = plan('after_batch', special='ours')
+    for act,n in (('gain', 1, 'after_batch'),12),(('remove', 1),1),(('gain', 1, 'before_batch'),22):
+        logs = same_with([first(*act), ours], fit_twice)
+        assert len(logs[1])==n, act
+
+def test_a_deleted_method_and_flag_of_ours():
+    class Deletes(Callback):
+        def after_batch(self):
+            if not self.training: return
+            cb,own = self.learn.ours,lambda: seen.append('own')
+            if self.train_iter==1: cb.after_loss = own
+            if self.train_iter==2: cb.run_train = False
+            if self.train_iter==4: del cb.run_train, cb.after_loss
+    class Ours(ext.ExtCallback):
+        run_valid = False
+        def after_loss(self): seen.append(self.train_iter)
+    found = []
+    for cbs in ([], [ext.FastLoop()]):
+        seen = []
+        learn = tiny().add_cbs([Deletes(), Ours(), *cbs])
+        with learn.no_logging(): learn.fit(2)
+        found.append(seen)
+    assert found[0]==found[1] and found[0]
 
 def test_removed_and_added_in_an_event():
     "Whoever is removed is still called in this event, detached; whoever is added, from the next one on"

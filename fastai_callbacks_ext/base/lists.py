@@ -110,7 +110,8 @@ def norms_in_one(
     rows = rows or _rows_of(tensors)
     if not (rows and rows.groups): return _one_by_one(tensors, p)
     try: return _in_rows(tensors, p, rows)
-    except (RuntimeError, NotImplementedError): return _in_rows(tensors, p, Rows(tensors))   # they have changed
+    except (RuntimeError, NotImplementedError):      # the shapes have changed
+        return _in_rows(tensors, p, Rows(tensors))
 
 # %% ../../nbs/base/lists.ipynb #lists-012
 def opt_params(
@@ -164,7 +165,9 @@ def copy_finite_(
     new:list # Tensors of the same shapes, types and devices
 ):
     "Copy `new` into `old`, but no NaN and no infinity. A GPU is not waited for"
-    if all(t.is_cpu for t in new) and norms_in_one(new).isfinite().all(): return torch._foreach_copy_(old, new)
+    if not new: return
+    if all(t.is_cpu for t in new) and norms_in_one(new).isfinite().all():
+        return torch._foreach_copy_(old, new)
     groups = {}
     for o,n in zip(old, new): groups.setdefault((n.dtype, n.device), []).append((o, n))
     for pairs in groups.values():

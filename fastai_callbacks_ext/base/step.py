@@ -94,9 +94,7 @@ class StepNumbers:
 
     def _looked(self):
         "The numbers. The first call waits for the device, once"
-        if self._values is None:
-            cpu = self._loss.is_cpu and self._norms.is_cpu
-            self._values = [self._loss.item(), *self._norms.tolist()] if cpu else self.tensor.tolist()
+        if self._values is None: self._values = self.tensor.tolist()
         return self._values
 
     @property
@@ -117,7 +115,7 @@ class StepNumbers:
         return isfinite(self.loss) and all(g is not None for g in grads) and all_finite(grads)
 
 # %% ../../nbs/base/step.ipynb #ff38f0e6
-_last,_others = WeakKeyDictionary(),WeakKeyDictionary()     # by learner: numbers; callbacks, and those of others
+_last,_others = WeakKeyDictionary(),WeakKeyDictionary()     # by learner: numbers; callbacks, those of others
 _asked_in = 'before_step','after_cancel_step','after_cancel_batch'
 
 def is_fastais(
