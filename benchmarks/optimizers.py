@@ -1,0 +1,109 @@
+"""Time of an optimizer's step by fastai, by FusedStep's kernels, and by PyTorch's AdamW
+
+With the parameters of ResNet-50 and ViT-B/16 and random gradients. Each table is one optimizer on one model:
+its cases are measured in turn. On a GPU a case takes 20 steps, and then waits for them.
+"""
+import warnings
+from functools import partial
+from time import perf_counter
+warnings.filterwarnings('ignore')
+
+import torch
+from fastai.optimizer import SGD, Adam, Lamb, Larc, QHAdam, RAdam, RMSProp, ranger
+from fastai_callbacks_ext.base.kernels import lend_kernels
+from harness import measure, options, ratio, report
+from torch import nn
+
+def resnet50():
+    "Shapes of its 161 parameters"
+    def conv(i, o, k): return [(o, i, k, k), (o,), (o,)]      # with its batch norm
+    res,i = conv(3, 64, 7),64
+    for n,width in ((3, 64), (4, 128), (6, 256), (3, 512)):
+        for block in range(n):
+            res += conv(i, width, 1)+conv(width, width, 3)+conv(width, 4*width, 1)
+            if not block: res += conv(i, 4*width, 1)
+            i = 4*width
+    return [*res, (1000, 2048), (1000,)]
+
+def vit_b_16(d=768):
+    "Shapes of its 152 parameters"
+    def linear(i, o): return [(o, i), (o,)]
+    norm = [(d,), (d,)]
+    block = norm+linear(d, 3*d)+linear(d, d)+norm+linear(d, 4*d)+linear(4*d, d)
+    return [(1, 1, d), (d, 3, 16, 16), (d,), (1, 197, d), *block*12, *norm, *linear(d, 1000)]
+
+MODELS = {'ResNet-50': resnet50, 'ViT-B/16': vit_b_16}
+OPTIMIZERS = dict(SGD=partial(SGD, mom=.9, wd=.01), RMSProp=RMSProp, Adam=Adam, RAdam=RAdam, QHAdam=QHAdam,
+                  Larc=Larc, Lamb=Lamb, ranger=ranger)
+
+def params_of(model, device):
+    torch.manual_seed(0)
+    params = [nn.Parameter(torch.randn(o, device=device)*.05) for o in MODELS[model]()]
+    for p in params: p.grad = torch.randn_like(p)*.01
+    return params
+
+def fastais(make, params, kernel=None):
+    "An optimizer of fastai that has made 100 steps, weight decay off for norms and biases"
+    opt = make(params, lr=1e-6)
+    for p in params:
+        if p.ndim==1: opt.state[p]['do_wd'] = False
+    if kernel: lend_kernels(opt, kernel)
+    opt.step()
+    for p in params:
+        if 'step' in opt.state[p]: opt.state[p]['step'] = 100
+    return opt
+
+def torchs(params, **kwargs):
+    groups = [dict(params=[p for p in params if p.ndim>1]),
+              dict(params=[p for p in params if p.ndim==1], weight_decay=0.)]
+    return torch.optim.AdamW(groups, lr=1e-6, **kwargs)
+
+def seconds(f, device):
+    "Seconds a call"
+    n = 20 if device=='cuda' else 1
+    if device=='cuda': torch.cuda.synchronize()
+    start = perf_counter()
+    for _ in range(n): f()
+    if device=='cuda': torch.cuda.synchronize()
+    return (perf_counter()-start)/n
+
+def table(model, name, device, rounds):
+    params,make = params_of(model, device),OPTIMIZERS[name]
+    cases = {'fastai': fastais(make, params), 'foreach': fastais(make, params, 'foreach'),
+             'fused': fastais(make, params, 'fused'), 'auto': fastais(make, params)}
+    lend_kernels(cases['auto'], 'auto')
+    if name=='Adam': cases |= {"torch's AdamW(foreach=True)": torchs(params, foreach=True),
+                               "torch's AdamW(fused=True)": torchs(params, fused=True)}
+    return measure({k: partial(seconds, opt.step, device) for k,opt in cases.items()}, rounds, 'ms a step')
+
+def zeros(model, device, rounds):
+    params = params_of(model, device)
+    cases = {'fastai': fastais(SGD, params), 'kernels': fastais(SGD, params, 'foreach')}
+    return measure({k: partial(seconds, opt.zero_grad, device) for k,opt in cases.items()}, rounds, 'ms a step')
+
+def results_of(device, rounds, models=MODELS, optimizers=OPTIMIZERS):
+    tables = {f'{m}, zero_grad': zeros(m, device, rounds) for m in models}
+    return {f'{m}, {o}': table(m, o, device, rounds) for m in models for o in optimizers}|tables
+
+def summary(results):
+    "The ratios that count"
+    for title in results['tables']:
+        model,_,name = title.rpartition(', ')
+        over = lambda row, base='fastai': ratio(results, title, row, base)
+        if name=='zero_grad': print(f'{title}: {over("kernels"):.2f} over fastai')
+        else:
+            torchs = f", {over('auto', torchs_fused):.2f} over torch's fused" if name=='Adam' else ''
+            print(f"{title}: foreach {over('foreach'):.2f}, fused {over('fused'):.2f}, auto {over('auto'):.2f} "
+                  f'over fastai{torchs}')
+
+torchs_fused = "torch's AdamW(fused=True)"
+
+def main():
+    parser = options(__doc__, rounds=7)
+    parser.add_argument('--device', choices=('cpu','cuda'), default='cpu')
+    args = parser.parse_args()
+    tables = results_of(args.device, args.rounds)
+    name = 'optimizers' if args.device=='cpu' else 'optimizers_cuda'
+    summary(report(name, tables, args.rounds, args.device))
+
+if __name__=='__main__': main()
