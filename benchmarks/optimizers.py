@@ -1,7 +1,7 @@
 """Time of an optimizer's step by fastai, by FusedStep's kernels, and by PyTorch's AdamW
 
 With the parameters of ResNet-50 and ViT-B/16 and random gradients. Each table is one optimizer on one model:
-its cases are measured in turn. On a GPU a case takes 20 steps, and then waits for them.
+its cases are measured in turn. On a GPU a case takes 10 steps, and then waits for them.
 """
 import warnings
 from functools import partial
@@ -60,7 +60,7 @@ def torchs(params, **kwargs):
 
 def seconds(f, device):
     "Seconds a call"
-    n = 20 if device=='cuda' else 1
+    n = 10 if device=='cuda' else 1
     if device=='cuda': torch.cuda.synchronize()
     start = perf_counter()
     for _ in range(n): f()

@@ -14,7 +14,7 @@ _kernels = 'auto','foreach','fused'
 
 class FusedStep(ExtCallback):
     "Makes the optimizer's step faster: all parameters at once, by multi-tensor kernels; the same optimizer"
-    order,run_valid,single = 1010,False,True    # after the others, which may replace the optimizer in `before_fit`
+    order,run_valid,single = 1010,False,True    # the others may replace the optimizer in `before_fit`
     transient = dict(_opt=None)
     def __init__(self,
         # 'foreach' has fastai's bits; 'fused' equals them but for rounding, by PyTorch's fused kernels where
@@ -22,7 +22,8 @@ class FusedStep(ExtCallback):
         kernel:str='auto'
     ):
         if kernel not in _kernels:
-            raise ValueError(f"kernel={kernel!r}: expected one of {', '.join(_kernels)}{nearest(str(kernel), _kernels)}")
+            known = ', '.join(_kernels)
+            raise ValueError(f'kernel={kernel!r}: expected one of {known}{nearest(str(kernel), _kernels)}')
         self.kernel,self._opt = kernel,None
 
     def before_fit(self):
