@@ -15,6 +15,7 @@ from weakref import ref
 import torch
 from fastai.optimizer import Lookahead, Optimizer, OptimWrapper
 from fastcore.basics import patch
+from fastcore.imports import noop
 from torch import Tensor, nn
 from .foreach import fastest, layout, pieces, same_bits
 from .formulas import Formula, unknown_in
@@ -103,11 +104,12 @@ class Kernels:
         if self.counts: torch._foreach_add_(self.counts, 1)
         for b in self.buckets:
             b.g = [grads[i] for i in b.which]
-            if b.fuses and self.formula.fused.can(b.h): self.formula.fuse(b, b.h, found_inf)
+            flag = None if found_inf is None else found_inf.to(b.device, torch.float32, non_blocking=True)
+            if b.fuses and self.formula.fused.can(b.h): self.formula.fuse(b, b.h, flag)
             else: self.formula.exact(b.operations, b, b.h)
             b.g = None
         if found_inf is not None:
-            for o in self.counts: o.sub_(found_inf)
+            for o in self.counts: o.sub_(found_inf.to(o.device, non_blocking=True))
             self.late = bool(self.counts)
         elif 'step' in self.formula.made:
             for b in self.buckets: self._write(b, b.step+1)
@@ -314,7 +316,6 @@ def no_kernels(
             return f'{cls.__name__} is not known'
         if own := {'step','zero_grad'} & vars(o).keys():
             return f"its {' and '.join(sorted(own))} was replaced"
-    if isinstance(inner, _Steps): return 'it has kernels'
     params = [id(p) for group in inner.param_lists for p in group]
     if len({*params})<len(params): return 'a parameter is in it twice'
     unknown = unknown_in(inner.cbs)
@@ -324,7 +325,8 @@ def lend_kernels(
     opt:Optimizer, # fastai's optimizer, for which `no_kernels` says nothing
     kernel:str='auto' # 'foreach' has fastai's bits, 'fused' equals them to rounding; 'auto': the faster one
 )->Callable: # Takes the kernels back; to be given to `at_end`
-    "Give `opt` a `step` and a `zero_grad` that do all parameters at once"
+    "Give `opt` a `step` and a `zero_grad` that do all parameters at once, if it has none yet"
+    if isinstance(opt, (_Steps,_LookaheadSteps)): return noop
     if not isinstance(opt, Lookahead): return _lend(opt, kernel)
     back = _lend(opt.opt, kernel),lend_methods(opt, _LookaheadSteps)
     return lambda: [o() for o in back[::-1]]
