@@ -44,6 +44,7 @@ bench: .venv/bench-ready ## Measure the callbacks and the loop beside their peer
 	$(RUN)/python benchmarks/gradients.py
 	$(RUN)/python benchmarks/schedules.py
 	$(RUN)/python benchmarks/passes.py
+	$(RUN)/python benchmarks/optimizers.py
 	$(RUN)/python benchmarks/averaging.py
 	$(RUN)/python benchmarks/tensors.py
 	$(RUN)/python benchmarks/memory.py
