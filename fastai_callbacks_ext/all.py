@@ -8,13 +8,13 @@ __all__ = []
 # %% ../nbs/all.ipynb #728a6161
 from . import (accumulation, activations, adversarial,
         averaging, best, checkpoint, consistency, finder, freeze,
-        gradients, groups, items, layers, loop, memory, mixing, monitors,
+        graphs, gradients, groups, items, layers, loop, memory, mixing, monitors,
         preflight, progress, report, rnn, runlog, safety, schedule_free,
         schedules, stopping, throughput, tracing, upgrades)
 # before the stars, which hide some of them
 _purposes = (accumulation, activations, adversarial, averaging, best, checkpoint, consistency, finder,
-             freeze, gradients, groups, items, layers, loop, memory, mixing, monitors, preflight,
-             progress, report, rnn, runlog, safety, schedule_free, schedules, stopping, throughput,
+             freeze, graphs, gradients, groups, items, layers, loop, memory, mixing, monitors,
+             preflight, progress, report, rnn, runlog, safety, schedule_free, schedules, stopping, throughput,
              tracing, upgrades)
 from .accumulation import *
 from .activations import *
@@ -26,6 +26,7 @@ from .consistency import *
 from .finder import *
 from .freeze import *
 from .gradients import *
+from .graphs import *
 from .groups import *
 from .items import *
 from .layers import *
