@@ -17,8 +17,9 @@ from functools import partial
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 from types import BuiltinFunctionType, FunctionType
+from .base.assumed import Watch
 from .base.core import ExtCallback, check_number, n_ranks, runs_in
-from .base.graph import CallsAgain, CudaGraphs, Grads, Hooked, Part, Unfit, Watch
+from .base.graph import CallsAgain, CudaGraphs, Grads, Hooked, Part, Unfit
 from .base.lent import Lent, lend_methods
 from .base.passes import mixed_precision
 from .base.rehearsal import own_loop
@@ -42,16 +43,16 @@ def _is_fixed(f):
 
 # %% ../nbs/34_graphs.ipynb #graphs-008
 class Graphs(ExtCallback):
-    """Repeats forward, loss and backward pass of a batch as one CUDA graph, so that the GPU does not wait for Python
+    """Repeats forward, loss and backward pass of a batch as one CUDA graph: the GPU does not wait for Python
 
-    Each shape of a batch that comes again gets a graph of its own. What cannot be captured runs as before, and
-    the reason is said in one line."""
+    Each shape of a batch that comes again gets a graph of its own. What cannot be captured runs as before,
+    and the reason is said in one line."""
     order,single = 990,True     # after the others, which may replace methods in `before_fit`
     fit_state = dict(replayed=0)
     transient = dict(_parts={}, _backend=None, _grads=None, _said=None, _table=None, _part=None, _whole=False,
                      _looking=None, _in_backward=False, _seen=None)
     def __init__(self,
-        warmup:int=3, # Batches of a shape that run as usual before it is captured; libraries choose their kernels there
+        warmup:int=3, # Batches of a shape that run as usual first: libraries choose their kernels there
         max_shapes:int=8 # Most shapes that get a graph; each keeps a batch and its predictions in memory
     ):
         self.warmup = check_number('warmup', warmup, low=1, integer=True)
@@ -74,8 +75,8 @@ class Graphs(ExtCallback):
         self._backend = (CudaGraphs if device.type=='cuda' else CallsAgain)(device)
         self._parts,self._grads,self._said,self._table = {},Grads(),set(),None
         if device.type!='cuda':
-            self.tell('repeats batches without CUDA', f'the model is on the {device.type}; nothing becomes faster',
-                      once=True)
+            why = f'the model is on the {device.type}; nothing becomes faster'
+            self.tell('repeats batches without CUDA', why, once=True)
         self.at_end(self._forget)
         self.at_end(lend_methods(learn, _Batches))
 
@@ -149,13 +150,14 @@ def _mark(t, device):
     "What must be the same in two tensors for one graph"
     if type(t) is not Tensor: raise Unfit(f'a {type(t).__name__} is in the batch')
     if t.device!=device: raise Unfit(f'a tensor of the batch is on the {t.device.type}')
-    if t.requires_grad or t.layout is not torch.strided: raise Unfit('a tensor of the batch has a gradient or is sparse')
+    if t.requires_grad or t.layout is not torch.strided:
+        raise Unfit('a tensor of the batch has a gradient or is sparse')
     return t.shape,t.stride(),t.dtype
 
 def _marks(o, device):
     if isinstance(o, Tensor): return _mark(o, device)
     leaves,spec = tree_flatten(o)
-    return str(spec),*(_mark(t, device) if isinstance(t, Tensor) or type(t) not in _values else (type(t), t) for t in leaves)
+    return str(spec),*((type(t), t) if type(t) in _values else _mark(t, device) for t in leaves)
 
 _values = {type(None), bool, int, float, str}
 
@@ -178,8 +180,8 @@ def _plan(self:Graphs, learn):
 def _kind(self:Graphs, learn, plan):
     device = self._backend.device
     on = torch.is_autocast_enabled(device.type)
-    key = (plan, on and torch.get_autocast_dtype(device.type), len(learn.xb), *(_marks(o, device) for o in learn.xb),
-           *(_marks(o, device) for o in learn.yb))
+    marks = [_marks(o, device) for o in (*learn.xb, *learn.yb)]
+    key = plan,on and torch.get_autocast_dtype(device.type),len(learn.xb),*marks
     kind = self._parts.get(key)
     if kind is None: kind = self._parts[key] = _Kind()
     return kind
@@ -232,6 +234,9 @@ def _watched(self:Graphs, learn, kind, plan):
     "A batch as fastai does it; `kind` is told what was seen"
     watch,self._seen = Watch(learn, self._backend.device),None
     with watch.look(): learn.pred = learn.model(*learn.xb)
+    outputs = [o for o in tree_flatten(learn.pred)[0] if o is not None]
+    odd = next((type(o).__name__ for o in outputs if not isinstance(o, Tensor)), '' if outputs else 'None')
+    if odd: watch.because(f'the model returns a {odd}')
     if plan=='pred': self._watch_outside(learn.pred)
     learn('after_pred')
     with watch.look() if plan!='pred' else nullcontext():
@@ -282,6 +287,8 @@ def _pass(self:Graphs, backward):
     if part is not None: part.passing = True
     try:
         with watch.look() if watch is not None else nullcontext(): backward()
+        grads = [p.grad for p in opt_params(self.opt) if p.grad is not None] if watch is not None else ()
+        if any(g.layout is not torch.strided for g in grads): watch.because('a gradient is sparse')
     finally:
         self._in_backward = False
         if part is not None: part.passing = False

@@ -1,12 +1,12 @@
-"A stand-in for CUDA graphs that is as strict as they are: it notes each operation, and a replay runs no Python of the model"
+"A stand-in for CUDA graphs, as strict as they are: a replay runs what was noted, and no Python of the model"
 from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import tree_flatten
 
-_waits = 'aten._local_scalar_dense','aten.nonzero','aten.masked_select','aten._unique2','aten.unique_dim','aten.equal','aten.is_nonzero'
+_waits = tuple(f'aten.{o}' for o in '_local_scalar_dense nonzero masked_select _unique2 unique_dim equal'.split())
 
 class _Tape(TorchDispatchMode):
     "Notes operations, and keeps what they overwrite"
@@ -17,13 +17,10 @@ class _Tape(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if str(func).startswith(_waits): raise RuntimeError(f'{func} waits for the device')
-        args,kwargs = tree_map_only(Tensor, lambda t: t, (args, kwargs))
-        for a,v in zip(func._schema.arguments, args):
-            if a.alias_info is not None and a.alias_info.is_write:
-                for t in tree_flatten(v)[0]: self.keep(t)
-        for k,v in kwargs.items():
-            written = [a for a in func._schema.arguments if a.name==k and a.alias_info is not None and a.alias_info.is_write]
-            if written: self.keep(v)
+        given = dict(zip((a.name for a in func._schema.arguments), args)) | kwargs
+        for a in func._schema.arguments:
+            if a.alias_info is not None and a.alias_info.is_write and a.name in given:
+                for t in tree_flatten(given[a.name])[0]: self.keep(t)
         res = func(*args, **kwargs)
         for t in tree_flatten(res)[0]:
             if isinstance(t, Tensor): self.made.add(_storage(t))

@@ -543,7 +543,7 @@ def test_which_callbacks_act():
         'GradientNoise', 'LookaheadWeights', 'SAM', 'ModelResetter', 'RNNCallback', 'RNNRegularizer',
         'Distill', 'RDrop', 'AWP', 'FGM', 'Schedule', 'ScheduleFree', 'MicroBatch',
         'MixUp', 'CutMix', 'CutMixUp', 'Freeze', 'HyperMult', 'ReduceLROnPlateau', 'BnFreeze'}
-    watch_guard_or_save = {'ActivationStats', 'Checkpoint', 'EarlyStopping', 'FastLoop', 'FusedStep',
+    watch_guard_or_save = {'ActivationStats', 'Checkpoint', 'EarlyStopping', 'FastLoop', 'FusedStep', 'Graphs',
                            'ItemStats', 'LayerStats', 'PreemptionGuard', 'Progress', 'RunLog', 'SampleLimit',
                            'SaveTopK', 'SkipNonFinite', 'SpikeGuard', 'StepLimit', 'StopFile',
                            'TerminateOnNaN', 'Throughput', 'TimeLimit', 'WriteReport'}
