@@ -218,7 +218,7 @@ class BatchSizeSchedule(_Sizes):
     def before_epoch(self):
         "Set the size of this epoch"
         for bs in self.loader_sizes(self.epoch).values():
-            if size_of(self.learn.dls.train)['bs']!=bs: set_size(self.learn.dls.train, bs=bs)
+            set_size(self.learn.dls.train, bs=bs)
             if bs!=(self.bs or self._own): self.tell(f'trains on batches of {bs} items', self._why())
             self.bs = bs
 
@@ -294,7 +294,7 @@ class SeqLenSchedule(_Growing):
     def before_epoch(self):
         "Set the length of this epoch for a language model"
         for n in self.loader_sizes(self.epoch).values():
-            if size_of(self.learn.dls.train)['seq_len']!=n: set_size(self.learn.dls.train, seq_len=n)
+            set_size(self.learn.dls.train, seq_len=n)
             if n==(self.seq_len or self._whole): continue
             last = self.loader_sizes(self.learn.n_epoch-1)['seq_len']
             self.tell(f'trains on pieces of {n} words',
