@@ -1,8 +1,8 @@
 """Time of an optimizer's step by fastai, by FusedStep's kernels, and by PyTorch's AdamW
 
-With the parameters of ResNet-50, ViT-B/16 and a tiny network, and random gradients. Each table is one optimizer on one model:
-its cases are measured in turn. On a CPU in time of the processor, which other programs lengthen less. On a
-GPU a case takes 10 steps, and then waits for them.
+With the parameters of ResNet-50, ViT-B/16 and a tiny network, and random gradients. Each table is one
+optimizer on one model: its cases are measured in turn. On a CPU in time of the processor, which other
+programs lengthen less. On a GPU a case takes 10 steps, and then waits for them.
 """
 import warnings
 from functools import partial
