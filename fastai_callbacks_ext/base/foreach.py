@@ -51,9 +51,9 @@ fastest = _chosen(lambda o: o.ways[0] if o.ways else o.loop)
 
 @lru_cache
 def same_bits(
-    device:torch.device, # Where the tensors are
-    dtype:torch.dtype # Type of their numbers
-)->SimpleNamespace: # Operations by name; their arguments are lists of tensors, and last a number
+    device:object, # `torch.device` where the tensors are
+    dtype:object # Type of their numbers, such as `torch.float32`
+)->object: # Operations by name; their arguments are lists of tensors, and last a number
     "Operations on lists of tensors that have the bits of the single operations"
     agrees = partial(_agrees, device=device, dtype=dtype)
     return _chosen(lambda o: next((way for way in o.ways if agrees(o, way)), o.loop))

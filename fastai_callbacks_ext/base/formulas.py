@@ -9,7 +9,7 @@ __all__ = ['unknown_in', 'Formula']
 from collections.abc import Callable
 from functools import partial
 from itertools import groupby
-from types import FunctionType, SimpleNamespace
+from types import FunctionType
 from typing import NamedTuple
 
 import torch
@@ -114,7 +114,9 @@ def _fused_radam(b, t, decay, found_inf, lr, mom, sqr_mom, eps, step, **_):
 def _decay(ps, lr, wd, found_inf):
     if not wd: return
     keep = 1-lr*wd
-    torch._foreach_mul_(ps, keep if found_inf is None else torch.where(found_inf==1, 1., keep))
+    if found_inf is not None:
+        keep = torch.where(found_inf==1, 1., torch.full((), keep, dtype=ps[0].dtype, device=ps[0].device))
+    torch._foreach_mul_(ps, keep)
 
 def _fused_sgd(b, t, decay, found_inf, lr, mom, **_):
     _decay(t.p, lr, decay, found_inf)
@@ -232,7 +234,7 @@ class Formula:
         return [_name(f) for f,_ in parted[-n:]]==fused.ends.split() and given[:len(fused.given)]==fused.given
 
     def exact(self,
-        o:SimpleNamespace, # Operations
+        o:object, # Operations
         b, # The bucket
         h:dict # Hyper-parameters, `step` and `do_wd`
     ):

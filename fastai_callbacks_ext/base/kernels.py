@@ -97,7 +97,8 @@ class Kernels:
         return found_inf is not None and found_inf.item()==1
 
     def _takes_flag(self):
-        return not self.odd and all(b.fuses and self.formula.fused.flag and self.formula.fused.can(b.h)
+        fused,precise = self.formula.fused,(torch.float32,torch.float64)     # others would round the decay
+        return not self.odd and all(b.fuses and fused.flag and fused.can(b.h) and b.dtype in precise
                                     for b in self.buckets)
 
     def _step(self, grads, found_inf):
