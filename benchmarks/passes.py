@@ -8,12 +8,12 @@ from time import process_time
 warnings.filterwarnings('ignore')
 
 import torch
-from fastai.basics import Callback, DataLoaders, Learner, OptimWrapper
+from fastai.basics import Callback, CrossEntropyLossFlat, DataLoaders, Learner, OptimWrapper
 from fastai_callbacks_ext.all import (AWP, FGM, SAM, BnFreeze, Distill, FastLoop, Freeze, HyperMult, RDrop,
                                       ScheduleFree, layer_groups)
 from fastai_callbacks_ext.test_utils import FreeSGD
 from harness import measure, options, report
-from loop import LR, NETS, Loader, loss_func, net
+from loop import LR, NETS, Loader, net
 
 class Clock(Callback):
     "Notes the processor's time when each epoch starts"
@@ -26,7 +26,7 @@ def seconds(net, make, more, epochs=2, **kwargs):
     "Seconds a batch in the last epoch, with its validation, of which there is no data"
     loader,model,clock = Loader(net.data, net.sampler),net.model(),Clock()
     cbs = [*make(net), *net.needs(), *more(), clock]
-    learn = Learner(DataLoaders(loader, []), model, loss_func, cbs=cbs, **kwargs)
+    learn = Learner(DataLoaders(loader, []), model, CrossEntropyLossFlat(), cbs=cbs, **kwargs)
     with learn.no_bar(), learn.no_logging(), contextlib.redirect_stdout(io.StringIO()): learn.fit(epochs, LR)
     return (clock.at[-1]-clock.at[-2])/len(loader)
 
@@ -38,8 +38,8 @@ def only(f): return lambda net: [f()]
 
 PASSES = {      # callbacks, of the net; arguments of the learner
     'plain fit': (none, {}),
-    'Distill(teacher of the same size)': (lambda net: [Distill(net.model(), outputs='logits')], {}),
-    'RDrop()': (only(lambda: RDrop(outputs='logits')), {}),
+    'Distill(teacher of the same size)': (lambda net: [Distill(net.model())], {}),
+    'RDrop()': (only(RDrop), {}),
     'SAM()': (only(SAM), {}),
     'AWP()': (only(AWP), {})}
 EMBEDDED = {'FGM(1)': (only(lambda: FGM(1.)), {})}

@@ -103,7 +103,9 @@ def label_numbers(
 def _of_axis(x, axis): return x.movedim(axis if x.ndim>abs(axis) else -1, -1)
 
 def _apart_classes(a, b, targ, temperature, log, axis, ignore):
-    a,b = ((log(_of_axis(o, axis).float())/temperature).log_softmax(-1) for o in (a, b))
+    a,b = (log(_of_axis(o, axis).float()) for o in (a, b))
+    if temperature!=1: a,b = a/temperature,b/temperature
+    a,b = a.log_softmax(-1),b.log_softmax(-1)
     each = (b.exp()*(b-a)).sum(-1)*temperature**2
     if targ is not None and targ.numel()==each.numel() and not targ.is_floating_point():
         ok = targ.reshape(each.shape)!=ignore
@@ -123,5 +125,6 @@ def divergence(
     "A function that gives how far the first output is from the second one: the mean over items, a scalar"
     if kind=='loss': return lambda a,b,targ,temperature: F.mse_loss(a.float(), b.float())
     if kind.startswith('binary'): return partial(_apart_labels, logits=kind=='binary_logits')
-    return partial(_apart_classes, log=_log[kind], axis=_setting(loss_func, 'axis', 1),
+    log = _log['log_probabilities' if kind=='logits' else kind]     # `log_softmax` follows
+    return partial(_apart_classes, log=log, axis=_setting(loss_func, 'axis', 1),
                    ignore=_setting(loss_func, 'ignore_index', -100))
