@@ -10,12 +10,12 @@ from . import (accumulation, activations, adversarial,
         averaging, best, checkpoint, consistency, finder, freeze,
         gradients, groups, items, layers, loop, memory, mixing, monitors,
         preflight, progress, report, rnn, runlog, safety, schedule_free,
-        schedules, stopping, throughput, tracing, upgrades)
+        schedules, sizes, stopping, throughput, tracing, upgrades)
 # before the stars, which hide some of them
 _purposes = (accumulation, activations, adversarial, averaging, best, checkpoint, consistency, finder,
              freeze, gradients, groups, items, layers, loop, memory, mixing, monitors, preflight,
-             progress, report, rnn, runlog, safety, schedule_free, schedules, stopping, throughput,
-             tracing, upgrades)
+             progress, report, rnn, runlog, safety, schedule_free, schedules, sizes, stopping,
+             throughput, tracing, upgrades)
 from .accumulation import *
 from .activations import *
 from .adversarial import *
@@ -41,6 +41,7 @@ from .runlog import *
 from .safety import *
 from .schedule_free import *
 from .schedules import *
+from .sizes import *
 from .stopping import *
 from .throughput import *
 from .tracing import *
