@@ -1015,8 +1015,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                              'fastai_callbacks_ext/base/hypers.py'),
                                                   'fastai_callbacks_ext.base.hypers.FitSteps.epochs_at': ( 'base/hypers.html#fitsteps.epochs_at',
                                                                                                            'fastai_callbacks_ext/base/hypers.py'),
-                                                  'fastai_callbacks_ext.base.hypers.FitSteps.even': ( 'base/hypers.html#fitsteps.even',
-                                                                                                      'fastai_callbacks_ext/base/hypers.py'),
                                                   'fastai_callbacks_ext.base.hypers.FitSteps.n_epoch': ( 'base/hypers.html#fitsteps.n_epoch',
                                                                                                          'fastai_callbacks_ext/base/hypers.py'),
                                                   'fastai_callbacks_ext.base.hypers.FitSteps.now': ( 'base/hypers.html#fitsteps.now',

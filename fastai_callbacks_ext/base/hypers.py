@@ -75,6 +75,7 @@ class _PutBack(_OfTheFit):
 # %% ../../nbs/base/hypers.ipynb #hypers-s2
 class FitSteps:
     "Where a fit is, in optimizer steps. It is known when the fit begins"
+    even = True     # Have all epochs the same number of batches?
     def __init__(self,
         learn:Learner, # A learner whose fit begins
         batches:bool=False # Count each batch, also where several make a step?
@@ -85,6 +86,7 @@ class FitSteps:
         elif batches or not plans: self.before = [range(len(o)+1) for o in sizes]
         else: self.before = plans[0].step_plan(sizes)
         self.starts = [0, *accumulate(o[-1] for o in self.before)]     # of each epoch
+        self.even = len(set(map(len, sizes or ())))<2       # else a share of the steps is none of the items
 
     @property
     def total(self)->int:
@@ -95,11 +97,6 @@ class FitSteps:
     def n_epoch(self)->int:
         "Number of epochs of the fit"
         return len(self.before)
-
-    @property
-    def even(self)->bool:
-        "Have all epochs the same number of steps? Then a share of the steps is that share of the items"
-        return len({o[-1] for o in self.before})<2
 
     def epochs_at(self,
         step:float # A position in the fit, in steps
@@ -118,9 +115,9 @@ class FitSteps:
 
     def after_share(self,
         step:float, # A position, in steps
-        share:float # How much of the fit later, in items; less than 0: earlier
+        share:float # How much of the fit later; less than 0: earlier
     )->float:
-        "The position so much later, in steps"
+        "The position so much later: by items, where epochs have different numbers of batches, else by steps"
         return step+share*self.total if self.even else self.after_epochs(step, share*self.n_epoch)
 
     def now(self,
