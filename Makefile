@@ -43,6 +43,7 @@ bench: .venv/bench-ready ## Measure the callbacks and the loop beside their peer
 	$(RUN)/python benchmarks/safety.py
 	$(RUN)/python benchmarks/gradients.py
 	$(RUN)/python benchmarks/schedules.py
+	$(RUN)/python benchmarks/optimizers.py
 	$(RUN)/python benchmarks/averaging.py
 	$(RUN)/python benchmarks/memory.py
 	$(RUN)/python benchmarks/monitors.py

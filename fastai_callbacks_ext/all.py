@@ -8,12 +8,12 @@ __all__ = []
 # %% ../nbs/all.ipynb #728a6161
 from . import (accumulation, activations, adversarial,
         averaging, best, checkpoint, consistency, finder, freeze,
-        gradients, groups, items, layers, loop, memory, mixing, monitors,
+        fused, gradients, groups, items, layers, loop, memory, mixing, monitors,
         preflight, progress, report, rnn, runlog, safety, schedule_free,
         schedules, stopping, throughput, tracing, upgrades)
 # before the stars, which hide some of them
 _purposes = (accumulation, activations, adversarial, averaging, best, checkpoint, consistency, finder,
-             freeze, gradients, groups, items, layers, loop, memory, mixing, monitors, preflight,
+             freeze, fused, gradients, groups, items, layers, loop, memory, mixing, monitors, preflight,
              progress, report, rnn, runlog, safety, schedule_free, schedules, stopping, throughput,
              tracing, upgrades)
 from .accumulation import *
@@ -25,6 +25,7 @@ from .checkpoint import *
 from .consistency import *
 from .finder import *
 from .freeze import *
+from .fused import *
 from .gradients import *
 from .groups import *
 from .items import *

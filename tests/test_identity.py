@@ -543,8 +543,8 @@ def test_which_callbacks_act():
         'GradientNoise', 'LookaheadWeights', 'SAM', 'ModelResetter', 'RNNCallback', 'RNNRegularizer',
         'Distill', 'RDrop', 'AWP', 'FGM', 'Schedule', 'ScheduleFree', 'MicroBatch',
         'MixUp', 'CutMix', 'CutMixUp', 'Freeze', 'HyperMult', 'ReduceLROnPlateau', 'BnFreeze'}
-    watch_guard_or_save = {'ActivationStats', 'Checkpoint', 'EarlyStopping', 'FastLoop', 'ItemStats',
-                           'LayerStats', 'PreemptionGuard', 'Progress', 'RunLog', 'SampleLimit',
+    watch_guard_or_save = {'ActivationStats', 'Checkpoint', 'EarlyStopping', 'FastLoop', 'FusedStep',
+                           'ItemStats', 'LayerStats', 'PreemptionGuard', 'Progress', 'RunLog', 'SampleLimit',
                            'SaveTopK', 'SkipNonFinite', 'SpikeGuard', 'StepLimit', 'StopFile',
                            'TerminateOnNaN', 'Throughput', 'TimeLimit', 'WriteReport'}
     assert {o.__name__ for o in public_callbacks() if o not in acting}==watch_guard_or_save
