@@ -2807,6 +2807,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                              'fastai_callbacks_ext.graphs._acts': ('graphs.html#_acts', 'fastai_callbacks_ext/graphs.py'),
                                              'fastai_callbacks_ext.graphs._is_fixed': ( 'graphs.html#_is_fixed',
                                                                                         'fastai_callbacks_ext/graphs.py'),
+                                             'fastai_callbacks_ext.graphs._is_mixed_precision': ( 'graphs.html#_is_mixed_precision',
+                                                                                                  'fastai_callbacks_ext/graphs.py'),
                                              'fastai_callbacks_ext.graphs._mark': ('graphs.html#_mark', 'fastai_callbacks_ext/graphs.py'),
                                              'fastai_callbacks_ext.graphs._marks': ('graphs.html#_marks', 'fastai_callbacks_ext/graphs.py'),
                                              'fastai_callbacks_ext.graphs._of': ('graphs.html#_of', 'fastai_callbacks_ext/graphs.py'),

@@ -31,9 +31,14 @@ _between = 'after_pred','after_loss','before_backward'
 def _acts(cb):
     "The events between the passes in which `cb` may act"
     cls = type(cb)
-    if cls is MixedPrecision or cls.__module__.endswith('callbacks_ext.base.parts'): return ()
+    if _is_mixed_precision(cls) or cls.__module__.endswith('callbacks_ext.base.parts'): return ()
     if cls.__call__ not in (Callback.__call__, ExtCallback.__call__): return _between
     return tuple(e for e in _between if runs_in(cb, e))
+
+def _is_mixed_precision(cls):
+    "fastai's, or one that does the same between the passes: that is part of the graphs"
+    if not issubclass(cls, MixedPrecision): return False
+    return all(getattr(cls, e) is getattr(MixedPrecision, e) for e in ('before_batch', *_between))
 
 def _is_fixed(f):
     "Does the loss function compute the same for the same tensors?"
@@ -213,7 +218,7 @@ def _capture(self:Graphs, learn, kind, plan):
     if sum(o.part is not None for o in self._parts.values())>=self.max_shapes:
         self._say(f'{self.max_shapes} shapes have a graph, which is max_shapes')
         return False
-    scales = self._table[4] if type(self._table[4]) is MixedPrecision else None
+    scales = self._table[4] if _is_mixed_precision(type(self._table[4])) else None
     learn.pred = learn.loss = learn.loss_grad = None        # they know the stream of the last batch
     try: kind.part = Part(learn, self._backend, plan, kind.moved, self._grads, scales)
     except Hooked as e:         # maybe in this batch only

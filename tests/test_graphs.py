@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import fastai.callback.training as fastais
+from crash import CPUMixedPrecision
 from fastai.callback.core import (Callback, CancelBackwardException, CancelBatchException,
                                   CancelStepException, CancelTrainException)
 from fastai.callback.fp16 import MixedPrecision
@@ -28,7 +29,7 @@ from torch import Tensor, nn, tensor
 from torch.utils._pytree import tree_flatten
 
 import fastai_callbacks_ext.graphs as graphs
-from fastai_callbacks_ext.all import (EMA, SAM, FastLoop, GradientAccumulation, GradientClip, MicroBatch,
+from fastai_callbacks_ext.all import (AWP, EMA, SAM, FastLoop, GradientAccumulation, GradientClip, MicroBatch,
                                       SkipNonFinite)
 from fastai_callbacks_ext.base.graph import CallsAgain
 from fastai_callbacks_ext.graphs import Graphs
@@ -106,6 +107,14 @@ class InPlace(Callback):
     def after_loss(self): self.learn.loss_grad /= 3
 class OnBackward(Callback):
     def before_backward(self): self.learn.loss_grad = self.learn.loss_grad*.5
+class Sometimes(Callback):
+    "In some batches a penalty on the predictions, in others none"
+    def after_loss(self):
+        if self.learn.iter%2: self.learn.loss_grad = self.learn.loss_grad + self.pred.pow(2).mean()
+class OtherGrads(Callback):
+    "Puts other tensors in the place of gradients, before they are computed"
+    def before_backward(self):
+        for p in self.model.parameters(): p.grad = torch.full_like(p, .1) if p.grad is None else p.grad+.1
 class OnGrads(Callback):
     def after_backward(self):
         for p in self.model.parameters():
@@ -126,8 +135,10 @@ CASES = dict(
     fastais_clip=lambda: [fastais.GradientClip(.1)], accumulation=lambda: [GradientAccumulation(64)],
     mixup=lambda: [MixUp()],
     fastais_accumulation=lambda: [fastais.GradientAccumulation(64)], ema=lambda: [EMA()], sam=lambda: [SAM()],
-    fp16=lambda: [MixedPrecision()], fp16_pred=lambda: [MixedPrecision(), OnPred()],
-    fp16_loss=lambda: [MixedPrecision(), OnLoss()],
+    sometimes=lambda: [Sometimes()], other_grads=lambda: [OtherGrads()], awp=lambda: [AWP(share=.5)],
+    fastais_precision=lambda: [MixedPrecision()], precision=lambda: [CPUMixedPrecision()],
+    precision_pred=lambda: [CPUMixedPrecision(), OnPred()], precision_loss=lambda: [CPUMixedPrecision(), OnLoss()],
+    precision_in_windows=lambda: [CPUMixedPrecision(), GradientAccumulation(60)],
     skip_non_finite=lambda: [SkipNonFinite()], 
     cancel_batch=lambda: [Skips('before_batch', CancelBatchException)],
     cancel_step=lambda: [Skips('before_step', CancelStepException)],
