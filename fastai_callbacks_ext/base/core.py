@@ -27,13 +27,13 @@ from types import FunctionType
 import numpy as np
 import torch
 import torch.distributed as dist
-from fastai.callback.core import Callback, _inner_loop
+from fastai.callback.core import Callback, TrainEvalCallback, _inner_loop
 from fastai.learner import Learner
 from fastai.torch_core import rank_distrib
 from fastcore.basics import camel2snake, ifnone, patch
 from fastcore.foundation import L
 from fastcore.imports import noop
-from .kept import Stays
+from .kept import Stays, waiting_fit
 from .lent import lend_methods
 
 # %% ../../nbs/base/core.ipynb #85641ead
@@ -426,13 +426,29 @@ def tell(self:ExtCallback,
 )->Record|None:
     "Keep a `Record`, and print it as one line (on the first process only)"
     if once and any(r.what==what for r in self.records): return None
-    epoch,batch,iteration = (getattr(self.learn, o, 0) for o in ('epoch','iter','train_iter'))
-    if not getattr(self.learn, 'training', True): batch = None      # here `iter` counts validation batches
-    record = Record(self.name, what, why, epoch, batch, iteration)
+    record = Record(self.name, what, why, *_now(self))
     self.records.append(record)
     if rank_distrib()==0: print(record)
     self.publish('event', asdict(record))
     return record
+
+def _event(learn):
+    "Name of the event that `learn` sends now; None if it sends none"
+    f = sys._getframe()
+    while f := f.f_back:
+        if 'event_name' not in f.f_locals or not f.f_code.co_argcount: continue
+        first = f.f_locals.get(f.f_code.co_varnames[0])
+        sends = first is learn or isinstance(first, Callback) and vars(first).get('learn') is learn
+        if sends and isinstance(name := f.f_locals['event_name'], str): return name
+
+def _now(cb):
+    "Epoch, batch and number of training batches done; what is left of an earlier fit or pass does not count"
+    learn,event_name = cb.learn,_event(cb.learn)
+    if fit := waiting_fit(learn): return fit.get('epoch', 0),None,fit.get('train_iter', 0)
+    if event_name=='before_fit' and cb.order<TrainEvalCallback.order: return 0,None,0
+    epoch,i,iteration = (getattr(learn, o, 0) for o in ('epoch','iter','train_iter'))
+    in_batch = event_name in _inner or event_name=='after_cancel_step'
+    return epoch,i if in_batch and learn.training else None,iteration
 
 @patch
 def publish(self:ExtCallback,
