@@ -1,5 +1,5 @@
 "Runs that go on, as people run them: bars, loaders, losses, callbacks that own things, folders"
-import contextlib, io, itertools, json, os, random, re, signal, subprocess, time
+import contextlib, io, itertools, json, os, random, re, signal, subprocess, sys, sysconfig, time, types
 from collections import defaultdict, deque
 from copy import deepcopy
 from functools import partial
@@ -19,10 +19,10 @@ from fastai.torch_core import default_device
 from fastcore.imports import noop
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
-from fastai_callbacks_ext.all import Checkpoint, ExtCallback, PreemptionGuard, SkipNonFinite
+from fastai_callbacks_ext.all import Checkpoint, ExtCallback, PreemptionGuard, ScheduleFree, SkipNonFinite
 from fastai_callbacks_ext.base import files
 from fastai_callbacks_ext.base.files import load_state
-from fastai_callbacks_ext.test_utils import digits_dls, digits_learner, digits_model
+from fastai_callbacks_ext.test_utils import FreeSGD, digits_dls, digits_learner, digits_model
 import crash
 from common import exit_code
 from test_checkpoint import as_in_a_new_process, in_a_folder_of_its_own
@@ -790,3 +790,26 @@ def test_long_lists_cost_little():
         def __init__(self): self.numbers = list(range(10**6))
     train(lambda: tiny([Long()]), fit(1), Checkpoint('run'))
     assert max(f.stat().st_size for f in Path('run').rglob('*.pt'))<1e5
+
+# --- an optimizer of another package ------------------------------------------------------------
+class Counting(FreeSGD):
+    "Counts its steps in an attribute"
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.n = 0
+    def step(self, closure=None):
+        self.n += 1
+        super().step()
+
+def test_an_optimizer_of_an_installed_package(tmp_path, monkeypatch):
+    "Its own attributes go on too, and no line says that it cannot be saved"
+    module = types.ModuleType('installed')
+    module.__file__ = f"{sysconfig.get_paths()['purelib']}/installed/__init__.py"
+    monkeypatch.setitem(sys.modules, 'installed', module)
+    monkeypatch.setattr(Counting, '__module__', 'installed')
+    monkeypatch.chdir(tmp_path)
+    def make():
+        return digits_learner(ScheduleFree(), n=160, bs=32, opt_func=partial(OptimWrapper, opt=Counting))
+    def numbers(learn): return crash.digests(learn),learn.opt.opt.n
+    said = goes_on(make, lambda learn,cbs: learn.fit(2, cbs=cbs), [(0,2), (1,1)], numbers=numbers)
+    assert 'cannot save' not in said
