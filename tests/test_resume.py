@@ -1,5 +1,5 @@
 "Runs that go on, as people run them: bars, loaders, losses, callbacks that own things, folders"
-import contextlib, io, itertools, json, os, random, re, signal, subprocess, time
+import contextlib, io, itertools, json, os, random, re, signal, subprocess, sys, sysconfig, time, types
 from collections import defaultdict, deque
 from copy import deepcopy
 from functools import partial
@@ -19,7 +19,7 @@ from fastai.torch_core import default_device
 from fastcore.imports import noop
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
-from fastai_callbacks_ext.all import Checkpoint, ExtCallback, PreemptionGuard, SkipNonFinite
+from fastai_callbacks_ext.all import Checkpoint, ExtCallback, PreemptionGuard, ScheduleFree, SkipNonFinite
 from fastai_callbacks_ext.base import files
 from fastai_callbacks_ext.base.files import load_state
 from fastai_callbacks_ext.base.state import _stacked
