@@ -14,7 +14,6 @@ from fastai.basics import Adam, DataLoaders, Learner, OptimWrapper, default_devi
 from fastai.callback.fp16 import MixedPrecision
 from torch import nn
 from fastai_callbacks_ext.all import *
-from fastai_callbacks_ext.graphs import Graphs
 from fastai_callbacks_ext.test_utils import digits_model
 from harness import apart, measure, on_device, options, report, sync
 
@@ -46,8 +45,9 @@ def nets(device):
     if not find_spec('torchvision'): return res
     from torchvision.models import resnet18, resnet50
     big = Net(partial(resnet50, num_classes=10), 12, (64,3,224,224), bf16=True)
-    return res | {'ResNet-18, 32 images of 64 px': Net(partial(resnet18, num_classes=10), 30 if gpu else 3, (32,3,64,64)),
-                  **({'ResNet-50, bfloat16, 64 images of 224 px': big} if gpu else {})}
+    small = Net(partial(resnet18, num_classes=10), 30 if gpu else 3, (32,3,64,64))
+    res['ResNet-18, 32 images of 64 px'] = small
+    return res | ({'ResNet-50, bfloat16, 64 images of 224 px': big} if gpu else {})
 
 class Batches(list):
     "Notes when each epoch starts"
@@ -90,9 +90,10 @@ def lightning(net, batches, epochs):
         def __init__(self): super().__init__(); self.model = net.new()
         def configure_optimizers(self): return torch.optim.Adam(self.parameters(), lr=1e-3, fused=True)
         def training_step(self, batch, i): return loss_func(self.model(batch[0]), batch[1])
-    L.Trainer(max_epochs=epochs, accelerator='gpu' if net.device.type=='cuda' else 'cpu', devices=1, logger=False,
-              precision='bf16-mixed' if net.bf16 else '32-true', enable_checkpointing=False,
-              enable_progress_bar=False, enable_model_summary=False).fit(Module(), batches)
+    where = dict(accelerator='gpu' if net.device.type=='cuda' else 'cpu', devices=1)
+    shows = dict(logger=False, enable_progress_bar=False, enable_model_summary=False)
+    L.Trainer(max_epochs=epochs, **where, **shows, precision='bf16-mixed' if net.bf16 else '32-true',
+              enable_checkpointing=False).fit(Module(), batches)
 
 def accelerate(net, batches, epochs):
     from accelerate import Accelerator

@@ -13,8 +13,8 @@ from . import (accumulation, activations, adversarial,
         schedules, sizes, stopping, throughput, tracing, upgrades)
 # before the stars, which hide some of them
 _purposes = (accumulation, activations, adversarial, averaging, best, checkpoint, consistency, finder,
-             freeze, fused, gradients, graphs, groups, items, layers, loop, memory, mixing, monitors, preflight,
-             progress, report, rnn, runlog, safety, schedule_free, schedules, sizes, stopping,
+             freeze, fused, gradients, graphs, groups, items, layers, loop, memory, mixing, monitors,
+             preflight, progress, report, rnn, runlog, safety, schedule_free, schedules, sizes, stopping,
              throughput, tracing, upgrades)
 from .accumulation import *
 from .activations import *

@@ -550,8 +550,9 @@ def test_which_callbacks_act():
         'Distill', 'RDrop', 'AWP', 'FGM', 'Schedule', 'ScheduleFree', 'MicroBatch',
         'MixUp', 'CutMix', 'CutMixUp', 'ProgressiveResize', 'BatchSizeSchedule', 'SeqLenSchedule',
         'Freeze', 'HyperMult', 'ReduceLROnPlateau', 'BnFreeze'}
-    watch_guard_or_save = {'ActivationStats', 'Checkpoint', 'EarlyStopping', 'FastLoop', 'FusedStep', 'Graphs',
-                           'ItemStats', 'LayerStats', 'PreemptionGuard', 'Progress', 'RunLog', 'SampleLimit',
+    watch_guard_or_save = {'ActivationStats', 'Checkpoint', 'EarlyStopping', 'FastLoop', 'FusedStep',
+                           'Graphs', 'ItemStats', 'LayerStats', 'PreemptionGuard', 'Progress', 'RunLog',
+                           'SampleLimit',
                            'SaveTopK', 'SkipNonFinite', 'SpikeGuard', 'StepLimit', 'StopFile',
                            'TerminateOnNaN', 'Throughput', 'TimeLimit', 'WriteReport'}
     assert {o.__name__ for o in public_callbacks() if o not in acting}==watch_guard_or_save
