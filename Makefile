@@ -43,17 +43,21 @@ bench: .venv/bench-ready ## Measure the callbacks and the loop beside their peer
 	$(RUN)/python benchmarks/safety.py
 	$(RUN)/python benchmarks/gradients.py
 	$(RUN)/python benchmarks/schedules.py
+	$(RUN)/python benchmarks/passes.py
+	$(RUN)/python benchmarks/optimizers.py
 	$(RUN)/python benchmarks/averaging.py
 	$(RUN)/python benchmarks/tensors.py
 	$(RUN)/python benchmarks/memory.py
 	$(RUN)/python benchmarks/monitors.py
 
-techniques: .venv/ready ## Train digits and a language model with and without each technique: tables and figures of the docs (an hour)
+techniques: .venv/ready ## Train digits, texts, a table and a language model with and without each technique: tables and figures of the docs (an hour and a half)
 	OMP_NUM_THREADS=1 $(RUN)/python benchmarks/techniques.py
+	OMP_NUM_THREADS=1 $(RUN)/python benchmarks/do_they_help.py
 	OMP_NUM_THREADS=1 $(RUN)/python benchmarks/average_defaults.py
 	OMP_NUM_THREADS=1 $(RUN)/python benchmarks/figures.py
 	OMP_NUM_THREADS=1 $(RUN)/python benchmarks/lr_find.py
 	OMP_NUM_THREADS=1 $(RUN)/python benchmarks/mixing.py
+	OMP_NUM_THREADS=1 $(RUN)/python benchmarks/resizing.py
 	OMP_NUM_THREADS=1 $(RUN)/python benchmarks/freezing.py
 
 soak-contract: .venv/ready ## Every callback in every setting, every pair, in a notebook and in 2 processes (an hour)

@@ -5,7 +5,7 @@ results/NAME.json. A page of the docs loads that file and shows it with `table`,
 """
 import argparse, gc, io, json, platform, sys, time
 from base64 import b64encode
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from importlib.metadata import version
 from importlib.util import find_spec
 from multiprocessing import get_context
@@ -54,6 +54,28 @@ def apart():
     "What calls functions in a process of its own, for cases whose imports would slow the others down"
     pool = ProcessPoolExecutor(1, get_context('spawn'), torch.set_num_threads, (1,))
     return lambda f,*args: pool.submit(f, *args).result()
+
+def seeds_options(doc):
+    "The parser of what trains with several seeds"
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--seeds', type=int, default=5, help='(default: %(default)s)')
+    parser.add_argument('--processes', type=int, default=2, help='(default: %(default)s)')
+    return parser
+
+def noted(file):
+    "What was found so far: lists of a job and its result, in a file beside `file`"
+    notes = file.with_suffix('.jsonl')
+    return [json.loads(o) for o in notes.read_text('utf-8').splitlines()] if notes.exists() else []
+
+def run_noted(find, jobs, file, processes):
+    "Do those of the `jobs` (tuples of arguments of `find`) that were not done, and note each result"
+    done = {tuple(o[:-1]) for o in noted(file)}
+    with ProcessPoolExecutor(processes, get_context('spawn'), torch.set_num_threads, (1,)) as pool:
+        futures = {pool.submit(find, *job): job for job in jobs if job not in done}
+        for future in as_completed(futures):
+            line = json.dumps([*futures[future], future.result()], ensure_ascii=False)
+            with file.with_suffix('.jsonl').open('a', encoding='utf-8') as f: f.write(line+'\n')
+            print(line, flush=True)
 
 def ratio(results, title, row, baseline=None):
     "Median of `row` over that of `baseline`, the table's own if not named"
@@ -104,6 +126,36 @@ def seeds_table(t, names):
              '' if v is base else f'{better(v)} of {len(v)}')
             for k,v in t['rows'].items() if v is base or k in names]
     return _markdown(('', t['unit'], 'standard deviation', 'better in'), rows)
+
+def gain(unit, value, plain):
+    "How much better `value` is: in percent of a perplexity, in points of what is in percent"
+    return 100*(plain-value)/plain if unit=='perplexity' else 100*(value-plain)
+
+def by_luck(results, title, task):
+    "How large the mean gain is that other weights alone make, in 19 of 20 cases"
+    unit,runs = results['units'][task],np.array(results['plain'][title][task])[...,1]
+    gains = np.array([[gain(unit, v, o.mean()) for v in o] for o in runs])
+    return 2.2*np.sqrt(gains.var(1, ddof=1).mean() * 2/len(runs))
+
+def gains_table(results, block):
+    """A row for each technique, a column for each task: mean gain, standard deviation, how many seeds gained
+
+    A gain or loss in bold is more than `by_luck`."""
+    plain,units = results['plain'][block['plain']],results['units']
+    luck = {task: by_luck(results, block['plain'], task) for task in units}
+    def cell(task, values):
+        if isinstance(values, str): return f'- {values}'
+        gains = [gain(units[task], v, o[0][1]) for (_,v),o in zip(values, plain[task])]
+        mean,mark = np.mean(gains),'**'*bool(abs(np.mean(gains))>luck[task])
+        return f'{mark}{mean:+.1f}{mark} ± {np.std(gains, ddof=1):.1f}, {sum(o>0 for o in gains)}/{len(gains)}'
+    def whole(task):
+        v = np.array(plain[task])[:,0,1] * (1 if units[task]=='perplexity' else 100)
+        return f'{v.mean():.1f} ± {v.std(ddof=1):.1f}'
+    rows = [('unit', *units.values()), ('plain fit', *map(whole, units)),
+            ('seeds alone', *(f'± {o:.1f}' for o in luck.values()))]
+    rows += [(f'`{k}`' if k[0]!='(' else k, *(cell(task, v) for task,v in row.items()))
+             for k,row in block['rows'].items()]
+    return _markdown(('', *units), rows)
 
 def _markdown(head, rows):
     w = [max(map(len, column)) for column in zip(head, *rows)]

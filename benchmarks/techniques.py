@@ -3,11 +3,9 @@ language model, five seeds
 
 Results are noted in results/techniques.jsonl as they are found: a run that was stopped goes on from there.
 """
-import argparse, json, platform, sys, time, warnings
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import json, platform, sys, time, warnings
 from functools import cache
 from importlib.metadata import version
-from multiprocessing import get_context
 from pathlib import Path
 warnings.filterwarnings('ignore')
 
@@ -16,11 +14,11 @@ from fastai.callback.all import *
 from fastai_callbacks_ext.all import (EMA, LAWA, SAM, SWA, GradientCentralization, GradientClip,
                                       GradientNoise, LookaheadWeights, rnn_cbs)
 from fastai_callbacks_ext.test_utils import digits_learner
-from harness import facts, seeds_table
+from harness import facts, noted, run_noted, seeds_options, seeds_table
 sys.path.insert(0, str(Path(__file__).parents[1]/'examples'))
 import language_model
 
-FILE,NOTES = [Path(__file__).parent/f'results/techniques.{o}' for o in ('json','jsonl')]
+FILE = Path(__file__).parent/'results/techniques.json'
 PLAIN = 'plain'
 GRADIENTS = {
     'SAM(0.05)': lambda: SAM(),
@@ -80,46 +78,28 @@ def found(task, seed, technique):
         with cb.using(cb.average_name): res[k] = value(learn)
     return res
 
-def notes():
-    "What was found so far"
-    return [json.loads(o) for o in NOTES.read_text().splitlines()] if NOTES.exists() else []
-
-def run(jobs, processes):
-    "Do the `jobs`, and note what they find"
-    with ProcessPoolExecutor(processes, get_context('spawn'), torch.set_num_threads, (1,)) as pool:
-        futures = {pool.submit(found, *job): job for job in jobs}
-        for future in as_completed(futures):
-            line = json.dumps([*futures[future], future.result()])
-            with NOTES.open('a') as f: f.write(line+'\n')
-            print(line, flush=True)
-
 def report(seeds):
     "Print the tables, and write them"
     def table(unit, larger, _, __, others):
         return dict(unit=unit, larger_is_better=larger,
                     rows={k: [None]*seeds for k in (PLAIN, *others, *AVERAGING)})
     tables = {task: table(*o) for task,o in TASKS.items()}
-    for task,seed,_,values in notes():
+    for task,seed,_,values in noted(FILE):
         for k,v in values.items(): tables[task]['rows'][k][seed] = v
     versions = {'Python':platform.python_version()} | {p:version(p) for p in ('torch','fastai')}
     here = dict(gradients=list(GRADIENTS), averaging=list(AVERAGING))
     results = dict(date=time.strftime('%Y-%m-%d'), versions=versions, machine=f'{platform.machine()} CPU',
                    threads=1, here=here, tables=tables)
     FILE.write_text(json.dumps(results, indent=1)+'\n')
-    NOTES.unlink()
+    FILE.with_suffix('.jsonl').unlink()
     print(facts(results))
     for title,t in tables.items(): print(f'\n{title}\n\n{seeds_table(t, list(t["rows"]))}')
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--seeds', type=int, default=5, help='(default: %(default)s)')
-    parser.add_argument('--processes', type=int, default=2, help='(default: %(default)s)')
-    args = parser.parse_args()
-    done = [o[:3] for o in notes()]
+    args = seeds_options(__doc__).parse_args()
     jobs = [(task, seed, technique) for seed in range(args.seeds)
             for task,(*_,others) in TASKS.items() for technique in (PLAIN, *others)]
-    run([o for o in jobs if list(o) not in done], args.processes)
+    run_noted(found, jobs, FILE, args.processes)
     report(args.seeds)
 
 if __name__=='__main__': main()

@@ -226,14 +226,16 @@ def _leave(self:GradientAccumulation):
 # %% ../nbs/14_accumulation.ipynb #acc-plan-2
 @patch
 def step_plan(self:GradientAccumulation,
-    sizes:list, # Number of items in each batch of an epoch
-    n_epoch:int # Number of epochs
+    sizes:list # For each epoch, the number of items in each batch
 )->list: # For each epoch, a number for each batch, and last the steps of the epoch
     "How many steps of its epoch come before each batch"
-    if not callable(self.n_acc): return [self._epoch_plan(sizes, lambda step: self.n_acc)]*n_epoch
-    res,done = [],0
-    for epoch in range(n_epoch):
-        res.append(self._epoch_plan(sizes, lambda step: self.n_acc(epoch, done+step)))
+    res,done,known = [],0,{}
+    for epoch,each in enumerate(sizes):
+        if not callable(self.n_acc):
+            if id(each) not in known: known[id(each)] = self._epoch_plan(each, lambda step: self.n_acc)
+            res.append(known[id(each)])
+            continue
+        res.append(self._epoch_plan(each, lambda step: self.n_acc(epoch, done+step)))
         done += res[-1][-1]
     return res
 

@@ -8,14 +8,14 @@ __all__ = []
 # %% ../nbs/all.ipynb #728a6161
 from . import (accumulation, activations, adversarial,
         averaging, best, checkpoint, consistency, finder, freeze,
-        gradients, groups, items, layers, loop, memory, mixing, monitors,
+        fused, gradients, graphs, groups, items, layers, loop, memory, mixing, monitors,
         preflight, progress, report, rnn, runlog, safety, schedule_free,
-        schedules, stopping, throughput, tracing, upgrades)
+        schedules, sizes, stopping, throughput, tracing, upgrades)
 # before the stars, which hide some of them
 _purposes = (accumulation, activations, adversarial, averaging, best, checkpoint, consistency, finder,
-             freeze, gradients, groups, items, layers, loop, memory, mixing, monitors, preflight,
-             progress, report, rnn, runlog, safety, schedule_free, schedules, stopping, throughput,
-             tracing, upgrades)
+             freeze, fused, gradients, graphs, groups, items, layers, loop, memory, mixing, monitors, preflight,
+             progress, report, rnn, runlog, safety, schedule_free, schedules, sizes, stopping,
+             throughput, tracing, upgrades)
 from .accumulation import *
 from .activations import *
 from .adversarial import *
@@ -25,7 +25,9 @@ from .checkpoint import *
 from .consistency import *
 from .finder import *
 from .freeze import *
+from .fused import *
 from .gradients import *
+from .graphs import *
 from .groups import *
 from .items import *
 from .layers import *
@@ -41,6 +43,7 @@ from .runlog import *
 from .safety import *
 from .schedule_free import *
 from .schedules import *
+from .sizes import *
 from .stopping import *
 from .throughput import *
 from .tracing import *

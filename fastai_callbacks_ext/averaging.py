@@ -15,6 +15,7 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from torch import Tensor
 from .base.core import ExtCallback, check_number, check_type
+from .base.loadersize import n_batches
 from .base.model import (buffer_marks, norm_places, statistic_places, tensor_places,
                                              weight_places)
 from .base.passes import refresh_batchnorm
@@ -358,7 +359,7 @@ class _AfterAll(_Helper):
 @patch
 def _tell_plan(self:_Averager):
     "Warn if the average makes no sense in a fit of this length"
-    try: batches = self.n_epoch*len(self.dls.train)
+    try: batches = n_batches(self.learn)
     except TypeError: return        # a loader without a length
     for what,why in self._problems(batches): self.tell(what, f'{why}, and this fit has {batches} batches')
 

@@ -26,11 +26,12 @@ from fastcore.foundation import L
 from fastprogress.fastprogress import MasterBar, ProgressBar
 from torch import Tensor
 from .base.core import ExtCallback, Record, check_number, check_type, from_first, n_ranks
-from .base.files import BackgroundWriter, FolderLock, Snapshot, StateFiles, map_state
+from .base.files import BackgroundWriter, FolderLock, StateFiles, map_state
 from .base.identity import (facts_differences, facts_unknown, model_differences,
                                                 note_changes, run_facts)
 from .base.position import (SeededItems, batches_from, keep_workers, load_random_state,
                                                 random_state, skips_exactly)
+from .base.snapshot import Snapshot
 from .base.state import FitStart, learner_state, load_learner_state
 from .base.watch import item_layers, put_loss_back
 
@@ -86,7 +87,7 @@ class Checkpoint(ExtCallback):
         self._files = StateFiles(self._root/self.path/f'fit_{self._fit}', self.keep, fresh=not self.resume)
         self._writer,self._snapshot = BackgroundWriter(),Snapshot()
         self._resuming = self._epoch_start = None
-        self._due = self._paused = False
+        self._due = self._paused = self._prepared = False
         self._last = self._clock = self._epoch_clock = monotonic()
         self._seed = torch.initial_seed()
         self.at_end(self._forget)
@@ -319,6 +320,7 @@ def after_batch(self:Checkpoint):
     except Exception as e: self._failed(e)
     self._due |= bool(self.steps and self.train_iter%self.steps==0)
     self._due |= self.minutes is not None and self.any_rank(monotonic()-self._last>=60*self.minutes)
+    if not self._prepared and (self._due or self.opt.state): self._prepare()
     if self._due and not self.any_rank(self._writer.busy): self._save(self.epoch, self.iter+1)
 
 @patch
@@ -365,8 +367,22 @@ def _save(self:Checkpoint, epoch, batch=None, finished=False):
         state = self._whole_state(batch)
         if rank_distrib()>0: return
         if finished or not self.background: self._files.save(state, about)
-        else: self._writer.submit(partial(self._files.save, self._snapshot.take(state), about))
+        else: self._write(self._snapshot.start(state), about)
     except Exception as e: self._failed(e)
+
+@patch
+def _write(self:Checkpoint, copy, about):
+    files = self._files
+    self._writer.submit(lambda: files.save(copy(), about))
+
+@patch
+def _prepare(self:Checkpoint):
+    "Find memory for the first copy in the background, as it takes long; the first save comes after it"
+    self._prepared = True
+    if rank_distrib()>0 or not self.background: return
+    try: need = self._snapshot.missing(learner_state(self.learn, (self,), self._fit_start))
+    except Exception: return      # the first save will tell
+    if need: self._writer.submit(partial(self._snapshot.prepare, need))
 
 @patch
 def _whole_state(self:Checkpoint, batch):

@@ -8,13 +8,15 @@ __all__ = ['Distill', 'RDrop']
 # %% ../nbs/30_consistency.ipynb #cons-005
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from fastai.learner import Learner
 from torch import Tensor, nn
 from .base.core import ExtCallback, check_number, check_type, nearest
-from .base.labels import NotClear, divergence, output_kind, output_kinds
+from .base.labels import NotClear, divergence, n_compared, output_kind, output_kinds
 from .base.model import norm_layers, resettable, stateful_modules, unwrap_model
+from .base.reduction import in_piece, loss_in_piece
 from .base.watch import mixes_items
 
 # %% ../nbs/30_consistency.ipynb #cons-007
@@ -22,8 +24,8 @@ class _Compares(ExtCallback):
     "Adds to the loss how far two outputs are apart: the base of `Distill` and `RDrop`"
     order,run_valid = 2,False       # before a `GradientAccumulation` divides the loss
     in_lr_find = in_pieces = True       # `MicroBatch`: for each piece
-    transient = dict(_other=None, _far=None)
-    _other = _far = None
+    transient = dict(_other=None, _far=None, _count=None)
+    _other = _far = _count = None
 
     def _choose_outputs(self, outputs):
         if outputs is not None and check_type('outputs', outputs, str) not in (*output_kinds, 'loss'):
@@ -39,9 +41,8 @@ class _Compares(ExtCallback):
             raise ValueError(f'{self.name}: {e}, one of {", ".join(output_kinds)}, loss') from None
         how = getattr(getattr(loss_func, 'func', loss_func), 'reduction', 'mean')
         if how=='sum': raise ValueError(f"{self.name}: the loss is a sum (reduction='sum'); expected a mean")
-        self._far = divergence(kind, loss_func)
-        self.at_end(setattr, self, '_far', None)
-        self.at_end(setattr, self, '_other', None)
+        self._far,self._count = divergence(kind, loss_func),partial(n_compared, kind, loss_func)
+        self.at_end(vars(self).update, _far=None, _other=None, _count=None)
 
     def _apart(self, a, b, temperature=1.):
         if a.shape!=b.shape:
@@ -49,7 +50,8 @@ class _Compares(ExtCallback):
             raise ValueError(f'{self.name}: outputs of shapes {shapes}; expected the same shape')
         yb = self.learn.yb
         targ = yb[0] if len(yb)==1 and isinstance(yb[0], Tensor) else None
-        return self._far(*(o.as_subclass(Tensor) for o in (a, b)), targ, temperature)
+        far = self._far(*(o.as_subclass(Tensor) for o in (a, b)), targ, temperature)
+        return in_piece(self.learn, far, self._count)
 
     def _set_loss(self, loss):
         self._other = None
@@ -148,7 +150,7 @@ class RDrop(_Compares):
         "Add the second loss, and how far both outputs are apart"
         if self._other is None or not len(self.yb): return
         pred,other = self.learn.pred,self._other.to(self.learn.pred.dtype)
-        second = self.learn.loss_func(other, *self.yb)
+        second = loss_in_piece(self.learn, self.learn.loss_func(other, *self.yb))
         far = (self._apart(pred, other)+self._apart(other, pred))/2
         self._set_loss((self.learn.loss_grad+second)/2 + self.alpha*far)
 

@@ -32,7 +32,8 @@ from .base.lent import Lent, lend_methods
 from .base.model import is_ddp, norm_layers, stateful_modules, unwrap_model
 from .base.passes import mixed_precision
 from .base.pieces import NotSplit, cuts, join, take
-from .base.reduction import LossCall, assumed_mean, loss_weight, n_items, n_targets
+from .base.reduction import (LossCall, Piece, assumed_mean, loss_in_piece, n_items,
+                                                 n_targets, not_zero)
 from .base.rehearsal import NotKnown, Rehearsal, own_loop
 from .base.step import BatchUndo, opt_params, step_params, tensors_in
 
@@ -157,7 +158,8 @@ class MicroBatch(ExtCallback):
     kept for the batches that follow, one for training and one for validation. Metrics and other callbacks
     see one batch."""
     run_outside,single = True,True
-    state_attrs,transient = ('found',),dict(_undo=None, _params=None, _now=None, _window=True)
+    state_attrs,transient = ('found',),dict(_undo=None, _params=None, _now=None, _window=True,
+                                            piece=None)
     def __init__(self,
         # Most items in a piece. 'auto' does the whole batch, and less where memory runs out
         size:int|str='auto',
@@ -173,7 +175,7 @@ class MicroBatch(ExtCallback):
             raise ValueError(f"weight={weight!r}: expected {_weights}")
         self.weight = named[weight] if isinstance(weight, str) else weight
         self.found = dict(train=None, valid=None)
-        self._undo,self._params,self._now,self._window = None,None,None,True
+        self._forget()
 
     def before_fit(self):
         "Refuse what cannot be split; from now on, batches are done here"
@@ -193,7 +195,8 @@ class MicroBatch(ExtCallback):
         "Leave the pieces out"
         if self._now: self._now.end()
 
-    def _forget(self): self._undo,self._params,self._now,self._window = None,None,None,True
+    def _forget(self):
+        self._undo,self._params,self._now,self._window,self.piece = None,None,None,True,None
 
     def _cannot(self):
         "Is there a reason to leave the batches as they are?"
@@ -312,7 +315,7 @@ def _per_item(learn, n):
         names = ('yb1','lam') if isinstance(cb, MixHandler) else getattr(type(cb), 'per_item', ())
         for k in names:
             o = vars(cb).get(k)
-            if any(t.ndim and len(t)==n for t in tensors_in([o])): yield vars(cb),k,o
+            if hasattr(o, 'items_of') or any(t.ndim and len(t)==n for t in tensors_in([o])): yield vars(cb),k,o
 
 def _terms(cb, learn):
     "Number of terms in the mean of this piece; None for a sum"
@@ -330,8 +333,6 @@ def _unit(weight, learn, n):
     weight = n_targets(learn) if isinstance(weight, Tensor) else weight
     return 2.**round(log2(weight*n/n_items(learn))) if weight>0 else 1.
 
-def _not_zero(o): return torch.where(o>0, o, 1) if isinstance(o, Tensor) else o or 1
-
 def _no_autocast(learn):
     "The backward pass is outside of autocast, as in fastai"
     device = getattr(next(learn.model.parameters(), None), 'device', torch.device('cpu')).type
@@ -347,31 +348,35 @@ def _train_pieces(cb, learn, n, most):
     xb,yb,own = learn.xb,learn.yb,list(_per_item(learn, n))
     model = unwrap_model(learn.model) if is_ddp(learn.model) else learn.model
     scaler,preds,sizes,total,weight,unit = vars(learn).get('scaler'),[],[],0,0,None
+    call = LossCall(learn)
+    adds = cb.weight=='sum' or cb.weight is None and call.reduction=='sum'
+    counted = cb.weight is None and call.counted is not None
     def of_loss(o): return _by_piece(o) and not isinstance(o, MixedPrecision)
     try:
         for piece in cuts(n, most):
             learn.xb,learn.yb = (take(o, n, piece, f'learn.{k}') for k,o in (('xb',xb), ('yb',yb)))
             for d,k,o in own: d[k] = take(o, n, piece, k)
+            size = piece.stop-piece.start
+            cb.piece = Piece(yb, 1. if adds else size/n, cb.weight is None)
             learn.pred = model(*learn.xb)
             _send(learn, 'after_pred', lambda o: _by_piece(o) or isinstance(o, MixedPrecision))
-            learn.loss_grad = learn.loss_func(learn.pred, *learn.yb)
+            learn.loss_grad = loss_in_piece(learn, learn.loss_func(learn.pred, *learn.yb))
             learn.loss = learn.loss_grad.clone()
             _send(learn, 'after_loss', of_loss)
-            w = _terms(cb, learn)
+            w = size if counted else _terms(cb, learn)
             if unit is None: unit = 1. if w is None else _unit(w, learn, n)
             shown,w = learn.loss.detach().as_subclass(Tensor),1. if w is None else w
             if isinstance(w, Tensor): shown = torch.where(w>0, shown, 0)     # the mean of no terms is NaN
             loss = learn.loss_grad*(w/unit)
             with _no_autocast(learn): (scaler.scale(loss) if scaler else loss).backward()
             preds.append(_detached(learn.pred))
-            sizes.append(piece.stop-piece.start)
+            sizes.append(size)
             total,weight = total+shown*w,weight+w
             learn.pred = learn.loss = learn.loss_grad = loss = None
     finally:
-        learn.xb,learn.yb = xb,yb
+        learn.xb,learn.yb,cb.piece = xb,yb,None
         for d,k,o in own: d[k] = o
-    adds = cb.weight=='sum' or cb.weight is None and LossCall(learn).reduction=='sum'
-    divisor = 1. if adds else _not_zero(weight)
+    divisor = 1. if adds else not_zero(weight)
     scale = scaler.scale(torch.ones_like(total)) if scaler else 1.
     put = partial(cb._now.put, scale*(divisor/unit))
     _as_one(learn, join(preds, sizes, 'learn.pred'), total/divisor, put)

@@ -21,6 +21,8 @@ from fastcore.basics import patch
 from torch import Tensor
 from .base.core import ExtCallback, check_number, check_type
 from .base.passes import leaving_no_trace
+from .base.pieces import take
+from .base.reduction import loss_in_piece
 from .base.step import upload
 from .base.watch import mixes_items, put_loss_back
 
@@ -78,6 +80,7 @@ def _is_image(t, size):
 
 class _Mix:
     "How one batch is mixed. `lam`, `cut` and `boxes` have one entry, or one for each item"
+    whole = None        # that of the batch, if this is a piece of it
     def __init__(self, order, lam, cut, boxes, size, device):
         self.n,self.one,self.size,self.second = len(order),len(lam)==1,size,None
         self.shares,self.partners,self.any_cut,self.all_cut = lam,order,cut.any(),cut.all()
@@ -131,6 +134,14 @@ class _Mix:
         both = [[*ts] for ts in zip(*map(self.targets, values))] or [[],[]]
         return [type(o)(zip(keys, ts) if keys is not None else ts) for ts in both]
 
+    def items_of(self, which):
+        "What the loss of a piece of the batch needs"
+        res = copy(self)
+        res.whole,res.second = self,take(self.second, self.n, which, 'the second targets')
+        if not self.one: res.lam = self.lam[which]
+        res.n = len(self.partners[which])
+        return res
+
     def loss(self, loss, other):
         "Both losses by their weights; values of items each by the weight of its item"
         if self.one: return loss*self.lam + other*(1-self.lam)
@@ -142,7 +153,8 @@ class _Mixing(ExtCallback):
     "Mixes the items of a batch by an order, shares and rectangles that it draws"
     # after the guards; before others whose `after_loss` adds to the loss
     order,run_valid,run_outside,single = -1,False,True,True
-    mixes_items = True
+    mixes_items = in_pieces = True
+    per_item = ('_mix',)        # for `MicroBatch`
     fit_state,transient = dict(_seed=None, _n=0, _separable=None, _off=False),dict(_mix=None, _counted=False)
     mix_alpha,cut_alpha,cut = 0,0,0
 
@@ -196,12 +208,14 @@ class _Mixing(ExtCallback):
         mix,learn = self._mix,self.learn
         if mix is None or mix.second is None: return
         loss = learn.loss_grad.as_subclass(Tensor)
-        if mix.one or loss.ndim: loss = mix.loss(loss, self._loss(mix.second))
+        if mix.one or loss.ndim: loss = mix.loss(loss, self._loss(mix))
         else: loss = self._by_items(mix, loss)
         learn.loss_grad,learn.loss = loss,loss.clone()
         if self.by=='item' and self._separable is None: self._try()
 
-    def _loss(self, targets): return self.learn.loss_func(self.learn.pred, *targets).as_subclass(Tensor)
+    def _loss(self, mix):
+        loss = self.learn.loss_func(self.learn.pred, *mix.second).as_subclass(Tensor)
+        return loss if mix.whole is None else loss_in_piece(self.learn, loss, mix.second, mix.whole.second)
 
     def _by_items(self, mix, loss):
         learn = self.learn
@@ -209,7 +223,7 @@ class _Mixing(ExtCallback):
         if any(o is None for o in parts):
             raise ValueError(f"{self.name}: by='item': the loss has no value for each item; "
                              "expected by='batch'")
-        with torch.no_grad(): losses = loss.detach(),self._loss(mix.second)
+        with torch.no_grad(): losses = loss.detach(),self._loss(mix)
         first,second = ((_counts(l, o)*o).sum(1) for l,o in zip(losses, parts))
         return (first*mix.lam + second*(1-mix.lam)).sum()
 

@@ -28,6 +28,7 @@ from fastprogress.fastprogress import format_time
 from torch import Tensor
 from .base.core import ExtCallback, check_number, check_type, n_ranks, nearest
 from .base.identity import describe_callback, run_facts
+from .base.kept import waiting_fit
 from .base.late import LateNumbers
 from .base.logged import LoggedRun, flat, read_log
 from .base.rows import RowFeed, RowFile
@@ -42,7 +43,6 @@ class _Now:
         self.in_batch,self.has_loss,self.done = False,False,0
         self.due,self.train,self.valid,self.n = False,[],[],0       # of the row of this epoch
         self.epoch = 0
-        self.passes = 0         # of `validate` and others, since the training or in this validation
 
 class RunLog(ExtCallback):
     """Writes what happens in a run to one file: steps, epochs, interventions, and how each fit ended.
@@ -95,9 +95,8 @@ class RunLog(ExtCallback):
 
     def before_epoch(self):
         "Nothing of this epoch is known yet"
-        vars(self._here).update(due=True, train=[], valid=[], passes=0)
-        if self.fitting: self._now.epoch = self.epoch       # fastai's `validate` resets it
-        else: self._now.passes += 1
+        vars(self._here).update(due=True, train=[], valid=[])
+        if self.fitting: self._now.epoch = self.epoch
 
     def before_batch(self):
         "From here on, what happens belongs to the next step"
@@ -123,12 +122,12 @@ class RunLog(ExtCallback):
         if not hasattr(self.learn, 'recorder'): return
         rec,here,n = self.recorder,self._here,len(_names(self.recorder)[0])
         here.train = [self._known('train_loss')]
-        if not (rec.cancel_train or here.passes): here.train += list(rec.log[-n:])[1:]
+        if not rec.cancel_train: here.train += list(rec.log[-n:])[1:]
 
     def before_validate(self):
         "Where the validation begins in the row of the table"
         n = len(self.recorder.log) if hasattr(self.learn, 'recorder') else 0
-        vars(self._here).update(n=n, passes=0)
+        self._here.n = n
         if self.fitting: self._echo.validate(0)
 
     def after_validate(self):
@@ -136,13 +135,19 @@ class RunLog(ExtCallback):
         if self.fitting: self._echo.validate(len(self.dl))
         if not hasattr(self.learn, 'recorder'): return
         rec,here = self.recorder,self._here
-        here.valid = [] if rec.cancel_valid or here.passes else list(rec.log[here.n:])
+        here.valid = [] if rec.cancel_valid else list(rec.log[here.n:])
 
     def _place(self):
         "Where the run is; a batch is counted from its beginning on"
         n,now = self.learn.train_iter,self._now
+        if fit := waiting_fit(self.learn): return dict(step=self._step, epoch=fit.get('epoch', 0))
         place = dict(step=self.before + n + (now.in_batch and n==now.done), epoch=now.epoch)
         return place | (dict(batch=self.iter) if now.in_batch else {})
+
+    @property
+    def _step(self):
+        "Training batches until now, outside of a fit or in a `validate` in between"
+        return self.before + waiting_fit(self.learn).get('train_iter', self.ran)
 
     def _numbers(self):
         loss = self.loss.mean() if getattr(self.loss, 'ndim', 0) else self.loss
@@ -231,7 +236,7 @@ def receive(self:RunLog,
 ):
     "Write the row of another callback"
     if self._rows is not None or self._now.in_batch: row = self._place() | row
-    elif self._begun: row = dict(step=self.before+self.ran) | row       # between two fits
+    elif self._begun: row = dict(step=self._step) | row       # between two fits
     self._write(kind, row)
 
 @patch
@@ -239,7 +244,7 @@ def after_epoch(self:RunLog):
     "Write what fastai's table shows, or the numbers of a `validate`"
     if hasattr(self.learn, 'gather_preds') or hasattr(self.learn, 'lr_finder'): return
     if self.fitting: self._write_epoch()
-    else: self._write('validate', dict(step=self.before+self.ran, metrics=self._table()))
+    else: self._write('validate', dict(step=self._step, metrics=self._table()))
 
 @patch
 def _write_epoch(self:RunLog):
@@ -291,7 +296,7 @@ def after_fit(self:RunLog):
     if self.fitting: self._write_end(self._status or 'finished')
     elif hasattr(self.learn, 'lr_finder'):
         lrs,losses = self.recorder.lrs,[float(o) for o in self.recorder.losses]
-        self._write('lr_find', dict(step=self.before+self.ran, lr=lrs, loss=losses))
+        self._write('lr_find', dict(step=self._step, lr=lrs, loss=losses))
 
 @patch
 def _write_end(self:RunLog, status, **about):

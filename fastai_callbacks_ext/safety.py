@@ -20,11 +20,12 @@ from fastai.torch_core import rank_distrib
 from fastcore.basics import patch
 from fastcore.foundation import L
 from .base.core import ExtCallback, check_number, check_type, from_all
-from .base.files import Snapshot, save_state
+from .base.files import save_state
 from .base.guard import (Guard, StateCopy, attempt, first_text, scaler_skipped,
                                              scaler_skips)
 from .base.grads import multiply_, step_grads
 from .base.hypers import Multiplier
+from .base.snapshot import Snapshot
 from .base.state import model_state, opt_state
 from .base.step import all_finite, generators, skip_record, step_numbers
 
@@ -305,5 +306,5 @@ def load_state_dict(self:SpikeGuard,
 ):
     "Restore what `state_dict` returned"
     state = dict(state)
-    self._copies = tuple(StateCopy(at, s, Snapshot()) for at,s in state.pop('copies', ()))
+    self._copies = tuple(StateCopy(at, s.copy, Snapshot()) for at,s in state.pop('copies', ()))
     ExtCallback.load_state_dict(self, state)

@@ -18,6 +18,8 @@ class ScheduleFree(ExtCallback):
     # the first after the last batch, so that all others find the weights for evaluation
     order,run_valid,single = -20,False,True
     run_outside = True      # `lr_find` takes steps too
+    transient = dict(_trains=False)
+    _trains = False
     def __init__(self,
         refresh:bool=True # Compute statistics of batch norm for validation, by a pass over the training set?
     ): self.refresh = check_type('refresh', refresh, bool)
@@ -26,7 +28,8 @@ class ScheduleFree(ExtCallback):
         "`ValueError` if the optimizer cannot be switched; say that there is a schedule, if so"
         if self.learn.opt is None: return       # there is no optimizer yet, and it is no fit
         self._switch        # it may be missing
-        self.at_end(self._eval)
+        self.at_end(self._to, self._trains)      # as before, since this may be a look in mid-epoch
+        if self._trains: self._to(False)
         if self.fitting and any(isinstance(cb, ParamScheduler) for cb in self.learn.cbs):
             self.tell('runs beside a schedule', 'its optimizer expects a constant learning rate; use fit')
 
@@ -40,15 +43,17 @@ class ScheduleFree(ExtCallback):
 
     def before_train(self):
         "To the weights for training"
-        if not hasattr(self.learn, 'gather_preds'): self._switch.train()      # else it is no training
+        if not hasattr(self.learn, 'gather_preds'): self._to(True)      # else it is no training
 
     def after_train(self):
         "To those for evaluation"
-        self._eval()
+        self._to(False)
 
     def before_validate(self):
         "Compute the statistics of batch norm"
         if self.fitting and self.refresh: refresh_batchnorm(self.learn, inner=True)
 
-    def _eval(self):
-        if self.learn is not None and self.learn.opt is not None: self._switch.eval()
+    def _to(self, trains):
+        self._trains = trains
+        if self.learn is not None and self.learn.opt is not None:
+            self._switch.train() if trains else self._switch.eval()

@@ -178,7 +178,7 @@ def _value(p, pos):
 class _Curve:
     "The phases of one hyper-parameter in a fit"
     def __init__(self, name, phases, unit, fit):
-        self.phases,self.fit,self.total = phases,fit,fit.total
+        self.phases,self.unit,self.fit,self.total = phases,unit,fit,fit.total
         rest = next((i for i,p in enumerate(phases) if p['length'] is None), len(phases))
         first,last = [0.],[float(self.total)]
         for p in phases[:rest]: first.append(self._move(first[-1], p, unit, 1))
@@ -191,7 +191,7 @@ class _Curve:
     def _move(self, at, phase, unit, sign):
         "The position `phase` later, or earlier"
         length,unit = sign*phase['length'],phase['unit'] or unit
-        if unit=='pct': return at+length*self.total
+        if unit=='pct': return self.fit.after_share(at, length)
         if unit=='steps': return at+length
         return self.fit.after_epochs(at, length)
 
@@ -209,11 +209,13 @@ class _Curve:
     def __call__(self, t):
         "The multiple at the position `t`, from 0 to `total`"
         a,b,p = next((o for o in self.parts if t<o[1]), self.parts[-1])
+        if not self.fit.even and (p['unit'] or self.unit)!='steps': t,a,b = map(self.fit.epochs_at, (t,a,b))
         return _value(p, min(1., (t-a)/(b-a)))
 
 class _AnyFit:
     "A fit whose length is not known: positions are shares of it"
-    total,n_epoch = 1,1
+    total,n_epoch,even = 1,1,True
+    def after_share(self, at, share): return at+share*self.total
     def __str__(self): return ''
 
 # %% ../nbs/23_schedules.ipynb #sched-s07

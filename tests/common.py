@@ -24,7 +24,8 @@ def public_callbacks():
 RNN = [ext.ModelResetter, ext.RNNCallback]   # an AWD-LSTM needs both
 
 # The learner for a callback that cannot work with the one that reads digits
-NEEDS = {ext.ModelResetter: text_learner, ext.RNNCallback: text_learner, ext.RNNRegularizer: text_learner}
+NEEDS = {ext.ModelResetter: text_learner, ext.RNNCallback: text_learner, ext.RNNRegularizer: text_learner,
+         ext.SeqLenSchedule: text_learner}
 
 # Arguments that make a callback do its work, where the defaults make it do nothing
 ARGS = {ext.RNNRegularizer: dict(alpha=2, beta=1)}
@@ -34,6 +35,9 @@ NEW = {ext.Checkpoint: lambda: dict(path=tempfile.mkdtemp(dir='.')), ext.StopFil
        ext.StepLimit: lambda: dict(steps=10**6), ext.SampleLimit: lambda: dict(samples=10**9),
        ext.Distill: lambda: dict(teacher=digits_learner(n=40).model),
        ext.Freeze: lambda: dict(schedule={0: '*bias*', 1: 0}),
+       ext.ProgressiveResize: lambda: dict(multiple=2),
+       ext.BatchSizeSchedule: lambda: dict(schedule={0: 8, 1: 16}),
+       ext.SeqLenSchedule: lambda: dict(start=4, multiple=4),
        ext.HyperMult: lambda: dict(wd={'bias': 0}),
        ext.TimeLimit: lambda: dict(minutes=60, schedule=True)}
 
@@ -43,11 +47,19 @@ EXACT = {} if torch.cuda.is_available() else dict(rtol=0, atol=0)
 # What some can be given only when the learner is there
 def _embeds(learn): return any(isinstance(m, (nn.Embedding, EmbeddingDropout)) for m in learn.model.modules())
 def _first(learn): return next(n for n,m in learn.model.named_modules() if m._parameters and n)
+def read_any_size(learn):
+    "The network for digits of 8 x 8 pools its 2 x 2 places, which changes nothing for them"
+    net = ext.unwrap_model(learn.model)
+    if type(net) is not nn.Sequential: return
+    if any(isinstance(m, nn.AdaptiveAvgPool2d) for m in net.modules()): return
+    at = next((i for i,m in enumerate(net) if isinstance(m, nn.Flatten)), None)
+    if at is not None: net.insert(at, nn.AdaptiveAvgPool2d(2))
 def suit(learn, *cbs):
     "Give the callbacks of `learn`, and `cbs`, what they need to work with it"
     for cb in (*learn.cbs, *cbs):
         # an AWD-LSTM cannot be copied by `deepcopy`
         if type(cb) is ext.Distill: cb.teacher = pickle.loads(pickle.dumps(ext.unwrap_model(learn.model)))
+        if type(cb) is ext.ProgressiveResize: read_any_size(learn)
         if type(cb) is ext.ScheduleFree: learn.opt_func,learn.opt = FREE,None
         if type(cb) is ext.FGM and not _embeds(learn): cb.modules = (_first(learn),)
     return learn
@@ -131,7 +143,7 @@ def traces(learn):
         hooks=[_hooks(m) for m in learn.model.modules()],
         tensor_hooks=[len(p._backward_hooks or ()) for p in learn.model.parameters()],
         replaced={k for k,v in own.items() if callable(v)},     # methods
-        loaders=[set(vars(dl)) for dl in learn.dls.loaders], attrs=set(vars(learn)),
+        loaders=[set(getattr(dl, '__dict__', ())) for dl in learn.dls.loaders], attrs=set(vars(learn)),
         model_attrs=[set(vars(m)) for m in learn.model.modules()],
         opt_attrs=set(vars(learn.opt)) if learn.opt else None,
         loss=(type(learn.loss_func), set(vars(learn.loss_func))),

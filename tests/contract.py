@@ -17,7 +17,8 @@ from fastcore.foundation import L
 from fastcore.xtras import working_directory
 import fastai_callbacks_ext.all as ext
 from fastai_callbacks_ext.base.core import from_all
-from common import FREE, RNN, exit_code, finite, learner, make, public_callbacks, suit, traces
+from common import (FREE, RNN, exit_code, finite, learner, make, public_callbacks, read_any_size, suit,
+                    traces)
 from crash import digests, flat
 from settings import SETTINGS
 
@@ -31,7 +32,7 @@ TEXT = ('language_model', 'text_classifier')
 FASTAIS = [rnn.ModelResetter, rnn.RNNCallback, rnn.RNNRegularizer]
 IS_RNN = *RNN, ext.RNNRegularizer
 # What fastai itself cannot do there
-FASTAI_CANNOT = {('exports','torch_loader'), ('exports','gan')}
+FASTAI_CANNOT = {('exports','torch_loader'), ('exports','list_of_batches'), ('exports','gan')}
 
 # They do not know the loss of a GAN; labels that are mixed have no second loss. Word ids and categories are
 # not mixed, and multi_label has fastai's `MixUp`
@@ -40,20 +41,24 @@ CANNOT = {(ext.Distill,'gan'), (ext.RDrop,'gan'), (ext.FGM,'gan'), (ext.Schedule
 MIXING = 'MixUp','CutMix','CutMixUp'
 NOT_MIXED = *TEXT,'tabular_classes','ratings','multi_label','gan'
 IMAGES = 'CutMix','CutMixUp'
+PICTURES = 'digits','classifier','multi_label','unet'
 def possible(cls):
     "The settings in which `cls` can work"
     name = cls.__name__
     cannot = {s for c,s in CANNOT if c is cls} | {*(NOT_MIXED if name in MIXING else ())}
-    if name in IMAGES: cannot.add('torch_loader')
+    if name in IMAGES: cannot |= {'torch_loader','list_of_batches'}
+    if name=='ProgressiveResize': return [s for s in SETTINGS if s in PICTURES]
+    if name=='SeqLenSchedule': return list(TEXT)
     return [s for s in SETTINGS if s not in cannot and (s in TEXT or cls not in IS_RNN)]
 TWO_PASSES = ext.SAM, ext.AWP, ext.FGM
 def together(a, b):
-    """Of two that mix, one that mixes and one for texts, or two of two passes, the first batch is refused.
+    """Of two that mix, one for images and one for texts, or two of two passes, the first batch is refused.
 
     `HyperMult` wants groups of PyTorch's optimizers, and with frozen statistics a new net learns slowly"""
     mixing,free = {getattr(ext, o) for o in MIXING},{ext.ScheduleFree}
-    refused = ((mixing, mixing), (mixing, {*IS_RNN, ext.RDrop}), (TWO_PASSES, TWO_PASSES),
-               (free, {ext.HyperMult, ext.BnFreeze}))
+    of_texts = {*IS_RNN, ext.SeqLenSchedule}
+    refused = ((mixing, mixing), (mixing, {*of_texts, ext.RDrop}), ({ext.ProgressiveResize}, of_texts),
+               (TWO_PASSES, TWO_PASSES), (free, {ext.HyperMult, ext.BnFreeze}))
     return not any(o in one and p in other for one,other in refused for o,p in ((a,b), (b,a)))
 def checks_in(setting): return {k: f for k,f in PROPERTIES.items() if (k,setting) not in FASTAI_CANNOT}
 
@@ -61,6 +66,7 @@ def learner_of(cls, setting, *cbs):
     "The learner of `setting` with `cbs`, and with what callbacks of class `cls` need"
     learn = SETTINGS[setting](cbs=[])
     if cls is ext.ScheduleFree: learn.opt_func = FREE
+    if cls is ext.ProgressiveResize: read_any_size(learn)
     if cls in IS_RNN:
         learn.remove_cbs(FASTAIS)
         learn.add_cbs([o() for o in RNN if o is not cls])
@@ -114,7 +120,7 @@ def sleeps_outside_a_fit(cls, setting):
         if setting!='gan':      # it has no validation
             learn.validate()
             learn.lr_find(show_plot=False, num_it=3, suggest_funcs=None)
-        if setting not in ('gan','torch_loader'): assert preds_of(learn).isfinite().all()
+        if setting not in ('gan','torch_loader','list_of_batches'): assert preds_of(learn).isfinite().all()
     for k,v in learn.model.state_dict().items(): assert torch.equal(v, before[k]), f'{k} has changed'
     assert cb.records==[] and f'{cb.name}:' not in out.getvalue()
 
@@ -215,7 +221,7 @@ def sample_pairs(seed=0, steps=(1,)):
     others = {cls: [o for o in table[i+1:]+table[:i] if together(cls, o)] for i,cls in enumerate(table)}
     return [(cls, others[cls][k-1]) for cls in table for k in steps]
 
-def usual(cls): return 'text_classifier' if cls in IS_RNN else 'digits'
+def usual(cls): return 'text_classifier' if cls in (*IS_RNN, ext.SeqLenSchedule) else 'digits'
 
 # --- in a notebook ------------------------------------------------------------------------------
 def in_notebook(names, folder, *more, seconds=600):

@@ -141,6 +141,16 @@ def torch_loader(**kwargs):
     return vision.Learner(dls, model, loss_func=nn.CrossEntropyLoss(), metrics=vision.accuracy, **kwargs)
 
 @setting
+def list_of_batches(**kwargs):
+    "A loader that is a list: no device, no batch size, no hash"
+    g = torch.Generator().manual_seed(42)
+    x = torch.randn(160, 5, generator=g)
+    batches = list(zip(x.split(16), (x.sum(1)>0).long().split(16)))
+    model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 2))
+    return vision.Learner(vision.DataLoaders(batches[:8], batches[8:]), model, metrics=vision.accuracy,
+                          loss_func=nn.CrossEntropyLoss(), **kwargs)
+
+@setting
 def gan(**kwargs):
     "A GAN, whose generator and critic take turns"
     normalize = vision.Normalize.from_stats([.5]*3, [.5]*3)

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
 from cases import every_case
 from common import forked
-from fastai_callbacks_ext.base.files import (BackgroundWriter, DamagedFile, FolderLock, Snapshot, StateFiles,
+from fastai_callbacks_ext.base.files import (BackgroundWriter, DamagedFile, FolderLock, StateFiles,
                                              load_state, map_state, replacing, save_state)
+from fastai_callbacks_ext.base.snapshot import Snapshot
 
 torch.set_num_threads(1)     # a child forked beside a pool of threads hangs in its first large operation
 STATE = {'model': OrderedDict(w=torch.arange(600.).view(20,30), b=torch.ones(7).half()),
@@ -436,92 +437,6 @@ def test_failed_save_loses_nothing(tmp_path, monkeypatch, name, skip):
     states.save(numbered(3), {'n': 3})
     assert check(tmp_path, 3)==3
 
-# Snapshots
-@quick
-@given(st.lists(states, min_size=1, max_size=3))
-def test_snapshot_equals(tmp_path, several):
-    snapshot = Snapshot()
-    for state in several:
-        copy = snapshot.take(state)
-        assert bits(copy)==bits(map_state(state, lambda t: t))
-        naive,size = [],save_state(tmp_path/'a', copy)['size']
-        map_state(state, naive.append)
-        numbers = sum(t.numel()*t.element_size() for t in naive if not t.is_sparse)
-        assert size <= numbers + 2000*(len(naive)+2) + 8*len(repr(state))
-
-@quick
-@given(states)
-def test_snapshot_is_independent(state):
-    snapshot,taken,originals = Snapshot(),[],[]
-    copy = snapshot.take(state)
-    before = bits(copy)
-    map_state(copy, taken.append), map_state(state, originals.append)
-    saved = [t.clone() for t in originals]
-    try:
-        for t in originals:
-            if t.is_sparse or not t.numel() or 0 in t.stride(): continue
-            t.copy_(1-t.to(torch.complex64) if t.is_complex() else (1-t.double()).to(t.dtype))
-        assert bits(copy)==before
-    finally:
-        for t,s in zip(originals, saved):
-            if not t.is_sparse and 0 not in t.stride(): t.copy_(s)
-
-def net(n=4): return nn.Sequential(*[nn.Linear(50, 50) for _ in range(n)], nn.BatchNorm1d(50))
-
-def test_snapshot_uses_memory_again():
-    state,snapshot = {'m': net().state_dict(), 'n': 1},Snapshot()
-    ptrs = lambda o: [t.data_ptr() for t in o['m'].values()]
-    first = ptrs(snapshot.take(state))
-    for _ in range(3):
-        for t in state['m'].values(): t.add_(1)
-        copy = snapshot.take(state)
-        assert sorted(ptrs(copy))==sorted(first) and bits(copy)==bits(state)
-    assert set(ptrs(state)).isdisjoint(first)
-    bigger = {'m': state['m'] | {'more': torch.ones(1234)}, 'n': 2}
-    assert set(first)<set(ptrs(snapshot.take(bigger)))
-    small = {'m': {'w': torch.ones(50, 50)}}
-    assert set(ptrs(snapshot.take(small)))<set(first)
-    assert [len(o) for o in snapshot._buffers.values()]==[1]      # what is no longer used is let go
-
-def test_snapshot_keeps_ties(tmp_path):
-    m = nn.Sequential(nn.Linear(300, 300), nn.Linear(300, 300))
-    m[1].weight = m[0].weight
-    lstm = nn.LSTM(100, 100, 2)
-    flat = torch.cat([p.detach().flatten() for p in lstm.parameters()])
-    parts = [t for t in flat.split([p.numel() for p in lstm.parameters()])]
-    state = {'m': m.state_dict(), 'T': m[0].weight.T, 'parts': parts, 'one': flat[5],
-             'big': torch.zeros(10**6)[7:9], 'column': torch.zeros(1000, 1000)[:,3]}
-    copy = Snapshot().take(state)
-    assert bits(copy)==bits(map_state(state, lambda t: t))
-    assert len({t.data_ptr() for t in (copy['m']['0.weight'], copy['m']['1.weight'], copy['T'])})==1
-    assert len({t.untyped_storage().data_ptr() for t in (*copy['parts'], copy['one'])})==1
-    want = 4*(300*300 + 600 + flat.numel() + 2 + 1000)
-    assert save_state(tmp_path/'a', copy)['size']<=1.05*want
-    back = load_state(tmp_path/'a')
-    assert bits(back)==bits(copy) and back['m']['0.weight'].data_ptr()==back['m']['1.weight'].data_ptr()
-
-def test_snapshot_of_types_in_one_storage(tmp_path):
-    "`torch.save` refuses views of a storage as different types"
-    t = torch.arange(8.)
-    copy = Snapshot().take([t, t.view(torch.int32)])
-    save_state(tmp_path/'a', copy)
-    assert bits(load_state(tmp_path/'a'))==bits([t, t.view(torch.int32)])
-
-def test_snapshot_of_foreign_memory():
-    import numpy as np
-    a = np.arange(20.)
-    state = [torch.from_numpy(a), torch.from_numpy(a[:5]), torch.from_numpy(a[3:])]
-    assert bits(Snapshot().take(state))==bits(state)
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
-def test_snapshot_from_gpu():
-    state,snapshot = {'m': net(50).cuda().state_dict()},Snapshot()
-    for _ in range(3):
-        for t in state['m'].values(): t.add_(1)
-        copy = snapshot.take(state)
-        assert all(t.is_pinned() for t in copy['m'].values())
-        assert bits(copy)==bits(map_state(state, Tensor.cpu))
-
 # Beside the training
 def test_background_waits_and_tells():
     w,gate,n = BackgroundWriter(),threading.Event(),threading.active_count()
@@ -552,22 +467,6 @@ def test_background_job_survives_the_end_of_the_program(tmp_path):
             f"w.submit(job); sys.argv.append(w)")
     subprocess.run([sys.executable, '-c', code], check=True)
     assert load_state(tmp_path/'a')=={'x': 1}
-
-def test_training_goes_on_while_writing(tmp_path):
-    "The weights change under the writer, and the file has those of the snapshot"
-    model,snapshot,writer,states = net(20),Snapshot(),BackgroundWriter(),StateFiles(tmp_path, keep=20)
-    want = {}
-    for i in range(10):
-        if not writer.busy:
-            copy = snapshot.take({'m': model.state_dict()})
-            want[i] = bits(copy)
-            writer.submit(partial(states.save, copy, {'i': i}))
-        with torch.no_grad():
-            for p in model.parameters(): p.add_(1)
-    writer.close()
-    for n in states._numbers('pt'):
-        state,about = states._load(n)
-        assert bits(state)==want[about['i']]
 
 # Other people's files, other runs
 def test_only_own_files_are_removed(tmp_path):

@@ -520,6 +520,12 @@ ANOTHER |= {('Schedule','phases'): {'wd': [dict(kind='flat', length=None, unit=N
 ANOTHER |= {('MicroBatch','size'): 8}
 ANOTHER |= {(o,k): v for o in ('MixUp','CutMix','CutMixUp') for k,v in dict(
     by='batch' if o=='MixUp' else 'item', p=.5, until=.5, inputs=0).items()}
+ANOTHER |= {('ProgressiveResize',k): v for k,v in dict(
+    grow=(0,.5), unit='epochs', mode='area', inputs=0, targets=0, frozen='grow').items()}
+ANOTHER |= {('BatchSizeSchedule',k): v for k,v in dict(schedule={0: 4}, unit='pct', frozen='grow').items()}
+ANOTHER |= {('SeqLenSchedule',k): v for k,v in dict(
+    start=8, end=12, grow=(0,.25), unit='epochs', multiple=2, keep='last', inputs=0, pad=0,
+    frozen='grow').items()}
 ANOTHER |= {('Freeze','schedule'): {0: '0', 1: 0},
             ('HyperMult','lr'): {'*': .5}, ('HyperMult','wd'): {'norm': 0}}
 acting = [o for o in public_callbacks() if identity._acts(make(o))]
@@ -542,9 +548,10 @@ def test_which_callbacks_act():
         'EMA', 'SWA', 'LAWA', 'GradientAccumulation', 'GradientCentralization', 'GradientClip',
         'GradientNoise', 'LookaheadWeights', 'SAM', 'ModelResetter', 'RNNCallback', 'RNNRegularizer',
         'Distill', 'RDrop', 'AWP', 'FGM', 'Schedule', 'ScheduleFree', 'MicroBatch',
-        'MixUp', 'CutMix', 'CutMixUp', 'Freeze', 'HyperMult', 'ReduceLROnPlateau', 'BnFreeze'}
-    watch_guard_or_save = {'ActivationStats', 'Checkpoint', 'EarlyStopping', 'FastLoop', 'ItemStats',
-                           'LayerStats', 'PreemptionGuard', 'Progress', 'RunLog', 'SampleLimit',
+        'MixUp', 'CutMix', 'CutMixUp', 'ProgressiveResize', 'BatchSizeSchedule', 'SeqLenSchedule',
+        'Freeze', 'HyperMult', 'ReduceLROnPlateau', 'BnFreeze'}
+    watch_guard_or_save = {'ActivationStats', 'Checkpoint', 'EarlyStopping', 'FastLoop', 'FusedStep', 'Graphs',
+                           'ItemStats', 'LayerStats', 'PreemptionGuard', 'Progress', 'RunLog', 'SampleLimit',
                            'SaveTopK', 'SkipNonFinite', 'SpikeGuard', 'StepLimit', 'StopFile',
                            'TerminateOnNaN', 'Throughput', 'TimeLimit', 'WriteReport'}
     assert {o.__name__ for o in public_callbacks() if o not in acting}==watch_guard_or_save

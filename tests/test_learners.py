@@ -15,7 +15,7 @@ def limits(): return [ext.StepLimit(1000), ext.TimeLimit(60), ext.GradientAccumu
 
 CALLBACKS = dict(digits=averages, classifier=guards, multi_label=guards, unet=averages, tabular_classes=saves,
                  ratings=limits, language_model=guards, text_classifier=saves, torch_loader=averages,
-                 gan=lambda: [ext.TerminateOnNaN()])
+                 list_of_batches=guards, gan=lambda: [ext.TerminateOnNaN()])
 
 def finite(learn): return all(p.isfinite().all() for p in learn.model.parameters())
 

@@ -15,7 +15,8 @@ from fastai_callbacks_ext.all import *
 from fastai_callbacks_ext.base.core import ExtCallback
 from fastai_callbacks_ext.memory import BatchSize, MicroBatch, find_batch_size, is_out_of_memory
 from fastai_callbacks_ext.test_utils import digits_learner, digits_model, text_learner
-from common import EXACT, fit, learner, quiet, traces
+from cases import some
+from common import EXACT, NEEDS, fit, learner, make, public_callbacks, quiet, suit, traces
 from ranks import launch
 from test_safety import AnyMixedPrecision
 
@@ -190,6 +191,60 @@ def test_gradients(beside):
     for size in (5, 16):
         got,_ = gradients(*cbs(), mb=[MicroBatch(size)])
         assert got.shape==whole.shape and ((got-whole).norm(dim=1)<=1e-5*whole.norm(dim=1)).all()
+
+# a callback that changes the loss, beside losses in which targets are ignored or count more
+CHANGE_LOSS = {f'{cls.__name__} {by}': partial(cls, by=by) for cls in (MixUp, CutMix, CutMixUp)
+               for by in ('item','batch')}
+CHANGE_LOSS |= dict(distill=lambda: Distill(nn.Sequential(*PLAIN())), rdrop=RDrop,
+                    both=lambda: [Distill(nn.Sequential(*PLAIN())), MixUp()])
+UNEVEN = dict(flat=(LOSSES['flat'], 9), weighted=(LOSSES['weighted'], 9), sum=(LOSSES['sum'], 0),
+              own=(LOSSES['own'], 0), multi=((nn.BCEWithLogitsLoss(), None), 0))
+
+class IgnoreFirst(Callback):
+    "Before they are mixed"
+    order = -5
+    def __init__(self, n): self.n = n
+    def before_batch(self):
+        first = torch.arange(len(self.y), device=self.y.device)<self.n
+        if self.training: self.learn.yb = (torch.where(first, -100, self.y),)
+
+class OneHot(Callback):
+    order = -5
+    def before_batch(self): self.learn.yb = (F.one_hot(self.y, 10).float(),)
+
+@pytest.mark.parametrize('loss', UNEVEN)
+@pytest.mark.parametrize('name', CHANGE_LOSS)
+def test_what_changes_the_loss_sees_pieces(name, loss):
+    "Loss and gradient are those of the whole batch, also where a piece has no target that counts"
+    ((f,weight),ignored),of = UNEVEN[loss],'loss' if loss=='own' else None
+    if loss=='sum' and not name.startswith(('Mix','Cut')): return      # it is refused
+    def run(*mb):
+        set_seed(5)
+        cbs = L(CHANGE_LOSS[name]())
+        for cb in cbs:
+            if hasattr(cb, 'outputs'): cb.outputs = cb.outputs or of
+        cbs += [OneHot()] if loss=='multi' else [IgnoreFirst(ignored)] if ignored else []
+        g,learn = gradients(*cbs, mb=mb, loss_func=f, metrics=[])
+        return g,torch.stack([*learn.recorder.losses])
+    whole,losses = run()
+    assert whole.norm()>0
+    for size in (5, 16):
+        got,ls = run(MicroBatch(size, weight=weight))
+        assert ((got-whole).norm(dim=1)<=2e-5*whole.norm(dim=1)).all(), size
+        assert torch.allclose(ls, losses, rtol=1e-4), size
+
+OWN_PASS = ['AWP','FGM','SAM']      # they are refused beside it
+OTHERS = [cls for cls in public_callbacks() if cls not in NEEDS and cls not in (MicroBatch, Freeze)
+          and cls.__name__ not in OWN_PASS]
+
+@pytest.mark.parametrize('cls', some(OTHERS, 6))
+def test_beside_any_callback(cls):
+    def run(*mb):
+        learn = suit(roomy(make(cls), *mb, g := Gradients(), model=PLAIN, metrics=[]))
+        fit(learn, lr=0.)
+        return torch.stack(g.grads),torch.stack([*learn.recorder.losses])
+    (whole,losses),(got,ls) = run(),run(MicroBatch(5))
+    assert ((got-whole).norm(dim=1)<=1e-5*whole.norm(dim=1)).all() and torch.allclose(ls, losses, rtol=1e-5)
 
 def test_it_is_accumulation_of_batches():
     "Of 32 items in 8s: the bits of four batches that are added up"

@@ -1,5 +1,5 @@
 "Runs that go on, as people run them: bars, loaders, losses, callbacks that own things, folders"
-import contextlib, io, itertools, json, os, random, re, signal, subprocess, time
+import contextlib, io, itertools, json, os, random, re, signal, subprocess, sys, sysconfig, time, types
 from collections import defaultdict, deque
 from copy import deepcopy
 from functools import partial
@@ -11,7 +11,7 @@ from fastai.callback.all import (Callback, CSVLogger, EarlyStoppingCallback, Gra
                                  SchedCos, ShowGraphCallback, TerminateOnNaNCallback)
 from fastai.data.core import DataLoaders, Datasets
 from fastai.data.load import DataLoader
-from fastai.learner import Learner, Metric
+from fastai.learner import Learner, Metric, Recorder
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import F1Score, accuracy, skm_to_fastai
 from fastai.optimizer import Optimizer, OptimWrapper, SGD, ranger
@@ -19,9 +19,10 @@ from fastai.torch_core import default_device
 from fastcore.imports import noop
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
-from fastai_callbacks_ext.all import Checkpoint, ExtCallback, PreemptionGuard, SkipNonFinite
+from fastai_callbacks_ext.all import Checkpoint, ExtCallback, PreemptionGuard, ScheduleFree, SkipNonFinite
 from fastai_callbacks_ext.base import files
 from fastai_callbacks_ext.base.files import load_state
+from fastai_callbacks_ext.base.state import _stacked
 from fastai_callbacks_ext.test_utils import digits_dls, digits_learner, digits_model
 import crash
 from common import exit_code
@@ -790,3 +791,16 @@ def test_long_lists_cost_little():
         def __init__(self): self.numbers = list(range(10**6))
     train(lambda: tiny([Long()]), fit(1), Checkpoint('run'))
     assert max(f.stat().st_size for f in Path('run').rglob('*.pt'))<1e5
+
+def test_losses_are_stacked_once():
+    "Whatever a callback does to the list between two saves, the tensors have what is in it"
+    rec,losses,draw = Recorder(),[],random.Random(0)
+    for i in range(200):
+        k = draw.randrange(6)
+        if k==0 and losses: losses[draw.randrange(len(losses))] = torch.tensor(-float(i))
+        elif k==1 and losses: del losses[draw.randrange(len(losses))]
+        elif k==2: losses[-3:] = torch.tensor([float(i)]*3)      # as `FastLoop` does at the end of an epoch
+        else: losses += [torch.tensor(float(i)), torch.tensor(i/2)]
+        parts = _stacked(rec, losses)
+        assert [o for p in parts for o in p.tolist()]==[o.item() for o in losses]
+    assert len(parts)==1 and parts[0] is _stacked(rec, losses)[0]

@@ -90,3 +90,14 @@ def test_a_schedule_is_said(capsys):
 def test_other_optimizers_are_refused():
     with pytest.raises(ValueError, match='has no train.. and eval..; expected one that has, such as'):
         fit(digits_learner([ScheduleFree()], n=160, bs=32))
+
+class Noting(FreeSGD):
+    "Adds a number to its groups when it steps"
+    def step(self, closure=None):
+        super().step(closure)
+        for g in self.param_groups: g['noted'] = g['lr']
+
+def test_an_optimizer_may_keep_notes_in_its_groups():
+    "With batch norm there is a pass in each epoch, after which the hyper-parameters are put back"
+    learn = fit(digits_learner(ScheduleFree(), n=160, opt_func=partial(OptimWrapper, opt=Noting)), 2, lr=.05)
+    assert learn.opt.hypers[0]['noted']==learn.opt.hypers[0]['lr']==.05

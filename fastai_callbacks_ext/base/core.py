@@ -11,7 +11,7 @@ __all__ = ['edits', 'resolve_order', 'check_type', 'check_number', 'nearest', 's
 import re
 import sys
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from copyreg import _reconstructor
 from dataclasses import asdict, dataclass
@@ -27,12 +27,14 @@ from types import FunctionType, SimpleNamespace
 import numpy as np
 import torch
 import torch.distributed as dist
-from fastai.callback.core import Callback, _inner_loop
+from fastai.callback.core import Callback, TrainEvalCallback, _inner_loop
 from fastai.learner import Learner
 from fastai.torch_core import rank_distrib
 from fastcore.basics import camel2snake, ifnone, patch
 from fastcore.foundation import L
 from fastcore.imports import noop
+from .kept import Stays, waiting_fit
+from .lent import lend_methods
 
 # %% ../../nbs/base/core.ipynb #85641ead
 def resolve_order(
@@ -113,12 +115,21 @@ def _sender(learn):
         if not code.co_argcount or code.co_name in ('__call__','_call_one'): continue
         if f.f_locals.get(code.co_varnames[0]) is learn: return f
 
+def _with_block(f):
+    "Stack frame of the `with` that calls `__enter__`, which returns before the block begins"
+    def between(f): return f.f_code.co_name=='__enter__' or f.f_globals.get('__name__', '').startswith(_contexts)
+    while f is not None and between(f): f = f.f_back
+    return f
+
+_contexts = 'contextlib','fastcore.'
+
 class _Scope(ExitStack):
     "What one callback has opened in one fit, or in what looks like a fit"
     def __init__(self, cb):
         super().__init__()
         self.cb,self.thread,self.sender = cb,get_ident(),_sender(cb.learn)
         by_fit = self.sender is not None and self.sender.f_code.co_name=='_with_events'
+        if not by_fit: self.sender = _with_block(self.sender)
         finder = getattr(cb.learn, 'lr_finder', None)
         self.fitting = by_fit and (finder is None or cb.in_lr_find and isinstance(finder, ExtCallback))
 
@@ -134,9 +145,19 @@ class _Scope(ExitStack):
         self.sender = None
         super().close()
 
+class _InFit(Stays):
+    "What callbacks open in between is closed, also if it failed"
+    @contextmanager
+    def staying(self, for_fit=False):
+        before = [(cb, len(cb._scopes)) for cb in self.cbs if isinstance(cb, ExtCallback)]
+        with super().staying(for_fit):
+            try: yield
+            finally:
+                for cb,n in before: cb._close_scopes(n)
+
 class _FitEnd:
     "Replaces `learn.remove_cbs` while callbacks have something open, and closes it when the fit has ended"
-    def __init__(self, learn): self.learn,self.open = learn,[]
+    def __init__(self, learn): self.learn,self.open,self.back = learn,[],None
 
     @classmethod
     def of(cls, learn):
@@ -144,9 +165,15 @@ class _FitEnd:
         if not isinstance(vars(learn).get('remove_cbs'), cls): vars(learn)['remove_cbs'] = cls(learn)
         return vars(learn)['remove_cbs']
 
+    def add(self, scope):
+        "Add a `scope` that is open; in a fit, the learner gets the methods of `_InFit`"
+        self.open.append(scope)
+        if scope.fitting and not self.back: self.back = lend_methods(self.learn, _InFit)
+
     def forget(self, scope):
         "Remove a `scope` that was closed"
         self.open.remove(scope)
+        if self.back and not any(o.fitting for o in self.open): self.back = self.back()
         if not self.open: vars(self.learn).pop('remove_cbs', None)
 
     def sweep(self):
@@ -279,7 +306,7 @@ class ExtCallback(Callback):
         _FitEnd.of(self.learn).sweep()
         end,scope = _FitEnd.of(self.learn),_Scope(self)
         scope.callback(end.forget, scope)
-        end.open.append(scope)
+        end.add(scope)
         self._scopes.append(scope)
         edits.n += 1
         _refuse_two(self.learn, scope.fitting)      # before any state is reset
@@ -291,8 +318,8 @@ class ExtCallback(Callback):
             edits.n += 1
             scope.close()
 
-    def _close_scopes(self):
-        for scope in self._scopes[::-1]: self._close_scope(scope)
+    def _close_scopes(self, but=0):
+        for scope in self._scopes[but:][::-1]: self._close_scope(scope)
 
 # %% ../../nbs/base/core.ipynb #ce029b25
 def _send_step_taken(cls):
@@ -416,13 +443,29 @@ def tell(self:ExtCallback,
 )->Record|None:
     "Keep a `Record`, and print it as one line (on the first process only)"
     if once and any(r.what==what for r in self.records): return None
-    epoch,batch,iteration = (getattr(self.learn, o, 0) for o in ('epoch','iter','train_iter'))
-    if not getattr(self.learn, 'training', True): batch = None      # here `iter` counts validation batches
-    record = Record(self.name, what, why, epoch, batch, iteration)
+    record = Record(self.name, what, why, *_now(self))
     self.records.append(record)
     if rank_distrib()==0: print(record)
     self.publish('event', asdict(record))
     return record
+
+def _event(learn):
+    "Name of the event that `learn` sends now; None if it sends none"
+    f = sys._getframe()
+    while f := f.f_back:
+        if 'event_name' not in f.f_locals or not f.f_code.co_argcount: continue
+        first = f.f_locals.get(f.f_code.co_varnames[0])
+        sends = first is learn or isinstance(first, Callback) and vars(first).get('learn') is learn
+        if sends and isinstance(name := f.f_locals['event_name'], str): return name
+
+def _now(cb):
+    "Epoch, batch and number of training batches done; what is left of an earlier fit or pass does not count"
+    learn,event_name = cb.learn,_event(cb.learn)
+    if fit := waiting_fit(learn): return fit.get('epoch', 0),None,fit.get('train_iter', 0)
+    if event_name=='before_fit' and cb.order<TrainEvalCallback.order: return 0,None,0
+    epoch,i,iteration = (getattr(learn, o, 0) for o in ('epoch','iter','train_iter'))
+    in_batch = event_name in _inner or event_name=='after_cancel_step'
+    return epoch,i if in_batch and learn.training else None,iteration
 
 @patch
 def publish(self:ExtCallback,

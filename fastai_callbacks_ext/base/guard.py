@@ -21,8 +21,9 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from .core import ExtCallback, from_all
 from .diagnosis import diagnose
-from .files import Snapshot, map_state
+from .files import map_state
 from .model import unwrap_model
+from .snapshot import Snapshot
 from .state import load_model_state, load_opt_state, model_state, opt_state
 from .step import (BatchUndo, all_finite, generators, loss_modules,
                                             overlaps, set_hypers, step_params)
@@ -85,8 +86,13 @@ def _listed(problems): return '; '.join(f'{k} ({v})' for k,v in problems.items()
 class StateCopy:
     "A copy of model and optimizer"
     at:int # Training batches done when it was made
-    state:dict
+    copy:Callable # Returns the state
     memory:Snapshot # Memory of the state
+
+    @property
+    def state(self)->dict:
+        "The state; a copy from a GPU may have to be waited for"
+        return self.copy()
 
 def attempt(
     f:Callable, # Function to call
@@ -140,7 +146,7 @@ def _copy_state(self:Guard):
     if self.any_rank(bool(problem)): return self._do_without(problem)
     if self.any_rank(not self._healthy()): return
     memory = self._copies[0].memory if len(self._copies)==self._n_copies else Snapshot()
-    copy,problem = attempt(memory.take, state)
+    copy,problem = attempt(memory.later, state)
     if self.any_rank(bool(problem)): return self._do_without(problem)
     self._copies = (*self._copies, StateCopy(self.train_iter, copy, memory))[-self._n_copies:]
 

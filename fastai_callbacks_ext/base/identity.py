@@ -460,7 +460,7 @@ _package = __name__.split('.')[0]
 _theirs = ('callback.mixup','callback.fp16','callback.training','callback.rnn','vision.gan',
            'callback.tracker.ReduceLROnPlateau')
 _ours = ('accumulation','adversarial','averaging','consistency','freeze','gradients','groups',
-         'memory','mixing','rnn','schedule_free','schedules')
+         'memory','mixing','rnn','schedule_free','schedules','sizes')
 _acting = {f'fastai.{o}' for o in _theirs} | {f'{_package}.{o}' for o in _ours}      # modules and classes
 
 def _frozen(learn): return [n for n,p in unwrap_model(learn.model).named_parameters() if not p.requires_grad]

@@ -50,9 +50,9 @@ def _package(o): return type(o).__module__.split('.')[0]
 
 def _is_near(o, package):
     "May the search look into `o`, which an object of `package` holds? If `package` is None, always"
-    if package is None: return True
+    if package is None or isinstance(o, torch.optim.Optimizer): return True
     module = type(o).__module__
-    if module.startswith('torch.'): return isinstance(o, (nn.Module, torch.optim.Optimizer))
+    if module.startswith('torch.'): return isinstance(o, nn.Module)
     return (isinstance(o, (SimpleNamespace, Callback)) or _is_of_user(module)
             or module!='builtins' and _package(o) in (package, *_open))
 

@@ -8,7 +8,6 @@ __all__ = ['leaving_no_trace', 'ExtraPass', 'validate_aside', 'refresh_batchnorm
 
 # %% ../../nbs/base/passes.ipynb #4140b506
 from contextlib import contextmanager, nullcontext
-from copy import copy
 
 import fastai.callback.progress  # for `no_bar`
 import torch
@@ -19,10 +18,10 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import ParamScheduler
 from fastai.learner import Learner, Recorder
-from fastcore.foundation import L
 from torch import nn
 from .core import ExtCallback, n_ranks
-from .model import modules_own, norm_layers, stateful_modules, unwrap_model
+from .kept import Kept
+from .model import norm_layers, stateful_modules, unwrap_model
 from .state import load_random_state, random_state
 from .step import overlaps, set_hypers
 
@@ -35,31 +34,15 @@ def leaving_no_trace(
     rec,opt = getattr(learn, 'recorder', None),learn.opt
     metrics = [*learn.metrics, *(getattr(rec, o, None) for o in ('loss','smooth_loss'))]
     objects = [learn, *learn.cbs, *filter(None, metrics), *stateful_modules(learn.model).values()]
-    saved = [(o, _attributes(o)) for o in objects]
+    kept = Kept(objects)
     modes = [(m, m.training) for m in learn.model.modules()]
     hypers,random = [dict(h) for h in opt.hypers] if opt else [],random_state(learn.dls)
     try: yield
     finally:
-        for o,before in saved: _put_back(o, before)
+        kept.put_back()
         for m,mode in modes: m.training = mode
         if hypers: set_hypers(opt, hypers)
         load_random_state(learn.dls, random)
-
-def _own(o): return vars(o).keys()-(modules_own if isinstance(o, nn.Module) else ())
-
-def _attributes(o):
-    "Attributes of `o`, and the content of those that are a list, dict or set"
-    inside = {k: v.items if type(v) is L else v for k,v in vars(o).items() if k in _own(o)}
-    return {k: (vars(o)[k], v, copy(v) if type(v) in (list,dict,set) else None) for k,v in inside.items()}
-
-def _put_back(o, before):
-    "Put back the same objects, with the same content"
-    for k in _own(o)-before.keys(): del vars(o)[k]
-    for k,(v,inside,items) in before.items():
-        vars(o)[k] = v
-        if items is None: continue
-        inside.clear()
-        inside.extend(items) if type(inside) is list else inside.update(items)
 
 class ExtraPass(Callback):
     "If a callback of this name is there, fastai's trackers and loggers do nothing"

@@ -53,6 +53,7 @@ def _take(o, n, which, where):
         if o.ndim and len(o)==n: return o[which]
         raise NotSplit(f'{where} has the shape {tuple(o.shape)}, but there are {n} items')
     if isinstance(o, _shared): return o
+    if hasattr(o, 'items_of'): return o.items_of(which)
     if isinstance(o, Mapping):
         return _like(o, {k: _take(v, n, which, f'{where}[{k!r}]') for k,v in o.items()})
     if not isinstance(o, (tuple,list,L)):

@@ -37,8 +37,9 @@ def putting_back(
 ):
     "After the block, however it ends, the learner is as before: weights, optimizer, loaders, random states"
     with _ctrl_c_waits() as allowed, leaving_no_trace(learn), ExitStack() as stack:
-        for dl in {*map(inner_loader, learn.dls.loaders), *learn.dls.loaders}:
-            stack.callback(_refill, vars(dl), dict(vars(dl)))
+        loaders = [*map(inner_loader, learn.dls.loaders), *learn.dls.loaders]
+        for attrs in {id(dl): getattr(dl, '__dict__', {}) for dl in loaders}.values():     # also lists
+            stack.callback(_refill, attrs, dict(attrs))
         if learn.opt is None: learn.create_opt()
         start = FitStart(learn)
         copied = map_state(learner_state(learn, start=start), lambda t: t.to('cpu', copy=True))

@@ -7,8 +7,11 @@ __all__ = ['model_state', 'load_model_state', 'opt_state', 'load_opt_state', 'Fi
 
 # %% ../../nbs/base/state.ipynb #e73d8e47
 from collections import Counter
-from itertools import takewhile
+from itertools import groupby, takewhile
+from math import inf
+from operator import attrgetter, is_
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -46,12 +49,17 @@ def model_state(
 def _grads(params):
     "Gradients by name; None for a gradient that is all zero"
     grads = {n:p.grad for n,p in params.items() if p.grad is not None}
-    bits = lambda g: g.resolve_conj().resolve_neg().reshape(-1).view(torch.uint8)
-    dense = {n: bits(g).any() for n,g in grads.items() if g.layout is torch.strided and type(g) is Tensor}
-    if not dense: return grads
-    device = next(iter(dense.values())).device
-    used = dict(zip(dense, torch.stack([o.to(device) for o in dense.values()]).tolist()))     # one wait
+    dense = {n:g for n,g in grads.items() if g.layout is torch.strided and type(g) is Tensor}
+    used = dict(zip(dense, _used([*dense.values()])))
     return {n: g if used.get(n, True) else None for n,g in grads.items()}
+
+def _used(grads):
+    "Has each a bit that is set? On a GPU, where each kernel takes long to start: a value other than 0?"
+    if not grads: return []
+    bits = lambda g: g.resolve_conj().resolve_neg().reshape(-1).view(torch.uint8)
+    together = all(g.is_cuda and g.is_floating_point() and g.numel() for g in grads)
+    res = torch._foreach_norm(grads, inf) if together else [bits(g).any() for g in grads]
+    return torch.stack([o.to(res[0].device) for o in res]).tolist()     # one wait
 
 @torch.no_grad()
 def load_model_state(
@@ -202,9 +210,22 @@ def _recorder_state(rec):
     "Losses, learning rates and metrics; metrics that gather values now are stored elsewhere"
     losses,lrs = (vars(rec).get(o, []) for o in ('losses','lrs'))
     metrics = _metrics(rec)[:2 if _gathering(rec.learn) else None]
-    losses = torch.stack([o.detach().cpu() for o in losses]) if losses else None
-    return dict(losses=losses, lrs=torch.tensor(lrs, dtype=torch.float64),
+    return dict(losses=_stacked(rec, losses), lrs=torch.tensor(lrs, dtype=torch.float64),
                 metrics=[_small(attributes(m)) for m in metrics])
+
+_stacks = WeakKeyDictionary()      # losses of a recorder that were stacked, and the tensors
+
+def _stacked(rec, losses):
+    "`losses` as tensors, each of one device, and none is waited for. Only new losses are stacked"
+    old,parts = _stacks.get(rec, ([], []))
+    if len(old)>len(losses) or not all(map(is_, old, losses)): old,parts = [],[]
+    parts = list(parts)
+    for device,new in groupby((o.detach() for o in losses[len(old):]), attrgetter('device')):
+        new = torch.stack([*new])
+        if parts and parts[-1].device==device: parts[-1] = torch.cat([parts[-1], new])
+        else: parts.append(new)
+    _stacks[rec] = list(losses),parts
+    return parts
 
 def _small(attributes): return {k:v for k,v in attributes.items() if _size(v)<1000}
 
@@ -214,7 +235,8 @@ def _size(o):
 
 def _load_recorder_state(rec, state):
     losses,lrs = state['losses'],state['lrs']
-    vars(rec).setdefault('losses', [])[:] = [] if losses is None else losses.unbind()
+    if not isinstance(losses, list): losses = [] if losses is None else [losses]      # of an older version
+    vars(rec).setdefault('losses', [])[:] = [o for same in losses for o in same.cpu().unbind()]
     vars(rec).setdefault('lrs', [])[:] = lrs.tolist()
     for m,s in zip(_metrics(rec), state['metrics']): set_attributes(m, s)
 

@@ -61,7 +61,8 @@ def set_hypers(
     hypers:list # One dict for each parameter group
 ):
     "Set the hyper-parameters of `opt`, such as the learning rate"
-    for k in hypers[0]: opt.set_hyper(k, [h[k] for h in hypers])
+    known = getattr(opt, 'bwd_map', hypers[0])      # an optimizer may have added notes of its own to its groups
+    for k in [k for k in hypers[0] if k in known]: opt.set_hyper(k, [h[k] for h in hypers])
 
 # %% ../../nbs/base/step.ipynb #6fd2c080
 class StepNumbers:

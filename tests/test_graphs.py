@@ -1,0 +1,394 @@
+"""`Graphs` gives the numbers of a fit without it
+
+Where there is no CUDA, each test runs with two stand-ins: the package's own, which calls the function again,
+and a strict one (`graph_tape`), which runs no Python of the model in a replay."""
+import gc
+import random
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import fastai.callback.training as fastais
+from crash import CPUMixedPrecision
+from fastai.callback.core import (Callback, CancelBackwardException, CancelBatchException,
+                                  CancelStepException, CancelTrainException)
+from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.mixup import MixUp
+from fastai.callback.rnn import rnn_cbs
+from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
+from fastai.learner import Learner, Recorder, load_learner
+from fastai.losses import CrossEntropyLossFlat
+from fastai.optimizer import Adam, OptimWrapper
+from fastai.torch_core import default_device, set_seed
+from fastcore.imports import noop
+from graph_tape import Tape
+from torch import Tensor, nn, tensor
+from torch.utils._pytree import tree_flatten
+
+import fastai_callbacks_ext.graphs as graphs
+from fastai_callbacks_ext.all import (AWP, EMA, SAM, FastLoop, GradientAccumulation, GradientClip, MicroBatch,
+                                      SkipNonFinite)
+from fastai_callbacks_ext.base.graph import CallsAgain
+from fastai_callbacks_ext.graphs import Graphs
+from fastai_callbacks_ext.test_utils import digits_learner, text_learner
+
+pytestmark = pytest.mark.parametrize('backend', ['calls again', 'tape'], indirect=True)
+
+@pytest.fixture(autouse=True)
+def backend(request, monkeypatch):
+    monkeypatch.setattr(graphs, 'CallsAgain', Tape if request.param=='tape' else CallsAgain)
+    # a forward pass of oneDNN's LSTM writes what its backward pass needs only where autograd looks
+    with torch.backends.mkldnn.flags(enabled=False): yield request.param
+
+class Net(nn.Module):
+    "Dropout and batch norm; in each forward pass, `own` is called with the module"
+    def __init__(self, own=noop):
+        super().__init__()
+        self.body,self.head = nn.Sequential(nn.Flatten(), nn.Linear(64, 16)),nn.Linear(16, 10)
+        self.bn,self.drop,self.n,self.h,self.own = nn.BatchNorm1d(16),nn.Dropout(.3),0,torch.zeros(16),own
+    def forward(self, x):
+        h = self.drop(F.relu(self.bn(self.body(x))))
+        res = self.own(self, h)
+        return self.head(h if res is None or res is self else res)
+
+class Look(Callback):
+    "What the batches of training give"
+    order = 70
+    def before_fit(self): self.seen,self.kept = [],[]
+    def after_batch(self):
+        if not self.training: return
+        self.seen.append((self.learn.loss.item(), self.learn.pred.detach().clone()))
+        self.kept.append((self.learn.loss, self.learn.pred))
+
+def learner(cbs=(), model=None, seed=0, n=120, bs=20, **kwargs):
+    set_seed(seed)
+    return digits_learner(list(cbs), model=(model or Net)(), n=n, bs=bs, **kwargs)
+
+def fit(learn, n=2, f=None):
+    set_seed(1)
+    with learn.no_bar(), learn.no_logging(): (f or (lambda o: o.fit(n)))(learn)
+    return learn
+
+def state(learn):
+    "Weights, statistics, and what the optimizer keeps"
+    leaves = [o for d in (learn.model, learn.opt) for o in tree_flatten(d.state_dict())[0]]
+    return [o for o in leaves if isinstance(o, Tensor)]
+
+def agree(a, b):
+    "To the last bit; on a GPU, kernels may be others"
+    if a.device.type!='cpu': return torch.allclose(a.float(), b.float(), rtol=1e-3, atol=1e-4)
+    return torch.equal(a, b)
+
+def check(make, cbs=list, n=2, f=None, least=1, said='without CUDA', loop=FastLoop, **kwargs):
+    "A fit with `Graphs` is the fit without it; some batches were replayed"
+    g = Graphs()
+    a = fit(make([*cbs(), Look()], **kwargs), n, f)
+    b = fit(make([*cbs(), Look(), *([loop()] if loop else ()), g], **kwargs), n, f)
+    assert all(map(agree, state(a), state(b)))
+    assert len(a.look.seen)==len(b.look.seen)
+    for (x,p),(y,q) in zip(a.look.seen, b.look.seen): assert agree(p, q) and agree(tensor(x), tensor(y))
+    for (x,p),(y,q) in zip(b.look.seen, b.look.kept):      # nobody's tensors were overwritten
+        assert x==y.item() and torch.equal(p, q)
+    assert g.replayed>=least, (g.replayed, g.records)
+    assert all(said in str(r) or 'without CUDA' in str(r) for r in g.records), g.records
+    assert type(b) is Learner and not g._parts and g._backend is None
+    return b,g
+
+class OnPred(Callback):
+    def after_pred(self): self.learn.pred = self.pred*1.5
+class OnLoss(Callback):
+    def after_loss(self): self.learn.loss_grad = self.learn.loss_grad + self.pred.pow(2).mean()*.1
+class OnPenalty(Callback):
+    def after_loss(self): self.learn.loss_grad = self.learn.loss_grad + self.model.head.weight.pow(2).sum()*.1
+class InPlace(Callback):
+    def after_loss(self): self.learn.loss_grad /= 3
+class OnBackward(Callback):
+    def before_backward(self): self.learn.loss_grad = self.learn.loss_grad*.5
+class Sometimes(Callback):
+    "In some batches a penalty on the predictions, in others none"
+    def after_loss(self):
+        if self.learn.iter%2: self.learn.loss_grad = self.learn.loss_grad + self.pred.pow(2).mean()
+class OtherGrads(Callback):
+    "Puts other tensors in the place of gradients, before they are computed"
+    def before_backward(self):
+        for p in self.model.parameters(): p.grad = torch.full_like(p, .1) if p.grad is None else p.grad+.1
+class OnGrads(Callback):
+    def after_backward(self):
+        for p in self.model.parameters():
+            if p.grad is not None: p.grad *= .5
+class Skips(Callback):
+    "Cancels at some event in some batches"
+    order = 5
+    def __init__(self, event, e): self.event,self.e = event,e
+    def __call__(self, event_name):
+        if event_name==self.event and self.training and self.learn.iter==4: raise self.e()
+
+wrapped = partial(OptimWrapper, opt=torch.optim.AdamW)
+smooth = CrossEntropyLossFlat()
+CASES = dict(
+    nothing=list, on_pred=lambda: [OnPred()], on_loss=lambda: [OnLoss()], penalty=lambda: [OnPenalty()],
+    in_place=lambda: [InPlace()],
+    on_backward=lambda: [OnBackward()], after_backward=lambda: [OnGrads()], clip=lambda: [GradientClip(.1)],
+    fastais_clip=lambda: [fastais.GradientClip(.1)], accumulation=lambda: [GradientAccumulation(64)],
+    mixup=lambda: [MixUp()],
+    fastais_accumulation=lambda: [fastais.GradientAccumulation(64)], ema=lambda: [EMA()], sam=lambda: [SAM()],
+    sometimes=lambda: [Sometimes()], other_grads=lambda: [OtherGrads()], awp=lambda: [AWP(share=.5)],
+    fastais_precision=lambda: [MixedPrecision()], precision=lambda: [CPUMixedPrecision()],
+    precision_pred=lambda: [CPUMixedPrecision(), OnPred()], precision_loss=lambda: [CPUMixedPrecision(), OnLoss()],
+    precision_in_windows=lambda: [CPUMixedPrecision(), GradientAccumulation(60)],
+    skip_non_finite=lambda: [SkipNonFinite()], 
+    cancel_batch=lambda: [Skips('before_batch', CancelBatchException)],
+    cancel_step=lambda: [Skips('before_step', CancelStepException)],
+    cancel_backward=lambda: [Skips('before_backward', CancelBackwardException)],
+    cancel_train=lambda: [Skips('after_batch', CancelTrainException)])
+
+@pytest.mark.parametrize('opt_func', [Adam, wrapped], ids=['fastai', 'torch'])
+@pytest.mark.parametrize('name', CASES)
+def test_the_numbers_of_a_fit_without_it(name, opt_func):
+    check(learner, CASES[name], opt_func=opt_func, loss_func=smooth, loop=None if len(name)%2 else FastLoop)
+
+class Two(nn.Module):
+    "Two inputs, two outputs"
+    def __init__(self):
+        super().__init__()
+        self.a,self.b,self.unused = nn.Linear(6, 4),nn.Linear(3, 4),nn.Linear(2, 2)
+    def forward(self, x, y): return (self.a(x)*self.b(y), None, self.a(x).detach())
+
+def tabular(cbs=(), n=50, **kwargs):
+    set_seed(0)
+    g = torch.Generator().manual_seed(0)
+    xs = [torch.randn(n, k, generator=g) for k in (6, 3, 4)]
+    ds = torch.utils.data.TensorDataset(*xs)
+    dls = DataLoaders(*[DataLoader(ds, 8) for _ in range(2)], device=default_device())
+    dls.n_inp = 2
+    res = Learner(dls, Two(), loss_func=lambda p,y: F.mse_loss(p[0], y), cbs=list(cbs), **kwargs)
+    res.model.to(dls.device)
+    return res
+
+def test_several_inputs_and_outputs_and_a_smaller_last_batch():
+    class Pred(Callback):
+        order = 60
+        def after_batch(self):
+            if self.training: assert self.pred[1] is None and self.pred[0].shape==self.pred[2].shape
+    def make(cbs, **kwargs):
+        cbs = [c for c in cbs if not isinstance(c, Look)]
+        return tabular([*cbs, Pred()], **kwargs)
+    for opt_func in (Adam, wrapped):
+        a,g = fit(make([], opt_func=opt_func), 3),Graphs()
+        b = fit(make([g], opt_func=opt_func), 3)
+        assert all(map(agree, state(a), state(b))) and g.replayed==15
+        assert b.model.unused.weight.grad is None
+
+class Sizes:
+    "Batches of several shapes"
+    def __init__(self, sizes): self.sizes,self.device,self.bs,self.dataset = sizes,default_device(),None,sizes
+    def __len__(self): return len(self.sizes)
+    def to(self, device): return self
+    def __iter__(self):
+        g = torch.Generator().manual_seed(0)
+        for n in self.sizes:
+            x,y = torch.randn(n, 64, generator=g),torch.randint(0, 10, (n,), generator=g)
+            yield x.to(self.device),y.to(self.device)
+
+def of_sizes(sizes):
+    def make(cbs, **kwargs):
+        set_seed(0)
+        dls,model = DataLoaders(Sizes(sizes), Sizes(sizes[:2])),Net().to(default_device())
+        return Learner(dls, model, loss_func=smooth, cbs=cbs, **kwargs)
+    return make
+
+def test_shapes_that_come_again_are_replayed_and_others_are_not():
+    _,g = check(of_sizes([4,6]*5+[7,9]), n=1, least=4)
+    assert g.replayed==4
+    a = fit(of_sizes([4,6,8]*5)([]), 1)
+    b = fit(of_sizes([4,6,8]*5)([g := Graphs(max_shapes=2)]), 1)
+    assert g.replayed==4 and all(map(agree, state(a), state(b)))
+    assert [r.why for r in g.records if 'CUDA' not in r.what]==['2 shapes have a graph, which is max_shapes']
+
+def test_rnn_state_and_regularizer():
+    for cbs in (rnn_cbs, partial(rnn_cbs, 2, 1)):
+        a = fit(text_learner([*cbs()], n=4000))
+        b = fit(text_learner([*cbs(), g := Graphs()], n=4000))
+        assert all(map(agree, state(a), state(b)))
+        assert a.recorder.values==b.recorder.values or default_device().type!='cpu'
+        assert g.replayed>=18
+        assert all(h.grad_fn is None for pair in b.model[0].hidden for h in pair)
+
+def test_frozen_groups_change():
+    def make(cbs, **kw):
+        groups = lambda m: [[*m.body.parameters(), *m.bn.parameters()], [*m.head.parameters()]]
+        return learner(cbs, splitter=groups, **kw)
+    class Thaw(Callback):
+        def before_batch(self):
+            if self.training and self.train_iter==8: self.learn.unfreeze()
+    check(make, n=2, f=lambda o: o.fine_tune(2, freeze_epochs=2))
+    check(make, lambda: [Thaw()], n=4, f=lambda o: (o.freeze(), o.fit(4)))
+
+class Each(Callback):
+    "Calls `f` with the learner before each training batch"
+    order = -60
+    def __init__(self, f): self.f = f
+    def before_batch(self):
+        if self.training: self.f(self.learn)
+
+def swap(learn):
+    if learn.train_iter==7: learn.model.head.weight.data = learn.model.head.weight.data.clone()*2
+def other_p(learn):
+    if learn.train_iter==9: learn.model.drop.p = .6
+def new_head(learn):
+    if learn.train_iter==9: learn.model.drop = nn.Dropout(.5)
+def freeze_bn(learn):
+    if learn.train_iter>8: learn.model.bn.eval()
+def other_loss(learn):
+    if learn.train_iter==8: learn.loss_func = CrossEntropyLossFlat(label_smoothing=.2)
+def hook(learn):
+    if learn.train_iter in (7, 8): learn.handle = learn.model.body.register_forward_hook(lambda m,x,y: y*2)
+    elif 'handle' in vars(learn): vars(learn).pop('handle').remove()
+def grad_hook(learn):
+    if learn.train_iter==8: learn.model.head.weight.register_hook(lambda g: g*2)
+CHANGES = swap,other_p,new_head,freeze_bn,other_loss,hook,grad_hook
+@pytest.mark.parametrize('change', CHANGES, ids=lambda f: f.__name__)
+def test_what_a_capture_takes_for_granted_may_change(change):
+    check(learner, lambda: [Each(change)], n=4, least=2, said='hooked')
+
+def count(m, h): m.n += 1
+def coin(m, h):
+    if random.random()<.5: return h*2
+def numpys(m, h): return h*float(np.random.rand())
+def grows(m, h): m.n = (*(m.n or ()), 1)
+@pytest.mark.parametrize('own,why', [(count, 'attribute n'), (coin, 'random numbers'),
+                                     (numpys, 'random numbers'), (grows, 'attribute n')])
+def test_python_state_is_found_and_left_alone(own, why):
+    check(learner, model=partial(Net, own), least=0, said=why)
+    g = Graphs()
+    fit(learner([g], model=partial(Net, own)))
+    assert g.replayed==0 and sum(why in r.why for r in g.records)==1
+
+def moves(m, h):
+    m.h = (m.h.to(h.device)*.9+h.detach().mean(0)).clone()
+    return h+m.h
+def test_tensors_that_a_model_replaces_are_passed_on():
+    _,g = check(learner, model=partial(Net, moves), least=5)
+
+class Draws(Callback):
+    def before_batch(self): self.scale = random.random()
+    def before_fit(self): self.learn.loss_func,self.old = self.loss,self.learn.loss_func
+    def after_fit(self): self.learn.loss_func = self.old
+    def loss(self, p, y, **kw): return F.cross_entropy(p, y)*self.scale
+def test_a_loss_with_surroundings_is_computed_as_usual():
+    check(learner, lambda: [Draws()], least=5)
+    alpha = [1.]
+    def around(p, y): return F.cross_entropy(p, y)*alpha[0]
+    check(learner, lambda: [Each(lambda l: alpha.__setitem__(0, 1.+l.train_iter))], loss_func=around, least=5)
+
+FACTOR = 1.
+def reads_global(p, y): return F.cross_entropy(p, y)*FACTOR
+def test_a_number_that_the_loss_reads_may_change():
+    def change(learn):
+        global FACTOR
+        FACTOR = 1.+learn.train_iter//6
+    check(learner, lambda: [Each(change)], loss_func=reads_global, n=4, least=2)
+
+class Asks(Callback):
+    "Asks for a gradient of its own"
+    def after_loss(self):
+        if not self.training: return
+        self.g, = torch.autograd.grad(self.learn.loss_grad, [self.model.head.weight], retain_graph=True)
+    def after_backward(self): self.model.head.weight.grad += self.g
+def test_a_callback_that_computes_gradients_itself_is_seen():
+    check(learner, lambda: [Asks()], opt_func=wrapped, least=0, said='gradients of its own')
+
+@pytest.mark.parametrize('error', [KeyboardInterrupt, ValueError])
+def test_any_end_leaves_nothing(error):
+    class Stop(Callback):
+        def after_batch(self):
+            if self.training and self.train_iter==n: raise error('stop')
+    for n in (2, 5):
+        learn = learner([g := Graphs(), Stop()])
+        with pytest.raises(error): fit(learn)
+        assert type(learn) is Learner and not g._parts and g._backend is None
+        gc.collect()
+        learn.remove_cb(Stop)
+        fit(learn)
+        assert g.replayed>0
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='has real failures')
+def test_a_failed_capture_changes_nothing(monkeypatch):
+    class Fails(Tape):
+        def capture(self, f):
+            super().capture(f)
+            raise RuntimeError('operation not permitted\nwhen stream is capturing')
+    monkeypatch.setattr(graphs, 'CallsAgain', Fails)
+    for opt_func in (Adam, wrapped):
+        _,g = check(learner, opt_func=opt_func, least=0, said='RuntimeError: operation not permitted')
+        assert g.replayed==0 and len(g.records)==2
+
+def waits(m, h): return h*(2. if h.sum().item()>0 else 1.)
+def chooses(m, h): return h+h[h>0].sum()*0
+@pytest.mark.parametrize('own', [waits, chooses])
+def test_waiting_for_the_device_is_left_alone(own, backend):
+    if backend=='calls again' and not torch.cuda.is_available(): return     # there is nothing to wait for
+    check(learner, model=partial(Net, own), least=0, said='wait')
+    fit(learner([g := Graphs()], model=partial(Net, own)))
+    assert g.replayed==0
+
+class Out:
+    def __init__(self, y): self.y = y
+class Wrapped(Net):
+    def forward(self, x): return Out(super().forward(x))
+class Words(Net):
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(17, 10, sparse=True)
+    def forward(self, x):
+        return super().forward(x)+self.words(x.flatten(1)[:,:3].abs().mul(16).long().clamp(max=16)).sum(1)
+def test_what_has_no_fixed_place_is_left_alone():
+    inside = lambda o,y: F.cross_entropy(o.y, y)
+    for model,loss,why in ((Wrapped, inside, 'returns a Out'), (Words, smooth, 'is sparse')):
+        make = partial(learner, model=model, loss_func=loss, metrics=[],
+                       opt_func=partial(OptimWrapper, opt=torch.optim.SGD))
+        a,b = fit(make()),fit(make([g := Graphs()]))
+        assert g.replayed==0 and why in g.records[-1].why and all(map(agree, state(a), state(b)))
+
+def test_only_a_real_fit():
+    learn = learner([g := Graphs()])
+    fit(learn)
+    n = g.replayed
+    learn.validate()
+    learn.get_preds()
+    with learn.no_bar(): learn.lr_find(show_plot=False, num_it=10)
+    assert g.replayed==n and type(learn) is Learner
+    assert fit(learn) and g.replayed==n
+
+def test_taken_off_in_mid_fit():
+    class Off(Callback):
+        def after_batch(self):
+            if self.training and self.train_iter==6: self.learn.remove_cb(Graphs)
+    a,b = fit(learner()),fit(learner([g := Graphs(), Off()]))
+    assert type(b) is Learner and all(map(agree, state(a), state(b)))
+
+def test_beside_a_callback_that_does_the_batches():
+    _,g = check(learner, lambda: [MicroBatch(size=16)], least=0, said='does the batches itself')
+
+def test_own_loops_are_left_alone():
+    class Own(Learner):
+        def _do_one_batch(self): super()._do_one_batch()
+    learn = learner()
+    learn.__class__ = Own
+    learn.add_cb(g := Graphs())
+    fit(learn)
+    assert g.replayed==0 and '_do_one_batch' in g.records[-1].why
+
+@pytest.mark.parametrize('kwargs', [dict(warmup=0), dict(warmup=1.5), dict(max_shapes=0), dict(warmup=True)])
+def test_bad_arguments(kwargs):
+    with pytest.raises((ValueError, TypeError), match=next(iter(kwargs))): Graphs(**kwargs)
+
+def test_a_copy_and_an_export(tmp_path):
+    learn = learner([Graphs()], loss_func=smooth)
+    learn.path = tmp_path
+    fit(learn)
+    learn.export('o.pkl')
+    assert load_learner(tmp_path/'o.pkl').graphs.warmup==3
