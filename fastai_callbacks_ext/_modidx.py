@@ -2251,6 +2251,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'fastai_callbacks_ext/base/step.py'),
                                                 'fastai_callbacks_ext.base.step._still_lazy': ( 'base/step.html#_still_lazy',
                                                                                                 'fastai_callbacks_ext/base/step.py'),
+                                                'fastai_callbacks_ext.base.step._type': ( 'base/step.html#_type',
+                                                                                          'fastai_callbacks_ext/base/step.py'),
                                                 'fastai_callbacks_ext.base.step.all_finite': ( 'base/step.html#all_finite',
                                                                                                'fastai_callbacks_ext/base/step.py'),
                                                 'fastai_callbacks_ext.base.step.generators': ( 'base/step.html#generators',

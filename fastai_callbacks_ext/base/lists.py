@@ -62,7 +62,8 @@ class Rows:
         blocks:list # The tensors of their `blocks`, changed
     ):
         "Copy what has changed in a stack to its tensors"
-        for places,o in zip(self.groups, blocks): torch._foreach_copy_([tensors[i] for i in places], o.unbind())
+        for places,o in zip(self.groups, blocks):
+            torch._foreach_copy_([tensors[i] for i in places], o.unbind())
 
 def _rows_of(tensors):
     few = len(tensors)<2*_fewest or not tensors[0].is_cpu
