@@ -16,12 +16,14 @@ from fastai.callback.core import CancelStepException
 from fastcore.basics import patch
 from fastcore.foundation import L
 from torch import Tensor
+from torch._utils import _unflatten_dense_tensors
 from .base.core import ExtCallback, check_number, check_type
 from .base.grads import (grad_numbers, multiply_, numbers_behind, step_grads, total_norm,
                                              with_grad)
 from .base.model import unwrap_model
 from .base.names import fits_name
-from .base.lists import Rows, copy_finite_, means_of_rest, opt_params
+from .base.lists import (Rows, any_sparse, copy_finite_, grad_lists, opt_params,
+                                             subtract_means_)
 from .base.step import step_numbers
 from .base.twopass import MovesWeights
 
@@ -66,7 +68,7 @@ class GradientClip(ExtCallback):
     def before_step(self):
         "Clip the gradient if it is too long; skip the step if it is NaN or infinite"
         try: self._look()
-        finally: self._units = self._ratios = self._rows = None     # they would keep the gradients' memory
+        finally: self._grads = self._units = self._ratios = self._rows = None   # they would keep gradients
 
     def _look(self):
         norm = self._norm()
@@ -120,13 +122,14 @@ def _largest_ratio(self:GradientClip):
     "The largest ratio of gradient to weights, of all units; the ratios are kept for `_clip`"
     params = [p for p in with_grad(self.opt) if id(p) not in self._excluded]
     if not params: return 0.
-    self._units = [grad_numbers(p) for p in params]
-    self._rows = Rows(self._units)
-    weights = [numbers_behind(p) for p in params]
-    self._ratios,weights = (self._rows.each(unit_norm, ts) for ts in (self._units, weights))
+    self._grads = [grad_numbers(p) for p in params]
+    self._rows = Rows(self._grads)
+    units,behind = map(self._rows.blocks, (self._grads, [numbers_behind(p) for p in params]))
+    norms,weights = ([unit_norm(*o) for o in blocks] for blocks in (units, behind))
     torch._foreach_clamp_min_(weights, 1e-3)    # else weights that start at 0 could never move
-    torch._foreach_div_(self._ratios, weights)
-    return total_norm(self._ratios, inf).item()
+    torch._foreach_div_(norms, weights)
+    self._units,self._ratios = [t for t,_ in units],norms
+    return total_norm(norms, inf).item()
 
 @patch
 def _clip(self:GradientClip, limit, norm):
@@ -137,7 +140,8 @@ def _clip(self:GradientClip, limit, norm):
     elif self.by=='adaptive':
         torch._foreach_div_(self._ratios, limit)
         torch._foreach_clamp_min_(self._ratios, 1.)
-        torch._foreach_div_(self._units, self._rows.apart(self._ratios))
+        torch._foreach_div_(self._units, self._ratios)
+        self._rows.put_back(self._grads, self._units)
     else: multiply_(step_grads(self.opt), limit/norm)
 
 # %% ../nbs/10_gradients.ipynb #921f9a6c
@@ -191,7 +195,7 @@ class GradientCentralization(ExtCallback):
     def before_step(self):
         "Subtract the means"
         grads = [g for g in step_grads(self.opt) if g.ndim>=self.least and g.numel()>len(g)]
-        if grads: torch._foreach_sub_(grads, means_of_rest(grads))
+        subtract_means_(grads)
 
 # %% ../nbs/10_gradients.ipynb #151874a5
 class GradientNoise(ExtCallback):
@@ -215,14 +219,16 @@ class GradientNoise(ExtCallback):
 
     def before_step(self):
         "Add the noise"
-        params = with_grad(self.opt)
-        if not params: return
-        for p in params:
-            if p.grad.is_sparse: p.grad = p.grad.to_dense()
+        params,grads,_ = grad_lists(self.opt)
+        if any_sparse(grads):
+            for p in params:
+                if p.grad.is_sparse: p.grad = p.grad.to_dense()
         grads = step_grads(self.opt, real=True)
+        if not grads: return
         generator = torch.Generator(grads[0].device).manual_seed(1_000_003*self.seed+self._t)
-        noise = torch.randn(sum(g.numel() for g in grads), generator=generator, device=grads[0].device)
-        parts = [o.view(g.shape).to(g) for o,g in zip(noise.split([g.numel() for g in grads]), grads)]
+        noise = torch.randn(sum(map(Tensor.numel, grads)), generator=generator, device=grads[0].device)
+        parts = _unflatten_dense_tensors(noise, grads)      # views of `noise`, in the shapes of `grads`
+        if any(g.dtype!=noise.dtype for g in grads): parts = [o.to(g) for o,g in zip(parts, grads)]
         torch._foreach_add_(grads, parts, alpha=(self.eta/(1+self._t)**self.gamma)**0.5)
         self._t += 1
 

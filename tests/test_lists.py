@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import nn
 import fastai_callbacks_ext.all as ext
 from fastai_callbacks_ext.base.grads import step_grads, with_grad
-from fastai_callbacks_ext.base.lists import (Rows, copies, copy_finite_, grad_lists, means_of_rest, norms,
-                                             norms_in_one, opt_params)
+from fastai_callbacks_ext.base.lists import (Rows, copies, copy_finite_, grad_lists, norms, norms_in_one,
+                                             opt_params, subtract_means_)
 from fastai_callbacks_ext.base.step import StepNumbers, _NumpyState, all_finite
 from fastai_callbacks_ext.gradients import unit_norm
 
@@ -116,10 +116,13 @@ def test_rows_have_the_bits_of_single_tensors(dtype):
         assert torch.equal(norms_in_one(ts, p), want) and torch.equal(norms_in_one(ts, p, Rows(ts)), want)
         assert torch.equal(torch.stack(norms(ts, p)), want)
     deep = [t for t in ts if t.ndim>1]
-    for a,t in zip(means_of_rest(deep), deep):
-        assert torch.equal(a, t.mean(tuple(range(1, t.ndim)), keepdim=True))
+    subtract_means_(less := copies(deep))
+    for a,t in zip(less, deep): assert torch.equal(a, t-t.mean(tuple(range(1, t.ndim)), keepdim=True))
     rows = Rows(ts)
-    for a,t in zip(rows.apart(rows.each(unit_norm, ts)), ts): assert torch.equal(a, unit_norm(t))
+    scaled = [t/unit_norm(t, n) for t,n in rows.blocks(ts)]
+    rows.put_back(found := copies(ts), scaled)
+    for i in rows.others: found[i] = ts[i]/unit_norm(ts[i])
+    for a,t in zip(found, ts): assert torch.equal(a.to(dtype), (t/unit_norm(t)).to(dtype))
     assert all(map(torch.equal, copies(ts), ts))
 
 def test_numbers_in_half_precision_do_not_overflow_in_rows_that_were_found_in_float32():

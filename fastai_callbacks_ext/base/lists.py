@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['are_same', 'Rows', 'norms', 'stacked', 'norms_in_one', 'opt_params', 'grad_lists', 'any_sparse', 'as_factor',
-           'copies', 'copy_finite_', 'means_of_rest']
+           'copies', 'copy_finite_', 'subtract_means_']
 
 # %% ../../nbs/base/lists.ipynb #lists-005
 from collections.abc import Callable
@@ -50,25 +50,24 @@ class Rows:
         "Each group as one tensor"
         return [torch.stack([tensors[i] for i in o]) for o in self.groups]
 
-    def each(self,
-        f:Callable, # Called with tensors, one from each list; and 1 if they are stacks, else 0
-        *lists:list # As many tensors as there were
-    )->list: # Of each stack, and of each other tensor
-        "Results of `f`; to be passed to `apart`"
-        stacks = [f(*o, 1) for o in zip(*map(self.stacks, lists))]
-        return stacks + [f(*(ts[i] for ts in lists), 0) for i in self.others]
+    def blocks(self,
+        tensors:list # As many tensors as there were
+    )->list: # Of pairs
+        "Each group as one tensor, with 1; each other tensor as it is, with 0"
+        return [(t, 1) for t in self.stacks(tensors)] + [(tensors[i], 0) for i in self.others]
 
-    def apart(self,
-        results:list # From `each`
-    )->list: # One for each of the tensors, in their order
-        "Take the results for stacks apart"
-        n,res = len(self.groups),[None]*len(self.order)
-        for places,o in zip(self.groups, results):
-            for i,t in zip(places, o.unbind()): res[i] = t
-        for i,o in zip(self.others, results[n:]): res[i] = o
-        return res
+    @torch.no_grad()
+    def put_back(self,
+        tensors:list, # Tensors
+        blocks:list # The tensors of their `blocks`, changed
+    ):
+        "Copy what has changed in a stack to its tensors"
+        for places,o in zip(self.groups, blocks):
+            torch._foreach_copy_([tensors[i] for i in places], o.unbind())
 
-def _rows_of(tensors): return Rows(tensors) if len(tensors)>=2*_fewest and tensors[0].is_cpu else None
+def _rows_of(tensors):
+    few = len(tensors)<2*_fewest or not tensors[0].is_cpu
+    return None if few else Rows(tensors)
 
 # %% ../../nbs/base/lists.ipynb #lists-009
 def norms(
@@ -176,12 +175,15 @@ def copy_finite_(
         parts = torch.where(flat.isfinite(), flat, was).split([t.numel() for t in news])
         torch._foreach_copy_(list(olds), [o.view(t.shape) for o,t in zip(parts, news)])
 
-def means_of_rest(
-    tensors:list, # Tensors of two dimensions or more
-    rows:Rows=None # Their `Rows`; None finds them
-)->list: # Tensors of the same number of dimensions
-    "The mean of each tensor over all dimensions but the first"
+@torch.no_grad()
+def subtract_means_(
+    tensors:list # Tensors of two dimensions or more
+):
+    "Subtract from each tensor its mean over all dimensions but the first, in place"
     mean = lambda t,n=0: t.mean(tuple(range(n+1, t.ndim)), keepdim=True)
-    rows = rows or _rows_of(tensors)
-    return rows.apart(rows.each(mean, tensors)) if rows else list(map(mean, tensors))
+    if not tensors: return
+    if (rows := _rows_of(tensors)) is None: return torch._foreach_sub_(tensors, list(map(mean, tensors)))
+    blocks = rows.blocks(tensors)
+    torch._foreach_sub_([t for t,_ in blocks], [mean(*o) for o in blocks])
+    rows.put_back(tensors, [t for t,_ in blocks])
 

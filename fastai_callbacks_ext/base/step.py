@@ -12,6 +12,7 @@ from ctypes import string_at
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Sequence
 from enum import Enum
+from itertools import accumulate, pairwise
 from functools import partial
 from math import hypot, inf, isfinite
 from pathlib import PurePath
@@ -192,32 +193,39 @@ def overlaps(
     "Do elements of `t` share memory, as in `torch.ones(1).expand(5)`? Nothing can be copied into such a one"
     return t.layout is torch.strided and torch._debug_has_internal_overlap(t)==1
 
-def _copy_all(targets, sources):
-    "Copy in few calls, unseen by autograd. Returns the error of each that cannot be copied, by its place"
-    targets,sources,failed = [t.data for t in targets],[t.detach() for t in sources],{}
-    try: torch._foreach_copy_(targets, sources)
-    except (RuntimeError, NotImplementedError, TypeError):
-        for i,(t,s) in enumerate(zip(targets, sources)):
-            try: t.copy_(s)
-            except Exception as e: failed[i] = e
+@torch.no_grad()
+def _copy_all(targets, sources, parts):
+    "Copy each of `parts` in one call. Returns the error of each tensor that cannot be copied, by its place"
+    failed = {}
+    for part in parts:
+        try: torch._foreach_copy_(targets[part], sources[part])
+        except (RuntimeError, NotImplementedError, TypeError):
+            for i in range(part.start, part.stop):
+                try: targets[i].copy_(sources[i])
+                except Exception as e: failed[i] = e
     return failed
+
+def _type(t): return str(t.dtype)     # on a GPU, one call copies tensors of one type quickly
 
 class _Copies:
     "Copies of tensors. The memory is used again as long as the tensors are the same"
-    def __init__(self): self.tensors,self.copied,self.copies,self.failed,self.shapes = [],[],[],[],[]
+    def __init__(self):
+        self.tensors,self.copied,self.copies,self.failed,self.shapes,self.parts = [],[],[],[],[],[]
 
     def keep(self, tensors):
         "Copy `tensors`"
         if not tensors and not self.tensors: return
         same = are_same(tensors, self.tensors) and self.shapes==[t.shape for t in self.copied]
-        if same and not _copy_all(self.copies, self.copied): return
+        if same and not _copy_all(self.copies, self.copied, self.parts): return
         self.tensors,self.copied,self.copies,self.failed = tensors,[],[],[]
-        for t in tensors:
+        for t in sorted(tensors, key=_type):
             if overlaps(t): continue
             try: self.copies.append(t.detach().clone())
             except Exception as e: self.failed.append((t, e))
             else: self.copied.append(t)
         self.shapes = [t.shape for t in self.copies]
+        ends = accumulate(Counter(map(_type, self.copies)).values())
+        self.parts = [slice(*o) for o in pairwise([0, *ends])]
 
     def _resized(self): return [o for o in zip(self.copied, self.copies) if o[0].shape!=o[1].shape]
 
@@ -225,7 +233,8 @@ class _Copies:
         "Copy the values back. Returns the tensors for which that fails, with the error"
         for t,c in self._resized():
             t.data = t.data.resize_(c.shape) if c.layout is torch.strided else c.clone()
-        failed = _copy_all(self.copied, self.copies) if self.copies else {}
+        # `data`: unseen by autograd
+        failed = _copy_all([t.data for t in self.copied], self.copies, self.parts)
         return [(self.copied[i], e) for i,e in failed.items()]
 
 # %% ../../nbs/base/step.ipynb #1e772ecb
