@@ -7,19 +7,20 @@ __all__ = []
 
 # %% ../nbs/all.ipynb #728a6161
 from . import (accumulation, activations, adversarial,
-        averaging, best, checkpoint, consistency, finder, freeze,
+        averaging, batch_size, best, checkpoint, consistency, finder, freeze,
         fused, gradients, graphs, groups, items, layers, loop, memory, mixing, monitors,
         preflight, progress, report, rnn, runlog, safety, schedule_free,
         schedules, sizes, stopping, throughput, tracing, upgrades)
 # before the stars, which hide some of them
-_purposes = (accumulation, activations, adversarial, averaging, best, checkpoint, consistency, finder,
-             freeze, fused, gradients, graphs, groups, items, layers, loop, memory, mixing, monitors,
+_purposes = (accumulation, activations, adversarial, averaging, batch_size, best, checkpoint, consistency,
+             finder, freeze, fused, gradients, graphs, groups, items, layers, loop, memory, mixing, monitors,
              preflight, progress, report, rnn, runlog, safety, schedule_free, schedules, sizes, stopping,
              throughput, tracing, upgrades)
 from .accumulation import *
 from .activations import *
 from .adversarial import *
 from .averaging import *
+from .batch_size import *
 from .best import *
 from .checkpoint import *
 from .consistency import *

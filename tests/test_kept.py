@@ -48,7 +48,7 @@ def results(learn):
 CLOCK = 'TimeLimit','Throughput','RunLog','WriteReport'     # they keep times
 def states(learn):
     ours = [cb for cb in learn.cbs if isinstance(cb, ExtCallback) and type(cb).__name__ not in CLOCK]
-    drawn = 'used','best'           # a time; names of files
+    drawn = 'used','best','_run'        # a time; names of files
     return {cb.name: {k: v for k,v in plain(cb.state_dict()).items() if k not in drawn} for cb in ours}
 
 def alone(run, *looks):
@@ -161,7 +161,8 @@ def test_a_fit_in_between():
     train(Look(lambda learn: fit(learn, 3, lr=.5), at=3), Rates(), cls=ExtCallback, method='fit')
     assert rates==[(i+1, i//4, 2, .01) for i in range(8)]
 
-@pytest.mark.parametrize('find', [ext.lr_find, lambda learn, **kw: learn.lr_find(**kw)], ids=['ours','fastais'])
+FIND = dict(ours=ext.lr_find, fastais=lambda learn, **kw: learn.lr_find(**kw))
+@pytest.mark.parametrize('find', FIND.values(), ids=FIND)
 def test_a_finder_in_between(find):
     look = Look(partial(find, num_it=12, show_plot=False), at=3)
     learn = train(look, cls=of(ext.StepLimit), method='fit')

@@ -117,8 +117,8 @@ def _sender(learn):
 
 def _with_block(f):
     "Stack frame of the `with` that calls `__enter__`, which returns before the block begins"
-    def between(f): return f.f_code.co_name=='__enter__' or f.f_globals.get('__name__', '').startswith(_contexts)
-    while f is not None and between(f): f = f.f_back
+    def of_contexts(f): return f.f_globals.get('__name__', '').startswith(_contexts)
+    while f is not None and (f.f_code.co_name=='__enter__' or of_contexts(f)): f = f.f_back
     return f
 
 _contexts = 'contextlib','fastcore.'
@@ -449,14 +449,17 @@ def tell(self:ExtCallback,
     self.publish('event', asdict(record))
     return record
 
+_in_batch = _inner | {'one_batch','after_cancel_step'}
+
 def _event(learn):
-    "Name of the event that `learn` sends now; None if it sends none"
+    "Name of the event that `learn` sends now, or 'one_batch' between two of them; None outside of all"
     f = sys._getframe()
     while f := f.f_back:
-        if 'event_name' not in f.f_locals or not f.f_code.co_argcount: continue
-        first = f.f_locals.get(f.f_code.co_varnames[0])
+        if not f.f_code.co_argcount: continue
+        first,name = f.f_locals.get(f.f_code.co_varnames[0]),f.f_locals.get('event_name')
         sends = first is learn or isinstance(first, Callback) and vars(first).get('learn') is learn
-        if sends and isinstance(name := f.f_locals['event_name'], str): return name
+        if sends and isinstance(name, str): return name
+        if first is learn and f.f_code.co_name=='one_batch': return 'one_batch'
 
 def _now(cb):
     "Epoch, batch and number of training batches done; what is left of an earlier fit or pass does not count"
@@ -464,8 +467,7 @@ def _now(cb):
     if fit := waiting_fit(learn): return fit.get('epoch', 0),None,fit.get('train_iter', 0)
     if event_name=='before_fit' and cb.order<TrainEvalCallback.order: return 0,None,0
     epoch,i,iteration = (getattr(learn, o, 0) for o in ('epoch','iter','train_iter'))
-    in_batch = event_name in _inner or event_name=='after_cancel_step'
-    return epoch,i if in_batch and learn.training else None,iteration
+    return epoch,i if event_name in _in_batch and learn.training else None,iteration
 
 @patch
 def publish(self:ExtCallback,

@@ -123,9 +123,10 @@ def n_compared(
     loss_func:Callable, # Its settings count: the label to ignore
     yb:tuple # Targets
 )->int|Tensor: # A tensor if targets may be ignored
-    "Number of terms in the mean that `divergence` takes, or of items if all count alike"
+    "Number of terms in the mean that `divergence` takes; of items if all count alike"
     t = next((o for o in yb if isinstance(o, Tensor)), None)
-    if kind not in _log or len(yb)!=1 or t is None or t.is_floating_point(): return None if t is None else len(t)
+    if t is None: return None
+    if kind not in _log or len(yb)!=1 or t.is_floating_point(): return len(t)
     return (t.as_subclass(Tensor)!=_setting(loss_func, 'ignore_index', -100)).sum()
 
 def divergence(
