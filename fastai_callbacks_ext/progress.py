@@ -12,7 +12,7 @@ from functools import cache
 
 from fastai.callback import progress as fastais
 from fastai.callback.progress import ProgressCallback
-from fastcore.imports import noop
+from fastai.imports import noop     # not fastcore's: it is what `no_logging` puts in place of a logger
 from fastprogress.fastprogress import (ConsoleMasterBar, MasterBar, NBProgressBar, ProgressBar, format_time,
                                        html_progress_bar)
 from .base.core import ExtCallback

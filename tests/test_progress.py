@@ -125,6 +125,18 @@ def test_a_log_file_has_the_table_only(loop):
     assert [o[0] for o in lines]==['epoch','0','epoch','0','1']
     for f in OUTSIDE.values(): assert '\r' not in said(lambda: f(learn))
 
+QUIET = OUTSIDE | dict(our_finder=lambda l: ext.lr_find(l, show_plot=False, num_it=12))
+def quiet_fit(learn):
+    with learn.no_logging(): learn.fit(2)
+QUIET['no_logging'] = quiet_fit
+
+@pytest.mark.parametrize('to', [io.StringIO, Terminal], ids=['file','terminal'])
+@pytest.mark.parametrize('name', QUIET)
+def test_no_table_where_fastai_has_none(name, to):
+    learn = learner(ext.Progress)
+    assert 'train_loss' not in said(lambda: QUIET[name](learn), to)
+    assert 'train_loss' in said(lambda: learn.fit(1), to) and learn.logger is print
+
 @pytest.mark.parametrize('loop', [[], [ext.FastLoop]], ids=['plain','fast'])
 def test_a_terminal_shows_the_time_left_of_the_fit(loop):
     learn = learner(ext.Progress, *loop)
