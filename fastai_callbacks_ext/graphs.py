@@ -101,6 +101,10 @@ class Graphs(ExtCallback):
 # %% ../nbs/34_graphs.ipynb #graphs-010
 class _Batches(Lent):
     "A learner whose batches are replayed"
+    def _do_epoch_train(self):
+        cb,train = _of(self),super()._do_epoch_train
+        with cb._backend.aside() if cb is not None else nullcontext(): train()
+
     def _do_one_batch(self):
         cb,whole = _of(self),super()._do_one_batch
         if cb is None or not cb.run or not self.training or not len(self.yb): return whole()
@@ -132,7 +136,7 @@ def _zero_grad(opt):
 class _Kind:
     "Batches of one shape"
     def __init__(self):
-        self.n,self.doubts,self.why,self.moved = 0,0,'',{}              # batches that were watched
+        self.n,self.doubts,self.why,self.seen = 0,0,'',None             # batches that were watched
         self.part,self.hits,self.misses,self.dropped = None,0,0,0       # batches since the capture
     def close(self):
         if self.part is not None: self.part.close()
@@ -199,17 +203,16 @@ def _do(self:Graphs, learn, whole):
     if plan is not None:
         try: kind = self._kind(learn, plan)
         except Unfit as e: self._say(str(e))
-    if kind is None or kind.why: return self._as_before(whole)
+    if kind is None or kind.why: return whole()
     if kind.part is not None:
-        return self._replay(learn, kind) if kind.fits(self.warmup) else self._as_before(whole)
-    if kind.n<self.warmup:
-        kind.n += 1
-        return self._as_before(partial(self._watched, learn, kind, plan))
-    self._replay(learn, kind) if self._capture(learn, kind, plan) else self._as_before(whole)
+        return self._replay(learn, kind) if kind.fits(self.warmup) else whole()
+    if kind.n<self.warmup: return self._watched(learn, kind, plan)
+    self._replay(learn, kind) if self._capture(learn, kind, plan) else whole()
 
-@patch
-def _as_before(self:Graphs, whole):
-    with self._backend.aside(): whole()
+def _said(e):
+    if isinstance(e, Unfit): return str(e)
+    if 'legacy stream' in str(e): return 'a loss or prediction of an earlier pass is kept, with its graph'
+    return f'{type(e).__name__}: {e}'.strip().splitlines()[0]
 
 @patch
 def _capture(self:Graphs, learn, kind, plan):
@@ -220,14 +223,14 @@ def _capture(self:Graphs, learn, kind, plan):
         return False
     scales = self._table[4] if _is_mixed_precision(type(self._table[4])) else None
     learn.pred = learn.loss = learn.loss_grad = None        # they know the stream of the last batch
-    try: kind.part = Part(learn, self._backend, plan, kind.moved, self._grads, scales)
+    try: kind.part = Part(learn, self._backend, plan, kind.seen, self._grads, scales)
     except Hooked as e:         # maybe in this batch only
         kind.n,kind.dropped = 0,kind.dropped+1
         if kind.dropped>2:
             kind.why = str(e)
             self._say(kind.why)
     except Exception as e:
-        kind.why = str(e) if isinstance(e, Unfit) else f'{type(e).__name__}: {e}'.strip().splitlines()[0]
+        kind.why = _said(e)
         self._say(kind.why)
         for other in self._parts.values():      # their random generator may be another one now
             if other.part is not None: other.close(), setattr(other, 'n', 0)
@@ -251,8 +254,14 @@ def _watched(self:Graphs, learn, kind, plan):
     learn('after_loss')
     self._looking = watch
     try: learn._do_grad_opt()
-    finally: self._looking = None
-    kind.moved,why = watch.moved,watch.why or self._seen
+    finally:        # a step may be cancelled
+        self._looking = None
+        self._judge(kind, watch)
+
+@patch
+def _judge(self:Graphs, kind, watch):
+    "Can batches like this one be captured?"
+    kind.n,kind.seen,why = kind.n+1,watch,watch.why or self._seen
     kind.doubts = kind.doubts+1 if why else 0
     if kind.n<self.warmup or not why: return
     kind.n -= 1         # a model may do so in its first batch only: look once more

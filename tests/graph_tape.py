@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-_waits = tuple(f'aten.{o}' for o in '_local_scalar_dense nonzero masked_select _unique2 unique_dim equal'.split())
+_waits = '_local_scalar_dense','nonzero','masked_select','_unique2','unique_dim','equal'
 
 class _Tape(TorchDispatchMode):
     "Notes operations, and keeps what they overwrite"
@@ -16,7 +16,8 @@ class _Tape(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if str(func).startswith(_waits): raise RuntimeError(f'{func} waits for the device')
+        if str(func).removeprefix('aten.').startswith(_waits):
+            raise RuntimeError(f'{func} waits for the device')
         given = dict(zip((a.name for a in func._schema.arguments), args)) | kwargs
         for a in func._schema.arguments:
             if a.alias_info is not None and a.alias_info.is_write and a.name in given:

@@ -73,6 +73,11 @@ def _draws(device):
     _,key,*more = np.random.get_state()
     return [random.getstate(), key.tobytes(), more, *cpu]
 
+def _with_graph(attributes):
+    "Attributes that are tensors which autograd has computed"
+    computed = lambda v: isinstance(v, Tensor) and v.grad_fn is not None
+    return [(d, k, v) for d in attributes for k,v in d.items() if computed(v)]
+
 class Watch:
     "Looks at what the parts of a batch do besides computing"
     def __init__(self,
@@ -80,12 +85,14 @@ class Watch:
         device:torch.device # Where the model is
     ):
         self.device = device
-        self.own = [(n, vars(m)) for n,m in parts_of(learn).items() if _keeps_state(m)]
+        named = parts_of(learn)
+        self.own = [(n, vars(m)) for n,m in named.items() if _keeps_state(m)]
+        self.all = [vars(m) for m in named.values()]
         self.begin()
 
     def begin(self):
         "A new batch: forget the last one"
-        self.moved,self.why = {},''
+        self.moved,self.renewed,self.why = {},[],''
 
     def _now(self):
         return {(n, k): _leaves(v) for n,d in self.own for k,v in d.items() if k not in modules_own}
@@ -95,11 +102,12 @@ class Watch:
         waits:bool=True # Look for operations that wait for the GPU?
     ):
         "Look at the block"
-        before,draws = self._now(),_draws(self.device)
+        before,draws,known = self._now(),_draws(self.device),_with_graph(self.all)
         with _no_waits(self) if waits and self.device.type=='cuda' else nullcontext(): yield
         if _draws(self.device)!=draws:
             self.because('it draws random numbers with Python, NumPy or on the CPU')
         self._compare(before, self._now())
+        self.renewed += [(d, k) for d,k,t in known if d.get(k) is not t]
 
     def because(self,
         why:str # A reason not to capture the part

@@ -159,12 +159,12 @@ class Part:
         learn:Learner, # A learner, in a batch
         backend, # `CudaGraphs` or `CallsAgain`
         plan:str, # 'whole', 'loss' or 'pred'
-        moved:dict, # Attributes that the model replaces in each batch: names of module and attribute
+        seen:Watch, # What was seen in a batch like this one
         grads:Grads, # The gradients of the fit
         scales:MixedPrecision|None=None # fastai's callback for mixed precision, if it is on the learner
     ):
         self.learn,self.backend,self.plan,self.grads,self.scales = learn,backend,plan,grads,scales
-        self.assumed,self.passing,self.states = Assumed(learn, moved, plan!='pred'),False,[]
+        self.assumed,self.passing,self.states = Assumed(learn, seen.moved, plan!='pred'),False,[]
         if self.assumed.hooked(): raise Hooked('functions are hooked to its modules, and no graph calls them')
         leaves,spec = tree_flatten((tuple(learn.xb), tuple(learn.yb)))
         self.inputs = [torch.empty_like(t) for t in leaves if isinstance(t, Tensor)]
@@ -174,7 +174,7 @@ class Part:
                                       if p is not None and p.requires_grad)]
         self.anchor = torch.zeros((), device=backend.device, requires_grad=True)
         self.forward = self.backward = self.live = self.out_grads = self.touched = None
-        self._capture(moved)
+        self._capture(seen)
 
     def close(self):
         "Give the memory back"
@@ -188,16 +188,18 @@ def _copy(o): return o.detach().clone() if isinstance(o, Tensor) else o
 
 # %% ../../nbs/base/graph.ipynb #graph-019
 @patch
-def _capture(self:Part, moved):
+def _capture(self:Part, seen):
+    for d,k in seen.renewed: _forget_graph(d, k)
     undo,watch = BatchUndo(self.learn),Watch(self.learn, self.backend.device)
     undo.keep()
     kept = [(p, p.grad) for p in self.params]
     torch.clear_autocast_cache()        # copies of the weights that no replay would make again
     try:
-        self._open_states(moved)
+        self._open_states(seen.moved)
         self._load()
         with watch.look(waits=False): self._record()
-        if extra := set(watch.moved)-set(moved): raise Unfit(f'it changes {some_of(map(".".join, extra))}')
+        extra = map('.'.join, set(watch.moved)-set(seen.moved))
+        if named := some_of(extra): raise Unfit(f'it changes {named}')
         if watch.why: raise Unfit(watch.why)
     except BaseException:
         self.states = []
@@ -207,6 +209,14 @@ def _capture(self:Part, moved):
         for p,g in kept: p.grad = g
         undo.rewind()
         torch.clear_autocast_cache()
+
+def _forget_graph(d, k):
+    "Take the graph off a tensor that is an attribute; it may be in a list too, as in PyTorch's LSTM"
+    old = d[k]
+    if not isinstance(old, Tensor): return
+    d[k] = old.detach()
+    for v in d.values():
+        if isinstance(v, list): v[:] = [d[k] if o is old else o for o in v]
 
 @patch
 def _record(self:Part):
