@@ -100,7 +100,8 @@ class Stays(Lent):
 
     def __exit__(self, *args):
         try: return own_class(self).__exit__(self, *args)     # the methods may be taken back by now
-        finally: _entered[self].pop().__exit__(None, None, None)
+        finally:
+            if blocks := _entered.get(self): blocks.pop().__exit__(None, None, None)
 
     def get_preds(self, *args, **kwargs):
         with self.staying(): return super().get_preds(*args, **kwargs)
