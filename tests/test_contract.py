@@ -137,7 +137,6 @@ def exported_without(needs): return exported(ext.RNNCallback, RNNCallback()) if 
 @each
 def test_export_in_mid_fit(cls):
     "It has nothing of the running fit: no data, no weights but those in use"
-    if cls is ext.Freeze: return        # fastai's `export` makes the optimizer anew, without what is frozen
     kwargs = dict(restore_best=True) if cls is ext.EarlyStopping else {}
     sizes = exported(cls, make(cls, **kwargs))
     for size,plain in zip(sizes, exported_without(cls in NEEDS)): assert size<plain+4096

@@ -2,11 +2,14 @@
 import tempfile
 from contextlib import nullcontext, suppress
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest, torch
 from fastai.basics import Callback, L, Learner, set_seed
 from fastai.callback.core import FetchPredsCallback
+from fastai.learner import load_learner
+from fastai.optimizer import Adam, OptimWrapper
 from fastcore.xtras import working_directory
 import fastai_callbacks_ext.all as ext
 from fastai_callbacks_ext.base.core import ExtCallback
@@ -21,6 +24,7 @@ LOOKS = dict(
     predictions=lambda learn: learn.get_preds(dl=again(learn)),
     inner=lambda learn: learn.get_preds(dl=again(learn), inner=True, with_loss=True),
     one=lambda learn: learn.predict(learn.dls.valid_ds[0][0]), summary=lambda learn: learn.summary(),
+    export=lambda learn: learn.export('export.pkl'),
     context=lambda learn: nullcontext(learn.__enter__().__exit__(None, None, None)))
 
 class Look(Callback):
@@ -142,6 +146,29 @@ def test_the_table_goes_on(cls, where, capsys, monkeypatch):
     want = shown()
     assert [o[0] for o in want]==['epoch','0','1']*2
     assert shown(Look(LOOKS['validate'], at=3), Look(LOOKS['predictions'], 'after_epoch', 1))==want
+
+class Weights(Callback):
+    "Some are frozen from the second epoch on"
+    def before_epoch(self):
+        for p in list(self.model.parameters())[:4]: p.requires_grad_(self.epoch==0)
+
+OPTS = dict(fastais=Adam, wrapper=partial(OptimWrapper, opt=torch.optim.AdamW), made=None)
+@pytest.mark.parametrize('opt', OPTS)
+@pytest.mark.parametrize('cls', [of(ext.Freeze), lambda: Weights()], ids=['ours','own'])
+def test_an_export_with_frozen_weights(cls, opt):
+    "fastai's `export` makes the optimizer anew, without them; the file has no optimizer"
+    def run(*looks):
+        made = lambda learn: learn if opt!='made' else setattr(learn, 'opt_func', OptimWrapper(
+            learn.model.parameters(), torch.optim.AdamW, lr=.01))
+        return train(*looks, cls=[cls, ExtCallback], prepare=made, opt_func=OPTS[opt] or Adam, lr=.01)
+    def export(learn):
+        opt,state = learn.opt,learn.opt.state_dict()
+        learn.export('export.pkl')
+        assert learn.opt is opt and load_learner('export.pkl').opt is None
+        exported.append(Path('export.pkl').stat().st_size)
+    exported = []
+    learn = check(run, Look(export, at=3), Look(export, 'after_epoch', 1))
+    assert len(exported)==4 and type(learn) is Learner
 
 def test_a_look_that_takes_off_the_last_callback():
     "The methods are gone, and the fit is where it was"

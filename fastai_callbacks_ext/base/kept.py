@@ -76,9 +76,10 @@ class _Place:
 _places = WeakKeyDictionary()       # of fits that wait, the latest last
 _entered = WeakKeyDictionary()      # `with` blocks in a fit, the latest last
 _finding = WeakSet()                # in fastai's `lr_find`, which reads the recorder of its fit
+_exporting = WeakSet()
 
 class Stays(Lent):
-    "A learner in a fit: after `validate`, `get_preds`, `lr_find` or another fit, the fit is where it was"
+    "A learner in a fit: after `validate`, `get_preds`, `lr_find`, `export` or another fit, it is where it was"
     @contextmanager
     def staying(self, for_fit=False):
         "Put everything back after the block"
@@ -99,13 +100,29 @@ class Stays(Lent):
 
     def __exit__(self, *args):
         try: return own_class(self).__exit__(self, *args)     # the methods may be taken back by now
-        finally: _entered[self].pop().__exit__(None, None, None)
+        finally:
+            if blocks := _entered.get(self): blocks.pop().__exit__(None, None, None)
 
     def get_preds(self, *args, **kwargs):
         with self.staying(): return super().get_preds(*args, **kwargs)
 
     def fit(self, *args, **kwargs):
         with nullcontext() if self in _finding else self.staying(True): return super().fit(*args, **kwargs)
+
+    def export(self, *args, **kwargs):
+        "With the optimizer that there is: fastai makes it anew, and fails if weights were frozen since"
+        opt,dls = self.opt,self.dls
+        _exporting.add(self)
+        try:
+            with self.staying():
+                self.opt = None
+                return super().export(*args, **kwargs)
+        finally:
+            _exporting.discard(self)
+            self.opt,self.dls = opt,dls
+
+    def create_opt(self):
+        if self not in _exporting: super().create_opt()
 
     def lr_find(self, *args, **kwargs):
         _finding.add(self)
