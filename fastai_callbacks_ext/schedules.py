@@ -215,7 +215,7 @@ class _Curve:
 class _AnyFit:
     "A fit whose length is not known: positions are shares of it"
     total,n_epoch,even = 1,1,True
-    def after_share(self, at, share): return at+share
+    def after_share(self, at, share): return at+share*self.total
     def __str__(self): return ''
 
 # %% ../nbs/23_schedules.ipynb #sched-s07
