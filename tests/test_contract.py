@@ -166,6 +166,7 @@ def test_leaves_no_trace(cls, where):
         plain = learner(cls, cbs=[RNNCallback()] if cls is ext.RNNCallback else [])
         cb = make(cls)
         learn = learner(cls, cbs=[cb] if where=='learner' else [])
+        suit(learn, cb), suit(plain, cb)
         left = traces_after(learn, endings[how], [] if where=='learner' else [cb])
         want = traces_after(plain, endings[how])
         left['attrs'] -= {cb.name}; want['attrs'] -= {cb.name}
