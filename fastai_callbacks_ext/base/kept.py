@@ -79,7 +79,7 @@ _finding = WeakSet()                # in fastai's `lr_find`, which reads the rec
 _exporting = WeakSet()
 
 class Stays(Lent):
-    "A learner in a fit: after `validate`, `get_preds`, `lr_find`, `export` or another fit, it is where it was"
+    "A learner in a fit, which stays where it was over a `validate`, `export`, another fit and the like"
     @contextmanager
     def staying(self, for_fit=False):
         "Put everything back after the block"
