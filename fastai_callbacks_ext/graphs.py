@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten
 from types import BuiltinFunctionType, FunctionType
 from .base.assumed import Watch
 from .base.core import ExtCallback, check_number, n_ranks, runs_in
-from .base.graph import CallsAgain, CudaGraphs, Grads, Hooked, Part, Unfit
+from .base.graph import CallsAgain, CudaGraphs, Grads, Hooked, Part, Unfit, grad_nodes
 from .base.lent import Lent, lend_methods
 from .base.passes import mixed_precision
 from .base.rehearsal import own_loop
@@ -54,7 +54,7 @@ class Graphs(ExtCallback):
     and the reason is said in one line."""
     order,single = 990,True     # after the others, which may replace methods in `before_fit`
     fit_state = dict(replayed=0)
-    transient = dict(_parts={}, _backend=None, _grads=None, _said=None, _table=None, _part=None, _whole=False,
+    transient = dict(_parts={}, _backend=None, _grads=None, _nodes=(), _said=None, _table=None, _part=None, _whole=False,
                      _looking=None, _in_backward=False, _seen=None)
     def __init__(self,
         warmup:int=3, # Batches of a shape that run as usual first: libraries choose their kernels there
@@ -67,7 +67,7 @@ class Graphs(ExtCallback):
     def _forget(self):
         for kind in (vars(self).get('_parts') or {}).values(): kind.close()
         if backend := vars(self).get('_backend'): backend.close()
-        self._parts,self._backend,self._grads,self._said = {},None,None,None
+        self._parts,self._backend,self._grads,self._nodes,self._said = {},None,None,(),None
         self._table = self._part = self._looking = self._seen = None
         self._whole = self._in_backward = False
 
@@ -79,6 +79,7 @@ class Graphs(ExtCallback):
         device = next(learn.model.parameters()).device
         self._backend = (CudaGraphs if device.type=='cuda' else CallsAgain)(device)
         self._parts,self._grads,self._said,self._table = {},Grads(),set(),None
+        self._nodes = grad_nodes(learn, self._backend)
         if device.type!='cuda':
             why = f'the model is on the {device.type}; nothing becomes faster'
             self.tell('repeats batches without CUDA', why, once=True)

@@ -10,6 +10,7 @@ from bisect import bisect_right
 from math import inf
 
 import torch
+from fastai.callback.core import Callback
 from fastai.text.data import Pad_Chunk, TensorText
 from fastai.torch_core import TensorImageBase, TensorMask
 from fastcore.basics import ifnone, patch
@@ -40,6 +41,22 @@ class _Sizes(ExtCallback):
         self.at_end(self._leave)
 
     def _leave(self): vars(self).update(self.transient)
+
+    def _lend_loader(self, dl, **own):
+        "`dl` gets its `own` sizes again; not in an epoch, from which this callback may be taken off"
+        self.learn.add_cb(again := _OwnSizes(dl, own))
+        again('before_fit')
+
+class _OwnSizes(ExtCallback):
+    "Gives a loader its own sizes before each epoch, and when the fit ends"
+    order = -10**6-3
+    def __init__(self, dl, own): self.dl,self.own = dl,own
+    def __reduce_ex__(self, protocol): return Callback,()      # in an export it does nothing
+
+    def before_fit(self):
+        self.at_end(self.learn.remove_cb, self)
+        self.at_end(set_size, self.dl, **self.own)
+    def before_epoch(self): set_size(self.dl, **self.own)
 
 class _Growing(_Sizes):
     "Grows from a start to the whole size between two points of the fit"
@@ -202,7 +219,7 @@ class BatchSizeSchedule(_Sizes):
         dl = self.learn.dls.train
         if why := why_fixed(dl): raise ValueError(f'{self.name}: {why}; expected a loader with a batch size')
         vars(self)['_own'] = own = size_of(dl)['bs']
-        self.at_end(set_size, dl, bs=own)
+        self._lend_loader(dl, bs=own)
         for bs in {bs for e in range(self.learn.n_epoch) for bs in self.loader_sizes(e).values()}:
             with resized(dl, bs=bs): n = len(dl)
             if not n: raise ValueError(f'schedule: {bs}: no batch, as there are fewer items; expected less')
@@ -276,7 +293,7 @@ class SeqLenSchedule(_Growing):
         if self.unit=='steps':
             raise ValueError("unit='steps': the loader of a language model changes its length between "
                              "epochs; expected 'epochs' or 'pct'")
-        self.at_end(set_size, dl, seq_len=whole)
+        self._lend_loader(dl, seq_len=whole)
 
     def _length(self, share):
         "How long texts are; None: whole"

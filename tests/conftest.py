@@ -28,6 +28,15 @@ def autocast_is_left():
     for o in left: torch.set_autocast_enabled(o, False)
     assert not left, f'autocast is still on: {left}'
 
+@pytest.fixture
+def on_cpu():
+    "Learners are on the CPU, also where there is a GPU"
+    from fastai.torch_core import default_device, defaults
+    was = defaults.use_cuda
+    default_device(False)
+    yield
+    default_device(was)
+
 def pytest_configure(config):
     "In a worker pytest-cov starts twice, and `no_cover` pauses the second only"
     if hasattr(config, 'workerinput') or not config.getoption('numprocesses', None): prepare()

@@ -17,8 +17,8 @@ from fastcore.foundation import L
 from fastcore.xtras import working_directory
 import fastai_callbacks_ext.all as ext
 from fastai_callbacks_ext.base.core import from_all
-from common import (FREE, RNN, exit_code, finite, learner, make, public_callbacks, read_any_size, suit,
-                    traces)
+from common import (FREE, RNN, exit_code, export, finite, learner, make, public_callbacks, read_any_size,
+                    suit, traces)
 from crash import digests, flat
 from settings import SETTINGS
 
@@ -154,7 +154,7 @@ def exports(cls, setting):
     learn = train(learner_of(cls, setting, make(cls)))
     dl = learn.dls.valid
     want = preds_of(learn, dl)
-    learn.export('export.pkl')
+    export(learn, 'export.pkl')
     loaded = load_learner('export.pkl', cpu=not torch.cuda.is_available())
     assert any(type(cb) is cls for cb in loaded.cbs)
     torch.testing.assert_close(preds_of(loaded, dl), want)

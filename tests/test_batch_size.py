@@ -17,7 +17,7 @@ def by_hand(bs):
     "Bytes of weights, gradients, two states of Adam, and the four activations that a step keeps"
     return 4*(4*(64*2000+3*2000+2000*10+10)) + bs*2000*4*4
 
-def test_it_finds_what_fits(capsys):
+def test_it_finds_what_fits(capsys, on_cpu):
     n = find_batch_size(wide(), limit_MB=8, margin=0.)
     assert isinstance(n, int) and n==n.bs and type(n) is BatchSize
     t = n.table
@@ -30,7 +30,7 @@ def test_it_finds_what_fits(capsys):
     n.plot()
 
 @pytest.mark.parametrize('opt', OPTS)
-def test_the_fit_afterwards_is_that_without_it(opt):
+def test_the_fit_afterwards_is_that_without_it(on_cpu, opt):
     def run(probe):
         learn = wide(opt_func=OPTS[opt])
         n = find_batch_size(learn, limit_MB=6, max_bs=128) if probe else 0
@@ -39,7 +39,7 @@ def test_the_fit_afterwards_is_that_without_it(opt):
         return fit(learn, 2, 'fit_one_cycle')
     assert same(run(True), run(False))
 
-def test_after_a_fit_too():
+def test_after_a_fit_too(on_cpu):
     def run(probe):
         learn = fit(roomy())
         if probe: find_batch_size(learn, limit_MB=20, max_bs=64)

@@ -9,6 +9,7 @@ from fastai.callback.core import Callback
 from fastai.callback import mixup
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
+from fastai.torch_core import default_device
 from fastai.optimizer import SGD, Adam, OptimWrapper
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -62,7 +63,7 @@ def brute(loss, s, t, T):
 def test_the_loss_of_distill(loss, T):
     teacher = net(5)
     fit(small(Distill(teacher, .3, T), rows := Losses(), loss=loss), 2)
-    teacher.eval()
+    teacher.eval().to(default_device())
     for value,pred,x,y in rows.rows:
         want = .7*LOSSES[loss][0](pred, y) + .3*brute(loss, pred, teacher(x), T)
         assert value==pytest.approx(want.item(), rel=1e-4)

@@ -15,8 +15,8 @@ from fastai.torch_core import set_seed
 from fastcore.docments import docments
 import contract
 import fastai_callbacks_ext.all as ext
-from common import (EXACT, NEEDS, Exports, ExtCallback, finite, fit, learner, make, public_callbacks, quiet,
-                    suit, traces)
+from common import (EXACT, NEEDS, Exports, ExtCallback, export, finite, fit, learner, make, public_callbacks,
+                    quiet, suit, traces)
 
 callbacks = public_callbacks()
 each = pytest.mark.parametrize('cls', callbacks, ids=lambda o: o.__name__)
@@ -114,7 +114,7 @@ def test_export(cls, tmp_path):
     dl = learn.dls.valid
     fit(learn)
     with quiet(learn): want = learn.get_preds(dl=dl)[0]
-    learn.export()
+    export(learn)
     loaded = load_learner(tmp_path/'export.pkl', cpu=not torch.cuda.is_available())
     assert any(type(cb) is cls for cb in loaded.cbs)
     with quiet(loaded): torch.testing.assert_close(loaded.get_preds(dl=dl)[0], want)
@@ -273,6 +273,7 @@ print('RESULT', len(go().recorder.values))
 @pytest.fixture(scope='module')
 def notebook(tmp_path_factory):
     "A notebook in which some callbacks train and go on after an interrupt, and a run goes on with a graph"
+    pytest.importorskip('nbformat'), pytest.importorskip('nbclient')
     names = ['Checkpoint','FastLoop', *random.Random(0).sample([o.__name__ for o in callbacks], 1)]
     return contract.in_notebook(names, tmp_path_factory.mktemp('notebook'), GOES_ON)
 
@@ -287,7 +288,7 @@ def test_goes_on_in_a_notebook(notebook):
 
 def test_a_notebook_can_fail(monkeypatch):
     "The test above can fail: a cell with an error, a cell without a bar"
-    import nbformat
+    nbformat = pytest.importorskip('nbformat')
     cell = nbformat.v4.new_code_cell
     error = nbformat.v4.new_output('error', ename='OSError', evalue='broken', traceback=[])
     nb = nbformat.v4.new_notebook(cells=[cell('import os'), cell('a', outputs=[error]), cell('b')])

@@ -27,7 +27,7 @@ def bits(o):
     "Something that is equal if `o` is, to the last bit"
     if isinstance(o, Tensor):
         o = o.detach().to_dense() if o.is_sparse else o.detach()
-        plain = o.resolve_conj().resolve_neg().contiguous().flatten()
+        plain = o.resolve_conj().resolve_neg().contiguous().flatten().cpu()
         return str(o.dtype),tuple(o.shape),plain.view(torch.uint8).numpy().tobytes()
     if isinstance(o, dict): return type(o).__name__,[(bits(k), bits(v)) for k,v in o.items()]
     if type(o) in (list,tuple): return type(o).__name__,[bits(v) for v in o]

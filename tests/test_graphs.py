@@ -221,6 +221,20 @@ def test_rnn_state_and_regularizer():
         assert g.replayed>=18
         assert all(h.grad_fn is None for pair in b.model[0].hidden for h in pair)
 
+def node_of(p): return p.view_as(p).grad_fn.next_functions[0][0]
+
+def test_one_node_adds_to_each_gradient():
+    "It is made aside, whoever keeps a part of autograd's graph, as `WeightDropout`; else CUDA captures nothing"
+    class AsideOnly(Callback):
+        order = 991     # after `Graphs`
+        def before_fit(self): self.kept = [v for m in self.model.modules() for v in vars(m).values()
+                                           if isinstance(v, Tensor) and v.grad_fn is not None]
+        def after_batch(self):
+            if self.training: assert {*map(node_of, self.model.parameters())}=={*self.learn.graphs._nodes}
+    learn = fit(text_learner([*rnn_cbs(2, 1), Graphs(), aside := AsideOnly()], n=2000))
+    fit(learn)
+    assert not aside.kept and learn.graphs._nodes==()
+
 def test_frozen_groups_change():
     def make(cbs, **kw):
         groups = lambda m: [[*m.body.parameters(), *m.bn.parameters()], [*m.head.parameters()]]

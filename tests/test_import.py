@@ -5,7 +5,7 @@ import pytest, torch
 from fastai.learner import load_learner
 from fastai.torch_core import to_cpu
 import fastai_callbacks_ext.all as ext
-from common import NEEDS, Exports, fit, learner, make, public_callbacks, quiet
+from common import NEEDS, Exports, export, fit, learner, make, public_callbacks, quiet
 
 code = '''
 import inspect, json, sys, warnings
@@ -101,7 +101,7 @@ def test_export_loads_without_the_package(tmp_path, monkeypatch):
         learn.dls.cpu()
         with quiet(learn): want = learn.get_preds(dl=[batch])[0]
         torch.save((*batch, want), learn.path/'want.pt')
-        learn.export()
+        export(learn)
         folders.append(learn.path)
         if classes[0] in (ext.RNNCallback, ext.Checkpoint):      # with the package, they are what they were
             loaded = load_learner(learn.path/'export.pkl')

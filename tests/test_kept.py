@@ -18,6 +18,9 @@ from common import NEEDS, RNN, fit, learner, make, public_callbacks
 from test_contract import plain
 from test_layers import scaler
 
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch): monkeypatch.chdir(tmp_path)
+
 def again(learn): return learn.dls.valid.new(shuffle=False)
 LOOKS = dict(
     validate=lambda learn: learn.validate(), training_set=lambda learn: learn.validate(0),

@@ -309,14 +309,14 @@ def test_activations_are_as_brute_force_finds_them():
     outs = Outputs('0','2','5','8')
     stats = ActivationStats(with_hist=True, every=3, window=2)
     learn = digits([outs, stats])
-    learn.model[2].register_forward_hook(lambda m,i,o: o*(torch.arange(16).view(-1,1,1)>9))
+    learn.model[2].register_forward_hook(lambda m,i,o: o*(torch.arange(16, device=o.device).view(-1,1,1)>9))
     fit(learn)
     assert len(stats.stats)==4 and stats.names==['0','1','2','3','4','5','8']
     edges = torch.tensor(stats.bins, dtype=torch.float)
     assert len(edges)==62 and edges.flip(0).neg().allclose(edges)
     for i,row in zip(range(0, 10, 3), stats.stats):
         for name in outs.names:
-            o,got = outs.kept[i][name][0],row[stats.names.index(name)]
+            o,got = outs.kept[i][name][0].cpu(),row[stats.names.index(name)]
             assert got['mean']==pytest.approx(o.mean().item(), abs=1e-6)
             assert got['std']==pytest.approx(o.std().item(), rel=1e-5)
             assert got['near_zero']==pytest.approx((o.abs()<=.05).float().mean().item(), rel=1e-5)
@@ -438,6 +438,13 @@ def test_what_cannot_be_undone_is_not_measured_aside():
     fit(learn)
     assert 'cannot undo a second forward pass' in stats.records[0].why and not stats.stats
 
+def alike(a, b):
+    "The same; on a GPU numbers nearly, as the same fit rounds in other ways each time"
+    if isinstance(a, dict): return a.keys()==b.keys() and all(alike(a[k], b[k]) for k in a)
+    if isinstance(a, (list,tuple)): return len(a)==len(b) and all(map(alike, a, b))
+    if isinstance(a, float) and torch.cuda.is_available(): return a==pytest.approx(b, rel=.02, abs=1e-3)
+    return a==b
+
 def test_a_resumed_run_ends_with_the_same_numbers():
     class Stop(Callback):
         def after_batch(self):
@@ -453,7 +460,7 @@ def test_a_resumed_run_ends_with_the_same_numbers():
     want = run('whole')
     run('parts', Stop())
     got = run('parts')
-    assert got[2]==want[2] and len(want[2])>10 and got[0]==want[0]
+    assert alike(got[2], want[2]) and len(want[2])>10 and alike(got[0], want[0])
     assert got[1].keys()==want[1].keys() and got[1]['_seen']==want[1]['_seen']
     for k,v in want[1]['_quiet'].items(): assert torch.equal(got[1]['_quiet'][k], v)
     assert any('noise_scale' in o for o in want[2])

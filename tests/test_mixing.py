@@ -12,7 +12,7 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import Adam, OptimWrapper
-from fastai.torch_core import TensorImage, TensorMask, set_seed
+from fastai.torch_core import TensorImage, TensorMask, default_device, set_seed
 from fastai.vision.core import TensorBBox, TensorPoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -20,7 +20,7 @@ import fastai_callbacks_ext.all as ext
 from fastai_callbacks_ext.all import *
 from fastai_callbacks_ext.mixing import CutMix, CutMixUp, MixUp, _counts, _parts
 from fastai_callbacks_ext.test_utils import digits_learner
-from common import fit, learner, quiet, traces
+from common import EXACT, fit, learner, quiet, traces
 from test_layers import scaler
 
 ALL = [MixUp, CutMix, CutMixUp]
@@ -200,10 +200,10 @@ class Expect(Callback):
     def before_backward(self):
         if (mix := mix_of(self)) is None or mix.second is None: return
         f = self.learn.loss_func
-        lam = torch.as_tensor(mix.shares, dtype=torch.float64)
+        lam = torch.as_tensor(mix.shares, dtype=torch.float64, device=self.pred.device)
         if mix.one: want = lam*f(self.pred, *self.yb).double()+(1-lam)*f(self.pred, *mix.second).double()
         else:
-            want = sum((lam if k==0 else 1-lam).to(self.pred.device)@self.per_item(self.pred, *ys).double()
+            want = sum((lam if k==0 else 1-lam)@self.per_item(self.pred, *ys).double()
                        for k,ys in enumerate((self.yb, mix.second)))
         off = (self.loss.double()-want).abs().max()/(want.abs().max()+1e-9)
         self.worst = max(self.worst, off.item())
@@ -211,7 +211,7 @@ class Expect(Callback):
         self.n += 1
 
 torch.manual_seed(3)
-w4 = torch.tensor([.1,1.,2.,5.])
+w4 = torch.tensor([.1,1.,2.,5.], device=default_device())
 def by_mean(each): return lambda p,y: each(p, y)/len(y)
 def ce_of(**kw):
     "Cross-entropy of each item, as its share in PyTorch's mean"
@@ -219,7 +219,7 @@ def ce_of(**kw):
         y = y.long()
         l = F.cross_entropy(p, y, reduction='none', **kw)
         counted = (y!=kw.get('ignore_index', -100)).float()
-        weight = counted if 'weight' not in kw else counted*kw['weight'].to(p.device)[y]
+        weight = counted if 'weight' not in kw else counted*kw['weight'][y]
         return l/weight.sum()
     return f
 mse = lambda p,y: ((p-y)**2).mean(1)/len(y)
@@ -283,9 +283,9 @@ def test_values_of_items():
         def after_loss(self):
             if self.training:
                 mix,f = mix_of(self),self.learn.loss_func
-                lam = torch.as_tensor(mix.shares, dtype=torch.float32)
+                lam = torch.as_tensor(mix.shares, dtype=torch.float32, device=self.pred.device)
                 want = lam*f(self.pred, self.y) + (1-lam)*f(self.pred, *mix.second)
-                torch.testing.assert_close(self.loss_grad, want, check_device=False)
+                torch.testing.assert_close(self.loss_grad, want)
             self.learn.loss_grad,self.learn.loss = self.loss_grad.mean(),self.loss.mean()
     loss = nn.CrossEntropyLoss(reduction='none')
     for by in ('item','batch'): fit(small(MixUp(by=by), Mean(), loss_func=loss))
@@ -326,7 +326,7 @@ def test_a_loss_that_is_not_known_is_tried_in_the_first_batch():
 def test_equal_shares_of_items_give_what_one_share_gives():
     "Also where a mean has weights, or ignores targets"
     y,real = (torch.randint(0, 4, (16,)),),(torch.randn(16, 4), torch.rand(16, 4)+.1)
-    for loss,args in ((nn.CrossEntropyLoss(w4, ignore_index=2), y), (nn.CrossEntropyLoss(reduction='sum'), y),
+    for loss,args in ((nn.CrossEntropyLoss(w4.cpu(), ignore_index=2), y), (nn.CrossEntropyLoss(reduction='sum'), y),
                       (nn.GaussianNLLLoss(), real)):
         pred = torch.randn(16, 4)
         parts = _parts(loss, 16, pred, args)
@@ -391,7 +391,8 @@ def test_masks_are_cut_and_need_no_second_loss(by):
     class Agree(Callback):
         order,run_valid = 20,False
         def before_batch(self): assert torch.equal(self.x[:,0].long(), self.y)
-        def after_loss(self): assert torch.equal(self.loss, self.learn.loss_func(self.pred, self.y))
+        def after_loss(self):
+            torch.testing.assert_close(self.loss, self.learn.loss_func(self.pred, self.y), **EXACT)
     for t in (masks, masks[:,None].float()):
         loss = nn.CrossEntropyLoss() if t.ndim==3 else nn.MSELoss()
         class SameShape(Agree):

@@ -104,7 +104,7 @@ class Net(nn.Module):
     def forward(self, x):
         if self.way=='mixes': x = x - x.mean(0)
         if self.way=='blind': x = x*0
-        if self.way=='random': x = x + torch.from_numpy(np.random.default_rng().normal(size=x.shape)).float()
+        if self.way=='random': x = x + torch.from_numpy(np.random.default_rng().normal(size=x.shape)).to(x)
         if self.way=='detached': return self.layers(x).detach()
         if self.way=='table': return self.layers(self.rows(x.long().flatten(1)[:,0]))
         if self.way=='broken': raise RuntimeError('two lines\nof text')
@@ -174,7 +174,7 @@ FAULTS = [
     ('inputs', lambda: small(Change(x=lambda x: x/0)), 'wrong', 'the input has'),
     ('inputs', lambda: small(Change(x=lambda x: x*0)), 'wrong', 'the input is constant'),
     ('inputs', lambda: small(Change(x=lambda x: x[:1].repeat(len(x),1,1,1))), 'wrong', 'same for all items'),
-    ('inputs', lambda: small(Change(x=lambda x: torch.rand(len(x),1,1,1).repeat(1,1,8,8))), 'look',
+    ('inputs', lambda: small(Change(x=lambda x: torch.rand(len(x),1,1,1).repeat(1,1,8,8).to(x))), 'look',
       'constant within many items'),
     ('inputs', lambda: small(Change(x=lambda x: x*255)), 'look', 'divide by 255'),
     ('inputs', lambda: table(1000), 'look', '1 of 12 columns'),
@@ -425,7 +425,7 @@ def test_goes_into_the_log(tmp_path, monkeypatch):
     first,second = [o for o in read_log().rows if o['kind']=='preflight']
     assert [o['step'] for o in (first, second)]==[0,4]
     assert [list(o) for o in first['checks']]==[['name','status','what','why','next']]*2
-    assert [o['status'] for o in first['checks']]==['ok','not checked']
+    assert [o['status'] for o in first['checks']]==['ok', 'ok' if torch.cuda.is_available() else 'not checked']
 
 def test_what_it_shows():
     rows = ('a', 'ok', 'fine', '', ''),('b', 'look', 'odd|', '3', 'see'),('c', 'wrong', 'bad', '1', '')

@@ -162,6 +162,7 @@ def test_log_or_screen(monkeypatch):
 @pytest.fixture
 def notebook(monkeypatch):
     "What a notebook would show: the first content of each output, and its updates"
+    pytest.importorskip('IPython')
     shown = []
     def display(o, **kwargs):
         shown.append(o)
@@ -233,7 +234,7 @@ def test_with_the_fast_loop_it_is_as_quick():
     class Look(Callback):
         order = 100
         def after_batch(self):
-            calls.append({type(o[0]): o[3] for o in type(self.learn)._table['after_batch']})
+            calls.append({type(cb): method for _,cb,_,_,method,_ in type(self.learn)._table['after_batch']})
     said(lambda: learner(cbs=[Look(), ext.Progress(), ext.FastLoop()]).fit(1))
     methods = [m for c,m in calls[0].items() if issubclass(c, ProgressCallback)]
     assert [m.__qualname__ for m in methods]==['_progress.<locals>.after_batch']

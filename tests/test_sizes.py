@@ -209,3 +209,14 @@ def test_the_two_fits_of_fine_tune(kind):
         def after_fit(self): first.append(list(self.seen.shapes))
     fit(learn, 2, 'fine_tune', cbs=Note())
     assert max(o[1] for o in first[0])==8 and first[1][0][1]==8 and max(o[1] for o in first[1])>8
+
+@pytest.mark.parametrize('kind', [o for o in ALL if o!='images'])
+def test_taken_off_in_an_epoch(kind):
+    "The epoch ends as it began, and the next has the loader's own size"
+    class Off(Callback):
+        def after_batch(self):
+            if self.training and self.train_iter==2: self.learn.remove_cb(cb)
+    make,new = ALL[kind]
+    whole,short = ((fit(make(*cbs, seen := Seen()), 2),seen.shapes)[1] for cbs in ([], [cb := new(), Off()]))
+    n,kept = len(whole)//2,fit(make(new(), seen := Seen())) and seen.shapes
+    assert short==kept+whole[n:] and kept!=whole[:n]

@@ -205,12 +205,12 @@ def saved(monkeypatch, path, cbs, gpu, **kwargs):
 
 @pytest.mark.parametrize('gpu', [Gpu, Full])
 @pytest.mark.parametrize('case', cases)
-def test_the_state_of_its_moment(monkeypatch, tmp_path, case, gpu):
+def test_the_state_of_its_moment(monkeypatch, tmp_path, on_cpu, case, gpu):
     "Whatever changes the weights, and whenever: the files have what was there when they were saved"
     want,got = saved(monkeypatch, tmp_path, cases[case](), gpu())
     assert want and got==want
 
-def test_a_torn_copy_would_be_seen(monkeypatch, tmp_path):
+def test_a_torn_copy_would_be_seen(monkeypatch, tmp_path, on_cpu):
     want,got = saved(monkeypatch, tmp_path, [], Torn())
     assert len(got)==len(want) and got!=want
 

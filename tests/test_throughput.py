@@ -103,7 +103,7 @@ def test_how_many_workers_would_keep_up(monkeypatch, workers, cores, expected):
     t = played()
     t._m.all.clear()
     t._m.all.update(data=6., forward=4.)
-    t._m.all_steps,t._m.workers,t._m.n_batch = 100,workers,1000
+    t._m.all_steps,t._m.workers,t._m.n_batch,t._m.device = 100,workers,1000,torch.device('cpu')
     assert str(t.verdict).startswith('the model waits 60% of each step for items: ')
     assert str(t.verdict).endswith(expected)
     t._m.device = torch.device('cuda')
