@@ -217,6 +217,9 @@ def test_taken_off_in_an_epoch(kind):
         def after_batch(self):
             if self.training and self.train_iter==2: self.learn.remove_cb(cb)
     make,new = ALL[kind]
-    whole,short = ((fit(make(*cbs, seen := Seen()), 2),seen.shapes)[1] for cbs in ([], [cb := new(), Off()]))
-    n,kept = len(whole)//2,fit(make(new(), seen := Seen())) and seen.shapes
-    assert short==kept+whole[n:] and kept!=whole[:n]
+    def shapes(*cbs, n=2):
+        fit(make(*cbs, seen := Seen()), n)
+        return seen.shapes
+    whole,grown = shapes(),shapes(new(), n=1)       # a fit of one epoch, for text at its start
+    short = shapes(cb := new(), Off())
+    assert short==grown+whole[len(whole)//2:] and grown!=whole[:len(whole)//2]

@@ -125,7 +125,8 @@ def grad_nodes(
         for k,v in d.items():       # as in fastai's `WeightDropout`
             if isinstance(v, Tensor) and v.grad_fn is not None: d[k] = v.detach()
     params = [p for m in modules for p in m._parameters.values() if p is not None and p.requires_grad]
-    with backend.aside(), torch.enable_grad(): return [p.view_as(p).grad_fn.next_functions[0][0] for p in params]
+    with backend.aside(), torch.enable_grad():
+        return [p.view_as(p).grad_fn.next_functions[0][0] for p in params]
 
 def _plain_tensor(t): return t.detach().as_subclass(Tensor)      # fastai's classes are slow
 
