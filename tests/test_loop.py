@@ -412,7 +412,9 @@ def test_a_fit_in_a_fit():
     assert cb.got is Learner
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='fastai fails in it, on a GPU in another place')
-def test_a_fit_in_its_own_fit(): same(small(lambda: InFit(lambda learn: fit(learn) and None)), fit2)
+def test_a_fit_in_its_own_fit():
+    "A callback of this package keeps the outer fit in place, with `FastLoop` or without"
+    same(small(lambda: InFit(lambda learn: fit(learn) and None), lambda: ext.StepLimit(10**6)), fit2)
 
 class Label(TensorBase): pass
 class Seen(Callback):
