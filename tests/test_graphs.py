@@ -209,7 +209,7 @@ def test_rnn_state_and_regularizer():
 def node_of(p): return p.view_as(p).grad_fn.next_functions[0][0]
 
 def test_one_node_adds_to_each_gradient():
-    "It is made aside, whoever keeps a part of autograd's graph, as `WeightDropout`; else CUDA captures nothing"
+    "It is made aside, whoever keeps a part of autograd's graph, as `WeightDropout`; else no capture works"
     class AsideOnly(Callback):
         order = 991     # after `Graphs`
         def before_fit(self): self.kept = [v for m in self.model.modules() for v in vars(m).values()

@@ -266,7 +266,8 @@ def test_what_others_find_out_is_the_same():
     a,b = stats(),stats(MicroBatch(5))
     a,b = ([v for v in vars(o).values() if isinstance(v, (torch.Tensor, np.ndarray))] for o in (a, b))
     assert len(a)==len(b)>0
-    for x,y in zip(a, b): assert np.allclose(*(torch.as_tensor(o).cpu() for o in (x, y)), rtol=1e-4, atol=1e-5, equal_nan=True)
+    a,b = ([torch.as_tensor(v).cpu() for v in o] for o in (a, b))
+    for x,y in zip(a, b): assert np.allclose(x, y, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 # --- what a batch may be ------------------------------------------------------------------------
 class Odd(nn.Module):
