@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 import fastai.callback.training as fastais
-from crash import CPUMixedPrecision
 from fastai.callback.core import (Callback, CancelBackwardException, CancelBatchException,
                                   CancelStepException, CancelTrainException)
 from fastai.callback.fp16 import MixedPrecision
@@ -29,7 +28,7 @@ from torch import Tensor, nn, tensor
 from torch.utils._pytree import tree_flatten
 
 import fastai_callbacks_ext.graphs as graphs
-from fastai_callbacks_ext.all import (AWP, EMA, SAM, FastLoop, GradientAccumulation, GradientClip, MicroBatch,
+from fastai_callbacks_ext.all import (EMA, SAM, FastLoop, GradientAccumulation, GradientClip, MicroBatch,
                                       SkipNonFinite)
 from fastai_callbacks_ext.base.graph import CallsAgain
 from fastai_callbacks_ext.graphs import Graphs
@@ -42,9 +41,6 @@ def backend(request, monkeypatch):
     monkeypatch.setattr(graphs, 'CallsAgain', Tape if request.param=='tape' else CallsAgain)
     # a forward pass of oneDNN's LSTM writes what its backward pass needs only where autograd looks
     with torch.backends.mkldnn.flags(enabled=False): yield request.param
-
-@pytest.fixture
-def strict(backend, monkeypatch): monkeypatch.setattr(graphs, 'CallsAgain', Tape)
 
 class Net(nn.Module):
     "Dropout and batch norm; in each forward pass, `own` is called with the module"
@@ -110,14 +106,6 @@ class InPlace(Callback):
     def after_loss(self): self.learn.loss_grad /= 3
 class OnBackward(Callback):
     def before_backward(self): self.learn.loss_grad = self.learn.loss_grad*.5
-class Sometimes(Callback):
-    "In some batches a penalty on the predictions, in others none"
-    def after_loss(self):
-        if self.learn.iter%2: self.learn.loss_grad = self.learn.loss_grad + self.pred.pow(2).mean()
-class OtherGrads(Callback):
-    "Puts other tensors in the place of gradients, before they are computed"
-    def before_backward(self):
-        for p in self.model.parameters(): p.grad = torch.full_like(p, .1) if p.grad is None else p.grad+.1
 class OnGrads(Callback):
     def after_backward(self):
         for p in self.model.parameters():
@@ -138,11 +126,8 @@ CASES = dict(
     fastais_clip=lambda: [fastais.GradientClip(.1)], accumulation=lambda: [GradientAccumulation(64)],
     mixup=lambda: [MixUp()],
     fastais_accumulation=lambda: [fastais.GradientAccumulation(64)], ema=lambda: [EMA()], sam=lambda: [SAM()],
-    sometimes=lambda: [Sometimes()], other_grads=lambda: [OtherGrads()], awp=lambda: [AWP(share=.5)],
-    fastais_precision=lambda: [MixedPrecision()], precision=lambda: [CPUMixedPrecision()],
-    precision_pred=lambda: [CPUMixedPrecision(), OnPred()],
-    precision_loss=lambda: [CPUMixedPrecision(), OnLoss()],
-    precision_in_windows=lambda: [CPUMixedPrecision(), GradientAccumulation(60)],
+    fp16=lambda: [MixedPrecision()], fp16_pred=lambda: [MixedPrecision(), OnPred()],
+    fp16_loss=lambda: [MixedPrecision(), OnLoss()],
     skip_non_finite=lambda: [SkipNonFinite()], 
     cancel_batch=lambda: [Skips('before_batch', CancelBatchException)],
     cancel_step=lambda: [Skips('before_step', CancelStepException)],
@@ -151,7 +136,7 @@ CASES = dict(
 
 @pytest.mark.parametrize('opt_func', [Adam, wrapped], ids=['fastai', 'torch'])
 @pytest.mark.parametrize('name', CASES)
-def test_the_numbers_of_a_fit_without_it(name, opt_func, strict):
+def test_the_numbers_of_a_fit_without_it(name, opt_func):
     check(learner, CASES[name], opt_func=opt_func, loss_func=smooth, loop=None if len(name)%2 else FastLoop)
 
 class Two(nn.Module):
@@ -224,7 +209,7 @@ def test_rnn_state_and_regularizer():
 def node_of(p): return p.view_as(p).grad_fn.next_functions[0][0]
 
 def test_one_node_adds_to_each_gradient():
-    "It is made aside, whoever keeps a part of autograd's graph, as `WeightDropout`; else nothing is captured"
+    "It is made aside, whoever keeps a part of autograd's graph, as `WeightDropout`; else no capture works"
     class AsideOnly(Callback):
         order = 991     # after `Graphs`
         def before_fit(self): self.kept = [v for m in self.model.modules() for v in vars(m).values()
@@ -269,9 +254,8 @@ def grad_hook(learn):
     if learn.train_iter==8: learn.model.head.weight.register_hook(lambda g: g*2)
 CHANGES = swap,other_p,new_head,freeze_bn,other_loss,hook,grad_hook
 @pytest.mark.parametrize('change', CHANGES, ids=lambda f: f.__name__)
-def test_what_a_capture_takes_for_granted_may_change(change, strict):
-    _,g = check(learner, lambda: [Each(change)], n=6, least=2, said='hooked')
-    if change not in (hook, grad_hook): assert g.replayed>=24-3-3-(3+1)-1      # captured anew
+def test_what_a_capture_takes_for_granted_may_change(change):
+    check(learner, lambda: [Each(change)], n=4, least=2, said='hooked')
 
 def count(m, h): m.n += 1
 def coin(m, h):

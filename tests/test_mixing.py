@@ -326,8 +326,8 @@ def test_a_loss_that_is_not_known_is_tried_in_the_first_batch():
 def test_equal_shares_of_items_give_what_one_share_gives():
     "Also where a mean has weights, or ignores targets"
     y,real = (torch.randint(0, 4, (16,)),),(torch.randn(16, 4), torch.rand(16, 4)+.1)
-    for loss,args in ((nn.CrossEntropyLoss(w4.cpu(), ignore_index=2), y),
-                      (nn.CrossEntropyLoss(reduction='sum'), y),
+    weighted = nn.CrossEntropyLoss(w4.cpu(), ignore_index=2)
+    for loss,args in ((weighted, y), (nn.CrossEntropyLoss(reduction='sum'), y),
                       (nn.GaussianNLLLoss(), real)):
         pred = torch.randn(16, 4)
         parts = _parts(loss, 16, pred, args)

@@ -426,7 +426,7 @@ def test_goes_into_the_log(tmp_path, monkeypatch):
     assert [o['step'] for o in (first, second)]==[0,4]
     assert [list(o) for o in first['checks']]==[['name','status','what','why','next']]*2
     memory = 'ok' if torch.cuda.is_available() else 'not checked'
-    assert [o['status'] for o in first['checks']]==['ok', memory]
+    assert [o['status'] for o in first['checks']]==['ok',memory]
 
 def test_what_it_shows():
     rows = ('a', 'ok', 'fine', '', ''),('b', 'look', 'odd|', '3', 'see'),('c', 'wrong', 'bad', '1', '')
