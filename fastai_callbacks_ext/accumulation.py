@@ -122,8 +122,9 @@ def _lend(self:GradientAccumulation, o, attr, value):
 @patch
 def _lend_hypers(self:GradientAccumulation, hypers):
     "Set the hyper-parameters until the end of the step"
-    for k in self.opt.hypers[0].keys() & hypers[0].keys():
-        own,lent = [h[k] for h in self.opt.hypers],[h[k] for h in hypers]
+    now = self.opt.hypers
+    for k in now[0].keys() & hypers[0].keys():
+        own,lent = [h[k] for h in now],[h[k] for h in hypers]
         if own==lent: continue
         if k=='lr' and hasattr(self.learn, 'recorder'): self._rate = len(self.recorder.lrs),lent[-1]
         self.opt.set_hyper(k, lent)

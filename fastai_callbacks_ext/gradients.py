@@ -194,7 +194,7 @@ class GradientCentralization(ExtCallback):
 
     def before_step(self):
         "Subtract the means"
-        grads = [g for g in step_grads(self.opt) if g.ndim>=self.least and g.numel()>len(g)]
+        grads = [g for g in step_grads(self.opt) if g.ndim>=self.least and g.numel()>g.shape[0]]
         subtract_means_(grads)
 
 # %% ../nbs/10_gradients.ipynb #151874a5

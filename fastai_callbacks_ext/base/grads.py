@@ -71,6 +71,7 @@ def divide_(
 
 _device = attrgetter('device')
 def _on_each_device(f, tensors, number):
+    if isinstance(number, (int,float)) and number==1: return
     by_device = {}
     if len({*map(_device, tensors)})<2: by_device = {t.device: tensors for t in tensors[:1]}
     else:

@@ -142,14 +142,15 @@ def any_sparse(
     return True in map(_is_sparse, tensors)
 
 # %% ../../nbs/base/lists.ipynb #lists-014
+_dtype = attrgetter('dtype')
 def as_factor(
     tensors:list, # Tensors, at least one
     number:float # A number
 )->float|Tensor: # The same number
     "`number` in the form in which `torch._foreach_mul_(tensors, ...)` is quickest, for the same bits"
     dtype = tensors[0].dtype
-    quick = tensors[0].is_cpu and dtype in (torch.float32, torch.float64)
-    return torch.tensor(number, dtype=dtype) if quick and all(t.dtype is dtype for t in tensors) else number
+    quick = tensors[0].is_cpu and dtype in (torch.float32, torch.float64) and len({*map(_dtype, tensors)})==1
+    return torch.tensor(number, dtype=dtype) if quick else number
 
 @torch.no_grad()
 def copies(
@@ -175,9 +176,8 @@ def copy_finite_(
         parts = torch.where(flat.isfinite(), flat, was).split([t.numel() for t in news])
         torch._foreach_copy_(list(olds), [o.view(t.shape) for o,t in zip(parts, news)])
 
-@torch.no_grad()
 def subtract_means_(
-    tensors:list # Tensors of two dimensions or more
+    tensors:list # Tensors of two dimensions or more, which need no gradient
 ):
     "Subtract from each tensor its mean over all dimensions but the first, in place"
     mean = lambda t,n=0: t.mean(tuple(range(n+1, t.ndim)), keepdim=True)

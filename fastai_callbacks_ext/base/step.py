@@ -26,8 +26,8 @@ from fastai.optimizer import Optimizer
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from .core import runs_in
-from .lists import (Rows, any_sparse, are_same, copies, grad_lists, norms_in_one,
-                                             opt_params)
+from .lists import (Rows, any_sparse, are_same, copies, grad_lists, norms,
+                                             norms_in_one, opt_params, stacked)
 from .model import modules_own, unwrap_model
 
 # %% ../../nbs/base/step.ipynb #a219797b
@@ -78,7 +78,8 @@ class StepNumbers:
         if any_sparse(grads): grads = [g.coalesce().values() if g.is_sparse else g for g in grads]
         loss = loss.as_subclass(Tensor).detach()     # fastai's tensor classes are slow
         self._loss = loss.mean() if loss.ndim else loss
-        self._norms = norms_in_one(grads, rows=rows) if grads else self._loss.new_zeros(0)
+        many = len(grads)>9 and grads[0].is_cpu
+        self._norms = [norms_in_one(grads, rows=rows)] if many else norms(grads)
 
     def are_of(self,
         loss:Tensor, # A loss
@@ -91,7 +92,9 @@ class StepNumbers:
     @property
     def tensor(self)->Tensor:
         "Loss, and norm of each gradient, as a tensor on the device"
-        return torch.cat([self._loss.view(1), self._norms.to(self._loss.device)])
+        numbers = [self._loss, *self._norms]
+        many = any(o.ndim for o in self._norms)
+        return torch.cat([o.view(-1).to(self._loss.device) for o in numbers]) if many else stacked(numbers)
 
     def _looked(self):
         "The numbers. The first call waits for the device, once"
