@@ -1,4 +1,4 @@
-"`MicroBatch`, `find_batch_size`: a batch in pieces is the batch; one that failed, and a probe, leave nothing"
+"`MicroBatch`: a batch in pieces is the batch; one that failed leaves nothing"
 import random
 from functools import partial
 
@@ -13,9 +13,10 @@ from fastai.optimizer import Adam, OptimWrapper
 from torch import nn
 from fastai_callbacks_ext.all import *
 from fastai_callbacks_ext.base.core import ExtCallback
-from fastai_callbacks_ext.memory import BatchSize, MicroBatch, find_batch_size, is_out_of_memory
+from fastai_callbacks_ext.memory import MicroBatch
 from fastai_callbacks_ext.test_utils import digits_learner, digits_model, text_learner
-from common import EXACT, fit, learner, quiet, traces
+from cases import some
+from common import EXACT, NEEDS, fit, learner, make, public_callbacks, quiet, suit, traces
 from ranks import launch
 from test_safety import AnyMixedPrecision
 
@@ -45,6 +46,9 @@ class Drawing(nn.Module):
         self.seen.append(len(x))
         self.total = self.total+x.detach().sum()
         return x*float(np.random.rand()+random.random())
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch): monkeypatch.chdir(tmp_path)
 
 def roomy(*cbs, k=10**6, where='forward', bs=32, n=160, model=None, error=torch.OutOfMemoryError, **kwargs):
     "A learner whose model has room for `k` items, before its last layer"
@@ -196,6 +200,60 @@ def test_gradients(beside):
         got,_ = gradients(*cbs(), mb=[MicroBatch(size)])
         assert got.shape==whole.shape and ((got-whole).norm(dim=1)<=1e-5*whole.norm(dim=1)).all()
 
+# a callback that changes the loss, beside losses in which targets are ignored or count more
+CHANGE_LOSS = {f'{cls.__name__} {by}': partial(cls, by=by) for cls in (MixUp, CutMix, CutMixUp)
+               for by in ('item','batch')}
+CHANGE_LOSS |= dict(distill=lambda: Distill(nn.Sequential(*PLAIN())), rdrop=RDrop,
+                    both=lambda: [Distill(nn.Sequential(*PLAIN())), MixUp()])
+UNEVEN = dict(flat=(LOSSES['flat'], 9), weighted=(LOSSES['weighted'], 9), sum=(LOSSES['sum'], 0),
+              own=(LOSSES['own'], 0), multi=((nn.BCEWithLogitsLoss(), None), 0))
+
+class IgnoreFirst(Callback):
+    "Before they are mixed"
+    order = -5
+    def __init__(self, n): self.n = n
+    def before_batch(self):
+        first = torch.arange(len(self.y), device=self.y.device)<self.n
+        if self.training: self.learn.yb = (torch.where(first, -100, self.y),)
+
+class OneHot(Callback):
+    order = -5
+    def before_batch(self): self.learn.yb = (F.one_hot(self.y, 10).float(),)
+
+@pytest.mark.parametrize('loss', UNEVEN)
+@pytest.mark.parametrize('name', CHANGE_LOSS)
+def test_what_changes_the_loss_sees_pieces(name, loss):
+    "Loss and gradient are those of the whole batch, also where a piece has no target that counts"
+    ((f,weight),ignored),of = UNEVEN[loss],'loss' if loss=='own' else None
+    if loss=='sum' and not name.startswith(('Mix','Cut')): return      # it is refused
+    def run(*mb):
+        set_seed(5)
+        cbs = L(CHANGE_LOSS[name]())
+        for cb in cbs:
+            if hasattr(cb, 'outputs'): cb.outputs = cb.outputs or of
+        cbs += [OneHot()] if loss=='multi' else [IgnoreFirst(ignored)] if ignored else []
+        g,learn = gradients(*cbs, mb=mb, loss_func=f, metrics=[])
+        return g,torch.stack([*learn.recorder.losses])
+    whole,losses = run()
+    assert whole.norm()>0
+    for size in (5, 16):
+        got,ls = run(MicroBatch(size, weight=weight))
+        assert ((got-whole).norm(dim=1)<=2e-5*whole.norm(dim=1)).all(), size
+        assert torch.allclose(ls, losses, rtol=1e-4), size
+
+OWN_PASS = ['AWP','FGM','SAM']      # they are refused beside it
+OTHERS = [cls for cls in public_callbacks() if cls not in NEEDS and cls not in (MicroBatch, Freeze)
+          and cls.__name__ not in OWN_PASS]
+
+@pytest.mark.parametrize('cls', some(OTHERS, 6))
+def test_beside_any_callback(cls):
+    def run(*mb):
+        learn = suit(roomy(make(cls), *mb, g := Gradients(), model=PLAIN, metrics=[]))
+        fit(learn, lr=0.)
+        return torch.stack(g.grads),torch.stack([*learn.recorder.losses])
+    (whole,losses),(got,ls) = run(),run(MicroBatch(5))
+    assert ((got-whole).norm(dim=1)<=1e-5*whole.norm(dim=1)).all() and torch.allclose(ls, losses, rtol=1e-5)
+
 def test_it_is_accumulation_of_batches():
     "Of 32 items in 8s: the bits of four batches that are added up"
     want,_ = gradients(GradientAccumulation(32), bs=8)
@@ -266,8 +324,9 @@ def test_what_others_find_out_is_the_same():
     a,b = stats(),stats(MicroBatch(5))
     a,b = ([v for v in vars(o).values() if isinstance(v, (torch.Tensor, np.ndarray))] for o in (a, b))
     assert len(a)==len(b)>0
-    a,b = ([torch.as_tensor(v).cpu() for v in o] for o in (a, b))
-    for x,y in zip(a, b): assert np.allclose(x, y, rtol=1e-4, atol=1e-5, equal_nan=True)
+    for pair in zip(a, b):
+        x,y = (torch.as_tensor(o).cpu() for o in pair)
+        assert np.allclose(x, y, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 # --- what a batch may be ------------------------------------------------------------------------
 class Odd(nn.Module):
@@ -415,59 +474,3 @@ def test_sam_is_not_split():
     fit(roomy(SAM(), cb := MicroBatch()))
     assert 'pass of its own' in cb.records[0].why
     with pytest.raises(ValueError, match='pass of its own'): fit(roomy(SAM(), MicroBatch(4)))
-
-# --- find_batch_size ----------------------------------------------------------------------------
-def wide(bs=16, **kwargs):
-    set_seed(5)
-    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 2000), nn.BatchNorm1d(2000), nn.ReLU(), nn.Dropout(),
-                        nn.Linear(2000, 10))
-    return digits_learner(n=600, bs=bs, model=net, **kwargs)
-
-def by_hand(bs):
-    "Bytes of weights, gradients, two states of Adam, and the four activations that a step keeps"
-    return 4*(4*(64*2000+3*2000+2000*10+10)) + bs*2000*4*4
-
-def test_it_finds_what_fits(capsys, on_cpu):
-    n = find_batch_size(wide(), limit_MB=8, margin=0.)
-    assert isinstance(n, int) and n==n.bs and type(n) is BatchSize
-    t = n.table
-    assert t.fits[n] and not t.fits.all() and (t['training MB'][t.fits]<=8).all()
-    assert t.index[~t.fits].min()-n<=max(1, n//16)
-    ratio = t['training MB'][n]*2**20/by_hand(n)
-    assert .8<ratio<1.5, ratio
-    assert t['training MB'].is_monotonic_increasing and (t['validation MB']<t['training MB']).all()
-    assert f'find_batch_size: {n} items take' in capsys.readouterr().out
-    n.plot()
-
-@pytest.mark.parametrize('opt', OPTS)
-def test_the_fit_afterwards_is_that_without_it(on_cpu, opt):
-    def run(probe):
-        learn = wide(opt_func=OPTS[opt])
-        n = find_batch_size(learn, limit_MB=6, max_bs=128) if probe else 0
-        learn.dls.loaders = [dl.new(bs=int(n) or run.n) for dl in learn.dls.loaders]
-        run.n = int(n)
-        return fit(learn, 2, 'fit_one_cycle')
-    assert same(run(True), run(False))
-
-def test_after_a_fit_too(on_cpu):
-    def run(probe):
-        learn = fit(roomy())
-        if probe: find_batch_size(learn, limit_MB=20, max_bs=64)
-        return fit(learn)
-    assert same(run(True), run(False))
-
-def test_real_errors_of_memory_count():
-    "A step that raises does not fit, whatever the limit"
-    n = find_batch_size(roomy(k=40, where='both'), limit_MB=1000)
-    assert 38<=n<=40 and n.table['training MB'].isna().any()
-
-def test_plain_loaders_and_max_bs(capsys):
-    n = find_batch_size(odd_learner(), limit_MB=100, max_bs=50)
-    assert n==50 and 'batch_size=50' in capsys.readouterr().out
-
-def test_find_batch_size_refuses():
-    with pytest.raises(ValueError, match='not even one item fits'): find_batch_size(wide(), limit_MB=.1)
-    if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match='limit_MB=None'): find_batch_size(wide())
-    with pytest.raises(ValueError, match='max_bs=0'): find_batch_size(wide(), max_bs=0, limit_MB=9)
-    with pytest.raises(ValueError, match='margin=1'): find_batch_size(wide(), margin=1, limit_MB=9)
