@@ -84,7 +84,7 @@ def set_hypers(
     hypers:list # One dict for each parameter group
 ):
     "Set the hyper-parameters of `opt`, such as the learning rate"
-    known = getattr(opt, 'bwd_map', hypers[0])      # an optimizer may have added notes of its own to its groups
+    known = getattr(opt, 'bwd_map', hypers[0])      # an optimizer may have added numbers to its groups
     for k in [k for k in hypers[0] if k in known]: opt.set_hyper(k, [h[k] for h in hypers])
 
 # %% ../../nbs/base/step.ipynb #6fd2c080
