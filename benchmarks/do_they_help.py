@@ -156,6 +156,7 @@ def report(seeds):
                    threads=1, seeds=seeds, runs=RUNS, units={k: o.unit for k,o in TASKS.items()}, plain=plain,
                    blocks=blocks)
     FILE.write_text(json.dumps(results, ensure_ascii=False)+'\n', 'utf-8')
+    FILE.with_suffix('.jsonl').unlink()
     print(facts(results))
     for o in blocks: print(f'\n{o["title"]}\n\n{gains_table(results, o)}')
 

@@ -146,8 +146,9 @@ def gains_table(results, block):
     def cell(task, values):
         if isinstance(values, str): return f'- {values}'
         gains = [gain(units[task], v, o[0][1]) for (_,v),o in zip(values, plain[task])]
-        mean,mark = np.mean(gains),'**'*bool(abs(np.mean(gains))>luck[task])
-        return f'{mark}{mean:+.1f}{mark} ± {np.std(gains, ddof=1):.1f}, {sum(o>0 for o in gains)}/{len(gains)}'
+        mean,wins = np.mean(gains),sum(o>0 for o in gains)
+        mark = '**'*bool(abs(mean)>luck[task])
+        return f'{mark}{mean:+.1f}{mark} ± {np.std(gains, ddof=1):.1f}, {wins}/{len(gains)}'
     def whole(task):
         v = np.array(plain[task])[:,0,1] * (1 if units[task]=='perplexity' else 100)
         return f'{v.mean():.1f} ± {v.std(ddof=1):.1f}'

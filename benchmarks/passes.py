@@ -54,13 +54,15 @@ FREE = {
     'FreeSGD, ScheduleFree(refresh=False)': (only(lambda: ScheduleFree(refresh=False)), free),
     'FreeSGD, ScheduleFree()': (only(ScheduleFree), free)}
 
+MLP,CNN,LM = NETS
+TABLES = {('more passes', CNN): PASSES, ('more passes', LM): PASSES|EMBEDDED, ('by layer', MLP): LAYERS,
+          ('by layer', CNN): LAYERS|NORMS, ('schedule-free', CNN): FREE}
+
 def tables(kind, more, rounds):
-    mlp,cnn,lm = NETS
-    chosen = {mlp: LAYERS, cnn: PASSES|LAYERS|NORMS|FREE, lm: PASSES|EMBEDDED}
-    for title,cases in chosen.items():
+    for (what,title),cases in TABLES.items():
         run = {k: partial(seconds, net(title, 'cpu'), make, more, **kwargs)
                for k,(make,kwargs) in cases.items()}
-        yield f'{kind}. {title}',measure(run, rounds, 'µs a batch')
+        yield f'{kind}, {what}. {title}',measure(run, rounds, 'µs a batch')
 
 def main():
     args = options(__doc__, rounds=5).parse_args()
