@@ -38,6 +38,7 @@ docs-test: .venv/browser-ready docs ## Look at the site in a browser (needs chro
 
 bench: .venv/bench-ready ## Measure the callbacks and the loop beside their peers (half an hour)
 	$(RUN)/python benchmarks/callbacks.py
+	$(RUN)/python benchmarks/speed.py
 	$(RUN)/python benchmarks/loop.py
 	$(RUN)/python benchmarks/checkpoint.py
 	$(RUN)/python benchmarks/safety.py
