@@ -393,7 +393,7 @@ def test_epochs_of_one_batch(capsys):
                         GradientAccumulation(32, last), lr=.1)
         with quiet(learn): learn.fit(3)
         assert len(learn.grads.grads)==steps
-    said = 'took no step in epoch 0, batch 0: the epoch has fewer than n_acc=32 items'
+    said = 'took no step in epoch 0: the epoch has fewer than n_acc=32 items'
     assert capsys.readouterr().out.count(said)==1
 
 def test_as_people_run_it(capsys):

@@ -792,7 +792,7 @@ def test_long_lists_cost_little():
     assert max(f.stat().st_size for f in Path('run').rglob('*.pt'))<1e5
 
 # --- an optimizer of another package ------------------------------------------------------------
-class Counting(FreeSGD):
+class CountsSteps(FreeSGD):
     "Counts its steps in an attribute"
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -806,10 +806,10 @@ def test_an_optimizer_of_an_installed_package(tmp_path, monkeypatch):
     module = types.ModuleType('installed')
     module.__file__ = f"{sysconfig.get_paths()['purelib']}/installed/__init__.py"
     monkeypatch.setitem(sys.modules, 'installed', module)
-    monkeypatch.setattr(Counting, '__module__', 'installed')
+    monkeypatch.setattr(CountsSteps, '__module__', 'installed')
     monkeypatch.chdir(tmp_path)
     def make():
-        return digits_learner(ScheduleFree(), n=160, bs=32, opt_func=partial(OptimWrapper, opt=Counting))
+        return digits_learner(ScheduleFree(), n=160, bs=32, opt_func=partial(OptimWrapper, opt=CountsSteps))
     def numbers(learn): return crash.digests(learn),learn.opt.opt.n
     said = goes_on(make, lambda learn,cbs: learn.fit(2, cbs=cbs), [(0,2), (1,1)], numbers=numbers)
     assert 'cannot save' not in said
