@@ -78,10 +78,12 @@ def equal(a, b):
     return a==b or isinstance(a, float) and (math.isclose(a, b, rel_tol=1e-2, abs_tol=1e-3) or a!=a and b!=b)
 
 def run(make_learner, use, fast):
-    "Results of `use(learn)`, with or without `FastLoop`; the text of the error if it ends in one"
+    """Results of `use(learn)`, with or without `FastLoop`; the text of the error if it ends in one
+
+    With any callback of the package, a fit stays where it is while the learner validates: one is in both"""
     spies = Spy(),LastSpy()
     learn = make_learner()
-    learn.add_cbs([*spies, *([ext.FastLoop()] if fast else [])])
+    learn.add_cbs([*spies, ext.ExtCallback(), *([ext.FastLoop()] if fast else [])])
     set_seed(1); learn.dls.train.rng.seed(1)
     cls,out = type(learn),io.StringIO()
     with contextlib.redirect_stdout(out), warnings.catch_warnings():
