@@ -182,12 +182,11 @@ def test_the_steps_use_it(cbs):
 @pytest.mark.parametrize('n_acc', [32, 50, 64, 100, 128, lambda epoch,step: 32*(1+epoch),
                                    lambda epoch,step: 32+40*step])
 def test_the_steps_of_a_fit_are_known_beforehand(n_acc, last):
-    "As many as are taken, and each at the share of the items that are over: epochs have the same items"
+    "As many as are taken, and each at its own value; the last begins at (n-1)/n"
     sched = Schedule({'lr': [Decay(None, 'linear')]})
     batches,steps = values(sched, GradientAccumulation(n_acc, last=last), n=3, lr=1.)
-    n = np.diff(sched._fit.starts)      # steps of each epoch
-    want = [1-(epoch+i/k)/3 for epoch,k in enumerate(n) for i in range(k)]
-    assert sum(n)==len(steps) and np.allclose(steps[:,0], want, rtol=1e-12)
+    n = sched._fit.total
+    assert n==len(steps) and np.allclose(steps[:,0], 1-np.arange(n)/n, rtol=1e-12)
     assert {*batches[:,0]}<={*steps[:,0], 0.}      # of steps only; what is dropped at the end has 0
 
 def test_batches_are_counted_if_asked():

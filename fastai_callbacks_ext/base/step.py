@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from .core import runs_in
 from .lists import (Rows, any_sparse, are_same, copies, grad_lists, norms,
-                                             norms_in_one, opt_params, stacked)
+                                             norms_in_one, opt_params, in_one)
 from .model import modules_own, unwrap_model
 
 # %% ../../nbs/base/step.ipynb #a219797b
@@ -94,7 +94,7 @@ class StepNumbers:
         "Loss, and norm of each gradient, as a tensor on the device"
         numbers = [self._loss, *self._norms]
         many = any(o.ndim for o in self._norms)
-        return torch.cat([o.view(-1).to(self._loss.device) for o in numbers]) if many else stacked(numbers)
+        return torch.cat([o.view(-1).to(self._loss.device) for o in numbers]) if many else in_one(numbers)
 
     def _looked(self):
         "The numbers. The first call waits for the device, once"
