@@ -14,6 +14,7 @@ from fastcore.xtras import working_directory
 import fastai_callbacks_ext.all as ext
 from fastai_callbacks_ext.base.core import ExtCallback
 from fastai_callbacks_ext.base.position import load_random_state, random_state
+from fastai_callbacks_ext.test_utils import text_learner
 from common import NEEDS, RNN, fit, learner, make, public_callbacks
 from test_contract import plain
 from test_layers import scaler
@@ -94,7 +95,7 @@ def test_a_look_in_mid_epoch_and_at_the_end_of_epochs(cls):
 def needy(cls, *cbs):
     "An AWD-LSTM: its hidden states go on, too"
     rnn = [o() for o in RNN if o is not cls]
-    return fit(learner(cls, cbs=[*rnn, make(cls), *cbs]), 2, 'fit_one_cycle')
+    return fit(text_learner([*rnn, make(cls), *cbs], n=3000), 2, 'fit_one_cycle')
 
 EVENTS = 'batch','epoch','train','validate'
 @pytest.mark.parametrize('how', LOOKS)
@@ -148,7 +149,11 @@ def test_the_table_goes_on(cls, where, capsys, monkeypatch):
         return [o for o in rows if o[:1] in (['0'], ['1'], ['epoch']) and len(o)==4]
     want = shown()
     assert [o[0] for o in want]==['epoch','0','1']*2
-    assert shown(Look(LOOKS['validate'], at=3), Look(LOOKS['predictions'], 'after_epoch', 1))==want
+    class Child(Callback):
+        "The bar below the table is that of the fit"
+        order,run_valid = 3000,False
+        def after_batch(self): assert self.learn.progress.mbar.child is self.learn.progress.pbar
+    assert shown(Child(), Look(LOOKS['validate'], at=3), Look(LOOKS['predictions'], 'after_epoch', 1))==want
 
 class Weights(Callback):
     "Some are frozen from the second epoch on"

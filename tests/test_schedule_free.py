@@ -34,6 +34,22 @@ def test_validation_and_the_end_have_the_average(cbs):
     last = learn.recorder.values[-1][1]
     with quiet(learn): assert learn.validate()[0]==pytest.approx(last, abs=1e-5)
 
+def test_a_look_in_mid_epoch_has_the_average():
+    "And the fit goes on at the weights for training"
+    class Look(Callback):
+        order,run_valid = 200,False
+        def after_batch(self):
+            if self.train_iter!=6: return
+            before = self.seen.p().detach().clone()
+            zs,valid,ends = self.seen.zs,self.seen.valid,self.seen.ends
+            self.learn.validate()
+            close(self.seen.valid[-1], mean(zs))
+            close(self.seen.p(), before)
+            assert not torch.equal(before, self.seen.valid[-1])
+            self.seen.zs,self.seen.valid,self.seen.ends = zs,valid,ends
+    fit(free(seen := Seen(), Look()), 3, lr=.05)
+    close(seen.p(), mean(seen.zs))
+
 @pytest.mark.parametrize('error', [KeyboardInterrupt, CancelFitException, ValueError('no')])
 def test_however_the_fit_ends(error):
     class Stop(Callback):
