@@ -1,6 +1,5 @@
 "`lr_find`: the fit after it is the fit without it, it counts steps, and it does not guess"
-import gc
-import copy, pickle, signal
+import copy, gc, pickle, signal
 from functools import partial
 
 import matplotlib.pyplot as plt
