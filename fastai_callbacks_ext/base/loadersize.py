@@ -7,7 +7,7 @@ each batch of a fit will have"""
 __all__ = ['size_of', 'why_fixed', 'set_size', 'resized', 'batch_sizes', 'epoch_sizes', 'n_batches']
 
 # %% ../../nbs/base/loadersize.ipynb #loadersize-005
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
@@ -92,13 +92,10 @@ def epoch_sizes(
         given = {k: v for cb in learn.cbs if hasattr(type(cb), 'loader_sizes') and cb.run
                  for k,v in cb.loader_sizes(epoch).items()}
         if (key := tuple(sorted(given.items()))) not in known:
-            with resized(dl, **given) if given else _as_it_is(): known[key] = batch_sizes(dl)
+            with resized(dl, **given) if given else nullcontext(): known[key] = batch_sizes(dl)
         return known[key]
     res = [sizes(i) for i in range(learn.n_epoch)]
     return None if None in res else res
-
-@contextmanager
-def _as_it_is(): yield
 
 def n_batches(
     learn:Learner # A learner whose fit begins
