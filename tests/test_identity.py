@@ -19,6 +19,7 @@ from fastai.losses import BaseLoss
 from fastai.optimizer import Adam, Lamb, Larc, Lookahead, OptimWrapper, QHAdam, RAdam, RMSProp, SGD, ranger
 from fastai.vision.all import (CrossEntropyLossFlat, DataLoaders, Datasets, IndexSplitter, Learner, MixUp,
                                RandomResizedCrop, Rotate, noop, set_seed)
+from fastcore.xtras import working_directory
 from PIL import Image
 from fastai.vision.core import PILImage
 from torch import nn
@@ -528,7 +529,8 @@ ANOTHER |= {('SeqLenSchedule',k): v for k,v in dict(
     frozen='grow').items()}
 ANOTHER |= {('Freeze','schedule'): {0: '0', 1: 0},
             ('HyperMult','lr'): {'*': .5}, ('HyperMult','wd'): {'norm': 0}}
-acting = [o for o in public_callbacks() if identity._acts(make(o))]
+with tempfile.TemporaryDirectory() as d, working_directory(d):       # `Checkpoint` makes its folder
+    acting = [o for o in public_callbacks() if identity._acts(make(o))]
 arguments = [(o, k) for o in acting for k,p in signature(o).parameters.items() if p.kind is not p.VAR_KEYWORD
              and p.kind is not p.VAR_POSITIONAL]
 
