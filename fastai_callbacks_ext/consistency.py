@@ -50,7 +50,8 @@ class _Compares(ExtCallback):
             raise ValueError(f'{self.name}: outputs of shapes {shapes}; expected the same shape')
         yb = self.learn.yb
         targ = yb[0] if len(yb)==1 and isinstance(yb[0], Tensor) else None
-        far = self._far(*(o.as_subclass(Tensor) for o in (a, b)), targ, temperature)
+        try: far = self._far(*(o.as_subclass(Tensor) for o in (a, b)), targ, temperature)
+        except NotClear as e: raise ValueError(f'{self.name}: {e}') from None
         return in_piece(self.learn, far, self._count)
 
     def _set_loss(self, loss):

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from common import fit, learner, quiet, traces
 from fastai_callbacks_ext.all import *
-from fastai_callbacks_ext.base.labels import divergence
+from fastai_callbacks_ext.base.labels import NotClear, divergence
 from fastai_callbacks_ext.consistency import Distill, RDrop
 from fastai_callbacks_ext.test_utils import text_learner
 from test_safety import AnyMixedPrecision
@@ -204,3 +204,16 @@ def test_refused(make, message):
                                   lambda: RDrop(outputs='logit')])
 def test_bad_arguments(make):
     with pytest.raises((ValueError,TypeError)): make()
+
+def test_which_axis_has_the_classes():
+    "Of a loss of one's own, that which the targets lack; where that is not clear, an error says so"
+    far = divergence('logits', lambda pred,y: 0)
+    a,b = torch.randn(2, 2, 3, 4).unbind()
+    y = torch.randint(0, 4, (2, 3))
+    want = F.kl_div(a.log_softmax(-1), b.log_softmax(-1), reduction='none', log_target=True).sum(-1).mean()
+    for axis in (1, -1):
+        torch.testing.assert_close(far(*(o.movedim(-1, axis) for o in (a, b)), y, 1.), want)
+    square = torch.randn(2, 3, 3)
+    for x,targ in ((square, y), (a, None), (a, y.flatten())):
+        with pytest.raises(NotClear, match='which axis'): far(x, x, targ, 1.)
+    assert far(square[0], square[1], None, 1.)>0        # of two axes, the last

@@ -55,9 +55,26 @@ def _mean(values, ok):
     "Mean over the positions of an item that count; NaN if there are none"
     return values.where(ok, 0).sum(1)/ok.sum(1)
 
+def _class_axis(loss_func):
+    "The axis of the classes; None if neither the loss says it nor its kind"
+    try: output_kind(loss_func)
+    except NotClear: return _setting(loss_func, 'axis', None)
+    return _setting(loss_func, 'axis', 1)
+
+def _classes_last(x, axis, targ):
+    "Move the axis of the classes to the end: if the loss does not say which, that which `targ` lacks"
+    if axis is None and x.ndim>2:
+        lacks = lambda i: targ is not None and targ.shape==x.shape[:i]+x.shape[i+1:]
+        fits = [i for i in (1, x.ndim-1) if lacks(i)]
+        if len(fits)!=1:
+            raise NotClear(f'it does not know which axis of the predictions {(*x.shape,)} has the classes; '
+                           'expected a loss with an attribute `axis`')
+        axis, = fits
+    return x.movedim(-1 if axis is None or x.ndim<=abs(axis) else axis, -1)
+
 def _of_classes(pred, targ, log, axis, ignore):
     "Probability of the label, margin, was it right, label, class predicted: a row each, a column an item"
-    x = pred.movedim(axis if pred.ndim>abs(axis) else -1, -1)
+    x = _classes_last(pred, axis, targ)
     x,y = x.reshape(len(x), -1, x.shape[-1]),targ.reshape(len(targ), -1).long()
     if x.shape[:2]!=y.shape: raise _shapes_differ(pred, targ)
     ok = (y!=ignore) & (y>=0) & (y<x.shape[-1])
@@ -96,14 +113,12 @@ def label_numbers(
     "A function that gives what the predictions say about the labels"
     if kind=='loss': return partial(_of_loss_only, loss_func=loss_func)
     if kind.startswith('binary'): return partial(_of_labels, logits=kind=='binary_logits')
-    return partial(_of_classes, log=_log[kind], axis=_setting(loss_func, 'axis', 1),
+    return partial(_of_classes, log=_log[kind], axis=_class_axis(loss_func),
                    ignore=_setting(loss_func, 'ignore_index', -100))
 
 # %% ../../nbs/base/labels.ipynb #labels-d2
-def _of_axis(x, axis): return x.movedim(axis if x.ndim>abs(axis) else -1, -1)
-
 def _apart_classes(a, b, targ, temperature, log, axis, ignore):
-    a,b = (log(_of_axis(o, axis).float()) for o in (a, b))
+    a,b = (log(_classes_last(o, axis, targ).float()) for o in (a, b))
     if temperature!=1: a,b = a/temperature,b/temperature
     a,b = a.log_softmax(-1),b.log_softmax(-1)
     each = (b.exp()*(b-a)).sum(-1)*temperature**2
@@ -137,5 +152,5 @@ def divergence(
     if kind=='loss': return lambda a,b,targ,temperature: F.mse_loss(a.float(), b.float())
     if kind.startswith('binary'): return partial(_apart_labels, logits=kind=='binary_logits')
     log = _log['log_probabilities' if kind=='logits' else kind]     # `log_softmax` follows
-    return partial(_apart_classes, log=log, axis=_setting(loss_func, 'axis', 1),
+    return partial(_apart_classes, log=log, axis=_class_axis(loss_func),
                    ignore=_setting(loss_func, 'ignore_index', -100))
