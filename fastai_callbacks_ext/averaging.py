@@ -14,19 +14,31 @@ from fastai.callback.core import Callback
 from fastcore.basics import patch
 from fastcore.foundation import L
 from torch import Tensor
-from .base.core import ExtCallback, check_number, check_type
+from .base.core import ExtCallback, check_number, check_type, settle, verdicts_of
 from .base.loadersize import n_batches
 from .base.model import (buffer_marks, norm_places, statistic_places, tensor_places,
                                              weight_places)
 from .base.passes import refresh_batchnorm
 from .base.state import load_random_state, random_state
+from .base.foreach import layout
 from .base.lists import norms_in_one
 from .base.step import all_finite, overlaps
 
 # %% ../nbs/09_averaging.ipynb #f3434176
-def _lerp(average, tensors, part):
-    "Move each tensor of `average` a `part` of the way to the same one of `tensors`"
-    torch._foreach_lerp_(average, tensors, part)
+def _lerp(average, tensors, part, dropped=None):
+    "Move each tensor of `average` a `part` of the way to the same one of `tensors`, unless `dropped` is 1"
+    if dropped is None: return torch._foreach_lerp_(average, tensors, part)
+    groups = {}
+    for a,t in zip(average, tensors): groups.setdefault((a.dtype, a.device), []).append((a, t))
+    for (_,device),both in groups.items(): _lerp_unless(*map(list, zip(*both)), part, dropped.to(device))
+
+def _lerp_unless(average, tensors, part, dropped):
+    "A step of SGD: the gradient of half the squared distance to `tensors` is `average` less `tensors`"
+    if any(layout(a)!=layout(t) or layout(a) is None for a,t in zip(average, tensors)):
+        tensors = [torch.empty_like(a).copy_(t) for a,t in zip(average, tensors)]
+    lr = part.to(dropped) if isinstance(part, Tensor) else part
+    torch._fused_sgd_(average, tensors, [], weight_decay=1., momentum=0., lr=lr, dampening=0.,
+                      nesterov=False, maximize=True, is_first_step=False, found_inf=dropped)
 
 def _dtype(t): return torch.promote_types(t.dtype, torch.float32)
 def _clone(t):
@@ -92,6 +104,10 @@ class _Averager(ExtCallback):
         "Count the steps"
         self._t += 1
         with torch.no_grad(): self._stepped()
+
+    def step_dropped(self):
+        "The device had dropped a step that was counted"
+        self._t -= 1
 
     def before_validate(self):
         "Give the model the averaged weights"
@@ -370,6 +386,8 @@ def _tell_nothing(self:_Averager):
 # %% ../nbs/09_averaging.ipynb #4ea72e53
 class EMA(_Averager):
     "Exponential moving average of the weights"
+    # on the device: how many of the steps that were counted had been dropped, unknown to the program
+    _over,transient = None,dict(_over=None)
     def __init__(self,
         # How much of the old average is kept at each step, 0 to 1. None: the memory grows with the fit.
         # A list makes several averages; the first one is used in validation and after the fit
@@ -397,9 +415,11 @@ class EMA(_Averager):
 
     @property
     def _several(self): return len(self.decays)
+    late_steps = property(lambda self: self.every==1 and self.start==0)
 
     def before_train(self):
         "Without a warm-up, start from the weights as they are"
+        self._over = None
         self._begin()
         super().before_train()
 
@@ -413,20 +433,41 @@ class EMA(_Averager):
 
     def _update(self):
         self._n += 1
+        dropped = _dropped(self.learn)
+        n = self._true_n(dropped)
         if self._n==1: self._kept = [self._copies() for _ in self.decays]
         else:
             tensors = self._numbers()
-            for d,kept in zip(self.decays, self._kept): self._move(list(kept.values()), tensors, d)
+            for d,kept in zip(self.decays, self._kept):
+                self._move(list(kept.values()), tensors, d, n, dropped)
 
-    def _move(self, kept, tensors, d):
-        if d is not None: return _lerp(kept, tensors, self._part(d**self.every))
-        weights,age = len(kept)-len(self._norm),_age_beyond_norm(self._n*self.every)/self.every
-        _lerp(kept[:weights], tensors[:weights], 19/(self._n+18))
-        if self._norm: _lerp(kept[weights:], tensors[weights:], 1/(1+age))
+    def _true_n(self, dropped):
+        "Number of updates; on the device, if the program does not know it"
+        if dropped is None:
+            if self._over is not None: settle(self.learn)
+            self._over = None
+            return self._n
+        if self._over is None: self._over = torch.zeros_like(dropped, dtype=torch.float64)
+        n = self._n-self._over
+        self._over += dropped
+        return n
 
-    def _part(self, d):
+    def step_dropped(self):
+        "The device had dropped a step that was counted, and did not move the average"
+        if self._over is None: return
+        super().step_dropped()
+        self._n -= 1
+        self._over -= 1
+
+    def _move(self, kept, tensors, d, n, dropped):
+        if d is not None: return _lerp(kept, tensors, self._part(d**self.every, n), dropped)
+        weights,age = len(kept)-len(self._norm),_age_beyond_norm(n*self.every)/self.every
+        _lerp(kept[:weights], tensors[:weights], 19/(n+18), dropped)
+        if self._norm: _lerp(kept[weights:], tensors[weights:], 1/(1+age), dropped)
+
+    def _part(self, d, n):
         if not self.warmup: return 1-d
-        return (1-d)/(1-d**self._n) if d<1 else 1/self._n
+        return (1-d)/(1-d**n) if d<1 else 1/n
 
     def _average(self, i): return self._kept[i]
     def _others(self):
@@ -444,7 +485,12 @@ class EMA(_Averager):
 
 def _age_beyond_norm(steps):
     "A twentieth of `steps`, less the ten steps that the statistics of batch norm already average over"
-    return max(0, steps/20-10)
+    return (steps/20-10).clamp(min=0) if isinstance(steps, Tensor) else max(0, steps/20-10)
+
+def _dropped(learn):
+    "1 if the device drops the step of this batch, else 0; None if the program knows"
+    verdicts = verdicts_of(learn)
+    return None if verdicts is None else verdicts.step
 
 def _listed(name, o):
     "One number, or a list or tuple of them"
@@ -463,6 +509,7 @@ class _Every(_Averager):
 class SWA(_Every):
     "Stochastic weight averaging: the mean of the weights from a point of the fit on"
     average_name,fit_state = 'swa',_Every.fit_state | dict(_ratios=None)
+    late_steps = property(lambda self: self.every is None and self.lr is None)
     _borrowed,single = None,property(lambda self: self.lr is not None)      # only one may set the rate
     def __init__(self,
         start:float=0.75, # Share of the fit after which the mean begins, 0 to 1

@@ -25,7 +25,8 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from fastprogress.fastprogress import MasterBar, ProgressBar
 from torch import Tensor
-from .base.core import ExtCallback, Record, check_number, check_type, from_first, n_ranks
+from .base.core import (ExtCallback, Record, check_number, check_type, from_first,
+                                            n_ranks, settle)
 from .base.files import BackgroundWriter, FolderLock, StateFiles, map_state
 from .base.identity import (facts_differences, facts_unknown, model_differences,
                                                 note_changes, run_facts)
@@ -38,7 +39,7 @@ from .base.watch import item_layers, put_loss_back
 # %% ../nbs/06_checkpoint.ipynb #7b2f4560
 class Checkpoint(ExtCallback):
     "Saves the whole training state; the same script, run again, resumes with exactly the same results"
-    order,run_valid = 2000,False     # after all others
+    order,run_valid,late_steps = 2000,False,True     # after all others
     _finished = {}                   # runs finished in this process: process id and callback id
     _ended = {}                      # fits ended by a signal, by folder: process, callback, reason, path
     def __init__(self,
@@ -358,6 +359,7 @@ def _wait(self:Checkpoint):
 
 @patch
 def _save(self:Checkpoint, epoch, batch=None, finished=False):
+    settle(self.learn)
     self._due,self._last = False,monotonic()
     seconds = dict(fit=self._last-self._clock, epoch=self._last-self._epoch_clock)
     at = dict(epoch=epoch, batch=batch, finished=finished, n_epoch=self.n_epoch)
@@ -422,7 +424,7 @@ def _failed(self:Checkpoint, e):
 # %% ../nbs/06_checkpoint.ipynb #f406d237
 class PreemptionGuard(ExtCallback):
     "Ends the fit, with a last checkpoint, when a signal announces that the machine will be taken away"
-    run_after,run_valid = Checkpoint,False
+    run_after,run_valid,late_steps = Checkpoint,False,True
     transient = dict(_got=None, _in_batch=False, _ended=False)
     def __init__(self,
         signals:tuple=None # Signals to listen to; None: SIGTERM, and SIGUSR1 if the system has it

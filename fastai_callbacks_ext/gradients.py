@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from torch import Tensor
 from torch._utils import _unflatten_dense_tensors
-from .base.core import ExtCallback, check_number, check_type
+from .base.core import ExtCallback, check_number, check_type, settle
 from .base.grads import (grad_numbers, multiply_, numbers_behind, step_grads, total_norm,
                                              with_grad)
 from .base.model import unwrap_model
@@ -26,6 +26,7 @@ from .base.lists import (Rows, any_sparse, copy_finite_, grad_lists, opt_params,
                                              subtract_means_)
 from .base.step import step_numbers
 from .base.twopass import MovesWeights
+from .base.verdict import decides_later, on_gpu
 
 # %% ../nbs/10_gradients.ipynb #97119271
 class GradientClip(ExtCallback):
@@ -41,7 +42,10 @@ class GradientClip(ExtCallback):
         auto:float=None, # Clip to this percentile, 0 to 100, of the norms of the last steps; the paper has 10
         window:int=1000, # Number of past steps that `auto` looks at
         # Parameters that `adaptive` does not clip, by how their names begin; usually the head of the model
-        exclude:str|tuple=()
+        exclude:str|tuple=(),
+        # Wait for the device in each step? None: not on a GPU with `FastLoop` and `FusedStep`, where the
+        # device drops a step itself and the program learns it some batches later. `auto` always waits
+        wait:bool=None
     ):
         given = dict(max_norm=max_norm, max_value=max_value, adaptive=adaptive, auto=auto)
         given = {k:v for k,v in given.items() if v is not None} or {'max_norm': 1.}
@@ -52,6 +56,7 @@ class GradientClip(ExtCallback):
         self.norm_type = norm_type if norm_type==inf else check_number('norm_type', norm_type, low=1)
         self.window = check_number('window', window, low=1, integer=True)
         self.exclude = tuple(L(check_type('exclude', exclude, str, tuple)))
+        self.wait = check_type('wait', wait, bool, type(None))
 
     def before_fit(self):
         "Refuse fastai's `GradientClip` beside it, and an `exclude` that fits no parameter"
@@ -67,7 +72,8 @@ class GradientClip(ExtCallback):
 
     def before_step(self):
         "Clip the gradient if it is too long; skip the step if it is NaN or infinite"
-        try: self._look()
+        verdicts = decides_later(self) if self.fitting else None
+        try: self._look() if verdicts is None else self._look_later(verdicts)
         finally: self._grads = self._units = self._ratios = self._rows = None   # they would keep gradients
 
     def _look(self):
@@ -75,7 +81,9 @@ class GradientClip(ExtCallback):
         if self.any_rank(not isfinite(norm)): self._skip(norm)
         limit = self._usual(norm) if self.by=='auto' else self.limit
         if norm>limit: self._clip(limit, norm)
-        if not self.fitting: return
+        if self.fitting: self._note(norm, limit)
+
+    def _note(self, norm, limit):
         self.norms.append(norm)
         self.limits.append(limit)
         self.clipped += norm>limit
@@ -86,15 +94,25 @@ class GradientClip(ExtCallback):
         return np.percentile((self.norms[-self.window:]+[norm])[-self.window:], self.limit).item()
 
     def _skip(self, norm):
-        if self.fitting:
-            self.skipped += 1
-            whose,norm = ('',norm) if not isfinite(norm) else (' in another process','NaN or infinite')
-            self.tell('skipped a step', f'the norm of the gradient{whose} is {norm}')
+        whose,norm = ('',norm) if not isfinite(norm) else (' in another process','NaN or infinite')
+        if self.fitting: self._count_skip(whose, norm)
         raise CancelStepException
+
+    def _count_skip(self, whose, norm, at=None):
+        self.skipped += 1
+        self.tell('skipped a step', f'the norm of the gradient{whose} is {norm}', at=at)
+
+    @property
+    def late_steps(self)->bool:
+        "Will the device decide, if it can?"
+        waits = not on_gpu(self.learn) if self.wait is None else self.wait
+        # factors on the device would be rounded to half precision
+        return not waits and self.by!='auto' and all(p.element_size()>=4 for p in opt_params(self.opt))
 
     @property
     def clip_rate(self)->float:
         "Share of the steps of this fit whose gradient was clipped, 0 to 1"
+        settle(self.learn)
         return self.clipped/max(len(self.norms), 1)
 
 # %% ../nbs/10_gradients.ipynb #cd95e6f1
@@ -112,16 +130,38 @@ def unit_norm(
 @patch
 def _norm(self:GradientClip):
     "The number that is compared with the limit"
+    whole = self.by in ('max_norm','auto') and self.norm_type==2
+    return step_numbers(self.learn).grad_norm if whole else self._own_norm().item()
+
+@patch
+def _own_norm(self:GradientClip):
+    "The same as a tensor, if it is not the 2-norm of all"
     if self.by=='adaptive': return self._largest_ratio()
-    if self.by=='max_value': return total_norm(step_grads(self.opt, real=True), inf).item()
-    if self.norm_type!=2: return total_norm(step_grads(self.opt), self.norm_type).item()
-    return step_numbers(self.learn).grad_norm
+    if self.by=='max_value': return total_norm(step_grads(self.opt, real=True), inf)
+    return total_norm(step_grads(self.opt), self.norm_type)
+
+@patch
+def _look_later(self:GradientClip, verdicts):
+    "As `_look`, on the device. Where the gradient is not too long, clipping changes nothing"
+    whole,before = self.by=='max_norm' and self.norm_type==2,verdicts.step
+    norm = step_numbers(self.learn).norm_tensor if whole else self._own_norm().double()
+    verdicts.drop_step(1-norm.isfinite().float())
+    verdicts.when_known(self._learned, norm=norm, gone=norm.new_zeros(()) if before is None else before)
+    self._clip(self.limit, norm)
+
+@patch
+def _learned(self:GradientClip, at, numbers):
+    "The verdict of a batch has come; if others have dropped it, it was never here"
+    norm = numbers['norm']
+    if numbers['gone']: return
+    if not isfinite(norm): return self._count_skip('', norm, at)
+    self._note(norm, self.limit)
 
 @patch
 def _largest_ratio(self:GradientClip):
     "The largest ratio of gradient to weights, of all units; the ratios are kept for `_clip`"
     params = [p for p in with_grad(self.opt) if id(p) not in self._excluded]
-    if not params: return 0.
+    if not params: return torch.zeros(())
     self._grads = [grad_numbers(p) for p in params]
     self._rows = Rows(self._grads)
     units,behind = map(self._rows.blocks, (self._grads, [numbers_behind(p) for p in params]))
@@ -129,7 +169,7 @@ def _largest_ratio(self:GradientClip):
     torch._foreach_clamp_min_(weights, 1e-3)    # else weights that start at 0 could never move
     torch._foreach_div_(norms, weights)
     self._units,self._ratios = [t for t,_ in units],norms
-    return total_norm(norms, inf).item()
+    return total_norm(norms, inf)
 
 @patch
 def _clip(self:GradientClip, limit, norm):
@@ -142,6 +182,7 @@ def _clip(self:GradientClip, limit, norm):
         torch._foreach_clamp_min_(self._ratios, 1.)
         torch._foreach_div_(self._units, self._ratios)
         self._rows.put_back(self._grads, self._units)
+    elif isinstance(norm, Tensor): multiply_(step_grads(self.opt), (limit/norm).clamp(max=1).float())
     else: multiply_(step_grads(self.opt), limit/norm)
 
 # %% ../nbs/10_gradients.ipynb #921f9a6c
@@ -187,7 +228,7 @@ class SAM(MovesWeights):
 class GradientCentralization(ExtCallback):
     "Gradient centralization: subtracts the mean from the gradient of each filter or row of a weight"
     order,run_valid = 12,False      # after clipping
-    in_lr_find = True
+    in_lr_find,late_steps = True,True
     def __init__(self,
         conv_only:bool=False # Leave linear layers alone, and change convolutions only?
     ): self.least = 3 if check_type('conv_only', conv_only, bool) else 2

@@ -23,7 +23,7 @@ from fastcore.foundation import L
 from fastcore.xtras import modify_exception
 from torch import Tensor
 from .base.calls import call_times
-from .base.core import ExtCallback, edits
+from .base.core import ExtCallback, edits, verdicts_of
 from .base.lent import Lent, lend_methods, own_class
 
 # %% ../nbs/03_loop.ipynb #f3d246db
@@ -123,6 +123,11 @@ class _FastEvents(Lent):
                 where = f'Exception occured in `{type(cb).__name__}` when calling event `{event_name}`'
                 raise modify_exception(e, f'{where}:\n\t{e.args[0]}', replace=True)
 
+    def records_late(self):
+        "Does no loss make the program wait, and is the loss of a batch left out that the device has dropped?"
+        table = type(self)._table
+        return table is not None and Recorder.after_batch in table.faster
+
     def _set_device(self, b):
         "As `Learner._set_device`; a batch that is on the device already is returned as it is"
         table = type(self)._table
@@ -162,11 +167,17 @@ def _cast(cb):
 # %% ../nbs/03_loop.ipynb #0767a4d2
 def _smooth(met, learn):
     "Replaces `AvgSmoothLoss.accumulate`; the average stays on the device of the loss"
-    met.count += 1
     loss = learn.loss.detach()
     if met.val.device!=loss.device:    # a copy to the device would wait; filling does not
         met.val = torch.full_like(met.val, met.val.item(), device=loss.device)
-    met.val = torch.lerp(loss.mean() if loss.ndim else loss, met.val, met.beta)
+    val,dropped = torch.lerp(loss.mean() if loss.ndim else loss, met.val, met.beta),_dropped(learn)
+    met.count = met.count+1 if dropped is None else met.count+(1-dropped.to(loss.device, torch.float64))
+    met.val = val if dropped is None else torch.where(dropped.to(loss.device)==1, met.val, val)
+
+def _dropped(learn):
+    "1 if the device counts this batch as never seen, else 0; None if the program knows"
+    verdicts = verdicts_of(learn)
+    return None if verdicts is None else verdicts.batch
 
 def _add(met, learn, value):
     bs = find_bs(learn.yb)
@@ -195,7 +206,7 @@ def _record(cb):
             _accumulate.get(accumulate, accumulate)(met, learn)
         if not learn.training: return
         cb.lrs.append(_lr(learn.opt))
-        learn.smooth_loss = cb.smooth_loss.value
+        learn.smooth_loss = cb.smooth_loss.value.to(cb.smooth_loss.val.dtype)
         cb.losses.append(learn.smooth_loss)
     return after_batch
 
@@ -206,6 +217,7 @@ def _settle(learn):
             if type(met).accumulate not in _accumulate: continue
             for k in {'val','total'} & vars(met).keys():
                 setattr(met, k, to_detach(getattr(met, k), gather=False))
+            if isinstance(vars(met).get('count'), Tensor): met.count = int(met.count)
         if type(rec).after_batch is not Recorder.after_batch or not hasattr(rec, 'losses'): continue
         n = next((i for i,o in enumerate(reversed(rec.losses)) if o.device.type=='cpu'), len(rec.losses))
         if n:

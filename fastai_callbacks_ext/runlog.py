@@ -26,7 +26,8 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from fastprogress.fastprogress import format_time
 from torch import Tensor
-from .base.core import ExtCallback, check_number, check_type, n_ranks, nearest
+from .base.core import (ExtCallback, check_number, check_type, n_ranks, nearest,
+                                            verdicts_of)
 from .base.identity import describe_callback, run_facts
 from .base.kept import waiting_fit
 from .base.late import LateNumbers
@@ -51,6 +52,7 @@ class RunLog(ExtCallback):
     a `Checkpoint` resumes goes on in its file. `read_log` makes tables of it. If the file cannot be
     written, or a tracker fails, one line says so, and the run goes on without."""
     order,run_valid,run_outside,single = 1990,False,True,True     # before `Checkpoint` saves
+    late_steps = True
     state_attrs = 'file','n_fit','before'
     transient = dict(file=None, n_fit=-1, before=0, ran=0, _root=None, _rows=None, _waiting=[],
                      _feeds=[], _off=False, _begun=False, _resumed=False, _sent=None, _echo=None,
@@ -152,6 +154,9 @@ class RunLog(ExtCallback):
     def _numbers(self):
         loss = self.loss.mean() if getattr(self.loss, 'ndim', 0) else self.loss
         if not (self._now.has_loss and len(self.yb)): loss = nan        # skipped: it is that of another batch
+        verdicts = verdicts_of(self.learn)
+        dropped = None if verdicts is None else verdicts.batch
+        if dropped is not None: loss = torch.where(dropped.to(loss.device)==1, nan, loss)
         hypers = {k: v for k,v in self.opt.hypers[-1].items() if isinstance(v, (int,float))}
         return dict(loss=loss, smooth_loss=getattr(self.learn, 'smooth_loss', None)) | hypers
 

@@ -7,7 +7,7 @@ __all__ = ['TerminateOnNaNCallback', 'TerminateOnNaN', 'SkipNonFinite', 'spike_l
 
 # %% ../nbs/02_safety.ipynb #03aa1291
 from heapq import nlargest
-from math import exp, inf, log
+from math import exp, inf, isfinite, log, nan
 from pathlib import Path
 from statistics import median
 
@@ -19,7 +19,8 @@ from fastai.callback.training import GradientClip
 from fastai.torch_core import rank_distrib
 from fastcore.basics import patch
 from fastcore.foundation import L
-from .base.core import ExtCallback, check_number, check_type, from_all
+from .base.core import ExtCallback, check_number, check_type, from_all, verdicts_of
+from .base.diagnosis import Diagnosis
 from .base.files import save_state
 from .base.guard import (Guard, StateCopy, attempt, first_text, scaler_skipped,
                                              scaler_skips)
@@ -28,11 +29,13 @@ from .base.hypers import Multiplier
 from .base.snapshot import Snapshot
 from .base.state import model_state, opt_state
 from .base.step import all_finite, generators, skip_record, step_numbers
+from .base.verdict import decides_later
 
 # %% ../nbs/02_safety.ipynb #a45f7456
 class TerminateOnNaN(Guard):
     "Stops the fit before a step on a loss or gradient that is NaN or infinite; says where it began"
     order,transient = -9,dict(_looks=[])
+    late_steps = property(lambda self: self.every>1)
     def __init__(self,
         every:int=1, # Check at every n-th batch, for all batches since the last check; saves waits for a GPU
         valid:bool=False, # Also stop if the validation loss is NaN or infinite?
@@ -62,7 +65,7 @@ class TerminateOnNaN(Guard):
     def before_step(self):
         "Check the loss, and the gradients unless a `GradScaler` checks them"
         numbers = step_numbers(self.learn, not scaler_skips(self.learn))
-        if self.every>1: return self._look_later(numbers)
+        if self.every>1: return self._look_later(numbers.tensor)
         if self.any_rank(not numbers.finite): self._not_finite()
 
     def after_cancel_step(self):
@@ -91,8 +94,20 @@ def _report(self:TerminateOnNaN, why):
 @patch
 def _look_later(self:TerminateOnNaN, numbers):
     "Keep the result of this batch on the device; check all results in every n-th batch"
-    self._looks.append((self.train_iter, numbers.tensor))
+    verdicts = verdicts_of(self.learn)
+    dropped = None if verdicts is None else verdicts.batch
+    if dropped is not None: numbers = torch.where(dropped.to(numbers.device)==1, 0., numbers)
+    self._looks.append((self.train_iter, numbers))
     if len(self._looks)>=self.every: self._look_back()
+
+@patch
+def after_step(self:TerminateOnNaN):
+    "No accumulated gradients are left; note if a `GradScaler` that does not wait has too low a scale"
+    Guard.after_step(self)
+    verdicts = verdicts_of(self.learn)
+    if verdicts is None or verdicts.overflow is None or self.every==1: return
+    hopeless = verdicts.overflow*(self.learn.scaler._scale<1)
+    self._looks.append((self.train_iter, torch.where(hopeless==1, nan, 0.)[None]))
 
 @patch
 def after_train(self:TerminateOnNaN):
@@ -110,20 +125,27 @@ def _look_back(self:TerminateOnNaN):
 # %% ../nbs/02_safety.ipynb #4d16a071
 class SkipNonFinite(Guard):
     "Skips batches with a NaN or infinite loss or gradient, as if they were not in the data; stops after many"
-    run_after,run_before = TrainEvalCallback,TerminateOnNaN
+    run_after,run_before,late_steps = TrainEvalCallback,TerminateOnNaN,True
     fit_state = dict(skipped=0, _in_a_row=0, _last=-2)
     def __init__(self,
         max_consecutive:int=5, # Skip at most this many batches in a row; one more stops the fit
         max_total:int=None, # Skip at most this many batches in a fit; one more stops it; None: no limit
-        snapshot:int=500 # Copy model and optimizer every n batches, to replace NaN weights; None: no copy
+        snapshot:int=500, # Copy model and optimizer every n batches, to replace NaN weights; None: no copy
+        # Wait for the device in each batch? None: not on a GPU with `FastLoop` and `FusedStep`, where the
+        # device skips the batch itself and the program learns it some batches later
+        wait:bool=None
     ):
         whole = lambda k,v,low: None if v is None else check_number(k, v, low=low, integer=True)
         self.max_consecutive = check_number('max_consecutive', max_consecutive, low=0, integer=True)
         self.max_total,self.snapshot = whole('max_total', max_total, 0),whole('snapshot', snapshot, 1)
+        self.wait = check_type('wait', wait, bool, type(None))
 
     def before_step(self):
         "Check the loss, and the gradients unless a `GradScaler` checks them"
-        if not self.any_rank(not step_numbers(self.learn, not scaler_skips(self.learn)).finite): return
+        numbers = step_numbers(self.learn, not scaler_skips(self.learn))
+        verdicts = decides_later(self)
+        if verdicts is not None and self._undo.only_tensors: return self._skip_later(verdicts, numbers)
+        if not self.any_rank(not numbers.finite): return
         self._skip()
         raise CancelBatchException
 
@@ -137,13 +159,45 @@ class SkipNonFinite(Guard):
     def _skip(self):
         why = self._diagnosis()
         self._undo.undo()
-        if self._count_in_a_row()>self.max_consecutive:
-            self._end_fit(f'{self._in_a_row} batches in a row were not finite; the last: {why}')
-        too_many = self.max_total is not None and self.skipped>=self.max_total
-        if too_many: self._end_fit(f'{self.skipped+1} batches of this fit were not finite; the last: {why}')
-        self.skipped += 1
-        self.tell('skipped a batch', why + self._repair())
+        self._count(why)
         skip_record(self.learn)
+
+    def _count(self, why, at=None):
+        if self._count_in_a_row(at)>self.max_consecutive:
+            self._end_fit(f'{self._in_a_row} batches in a row were not finite; the last: {why}', at)
+        too_many = self.max_total is not None and self.skipped>=self.max_total
+        n = self.skipped+1
+        if too_many: self._end_fit(f'{n} batches of this fit were not finite; the last: {why}', at)
+        self.skipped += 1
+        self.tell('skipped a batch', why + self._repair(), at=at)
+
+# %% ../nbs/02_safety.ipynb #skip-later-2
+@patch
+def _skip_later(self:SkipNonFinite, verdicts, numbers):
+    "Let the device decide"
+    flag,(items,_),same = numbers.not_finite,self._watch.batch(),self._watch.same()
+    verdicts.drop_batch(flag)
+    verdicts.when_known(self._learned, items=items, certain=1. if same is None else same.float(), bad=flag,
+                        loss=numbers.loss_tensor)
+
+@patch
+def after_step(self:SkipNonFinite):
+    "No accumulated gradients are left; put back what a batch has changed that the device has skipped"
+    Guard.after_step(self)
+    verdicts = verdicts_of(self.learn)
+    if verdicts is None: return
+    if verdicts.overflow is not None: verdicts.drop_batch(verdicts.overflow)
+    if verdicts.batch is not None: self._undo.rewind_where(verdicts.batch)
+
+@patch
+def _learned(self:SkipNonFinite, at, numbers):
+    "The verdict of a batch has come"
+    hopeless = numbers['overflow']==1 and numbers['scale']<1
+    if not (numbers['bad'] or hopeless): return
+    what = ('gradient','is not finite') if isfinite(numbers['loss']) else ('loss',f"is {numbers['loss']}")
+    items = tuple(dict.fromkeys(numbers['items']*(numbers['certain']==1)))
+    why = Diagnosis(what[0], f'the {what[0]}', what[1], items, whole_batch=True)
+    self._count(f'{why}; with wait=True, SkipNonFinite looks for the cause', at)
 
 # %% ../nbs/02_safety.ipynb #5dfcae30
 def spike_limit(

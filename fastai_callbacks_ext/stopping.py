@@ -17,7 +17,7 @@ from time import monotonic
 from fastai.callback.core import CancelFitException, CancelTrainException
 from fastai.torch_core import rank_distrib
 from fastcore.basics import patch
-from .base.core import ExtCallback, check_number, check_type, n_ranks, rank_mean
+from .base.core import ExtCallback, check_number, check_type, n_ranks, rank_mean, settle
 from .base.monitor import BestValue
 from .base.step import tensors_in
 
@@ -49,7 +49,7 @@ class _Timed(ExtCallback):
 # %% ../nbs/07_stopping.ipynb #e4413484
 class EarlyStopping(BestValue, _Timed):
     "Stops the fit when a metric no longer improves, is good enough or diverges; can restore the best weights"
-    order,run_valid = 63,False      # as fastai's: after callbacks that save the model
+    order,run_valid,late_steps = 63,False,True      # as fastai's: after callbacks that save the model
     fit_state = BestValue.fit_state | dict(_mean=0., _values=0)
     state_attrs = '_reason','_mark','_epochs'
     def __init__(self,
@@ -161,6 +161,7 @@ def _restore(self:EarlyStopping):
 class _Limit(ExtCallback):
     "Ends the training phase after a batch, and the fit after that epoch; `_why` gives the reason or None"
     order,run_valid = 1900,False    # after all others; a `Checkpoint` saves a fit that has ended
+    late_steps = True
     _reached = False
 
     def before_fit(self): self._reached = False
@@ -210,7 +211,12 @@ class StepLimit(_Limit):
         "Count this step"
         self.done += 1
 
+    def step_dropped(self):
+        "The device had dropped a step that was counted"
+        self.done -= 1
+
     def _why(self):
+        if self.done>=self.steps: settle(self.learn)
         if self.done>=self.steps: return f'steps taken: {self.done}'
 
 # %% ../nbs/07_stopping.ipynb #ba8ae9a8

@@ -510,7 +510,7 @@ def test_a_module_that_keeps_its_argument_under_another_name():
 ANOTHER = dict(decay=.5, half_life=[2,3], validate='raw', final='raw', buffers='copy', last='drop',
                weight='items', max_norm=.5, max_value=.5, adaptive=.5, auto=10, exclude='head', lr=.5,
                module='rnn', mask=len, lengths=len, monitor='accuracy', comp=np.greater, unit='steps',
-               names='1')
+               names='1', wait=True)
 ANOTHER |= {('LAWA','every'): 2, ('SWA','every'): 2, ('SWA','start'): .5, ('SAM','adaptive'): True}
 ANOTHER |= {('Distill','temperature'): 3., ('Distill','teacher'): torch.nn.Linear(2, 2),
             ('FGM','modules'): '0', ('AWP','share'): .5,

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['edits', 'resolve_order', 'check_type', 'check_number', 'nearest', 'some_of', 'Record', 'runs_in', 'ExtCallback',
-           'smaller_is_better', 'pass_on', 'interventions', 'own_names', 'n_ranks', 'from_first', 'from_all',
-           'rank_mean']
+           'smaller_is_better', 'pass_on', 'interventions', 'verdicts_of', 'settle', 'own_names', 'n_ranks',
+           'from_first', 'from_all', 'rank_mean']
 
 # %% ../../nbs/base/core.ipynb #5a541d45
 import re
@@ -242,6 +242,7 @@ class ExtCallback(Callback):
     state_attrs = ()              # names of other attributes that are part of the state
     transient = {}                # attributes of the running fit, with their values in a copy or an export
     reset_on_fit = True           # False: a fit goes on with the `fit_state` that the previous fit has left
+    late_steps = False            # True: right also if the program learns late that a step was dropped
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -439,11 +440,12 @@ def _by_name(name):
 def tell(self:ExtCallback,
     what:str, # What the callback did, such as 'stopped the fit'
     why:str, # The reason, such as 'the loss is nan'
-    once:bool=False # True: do nothing if the same `what` was told before
+    once:bool=False, # True: do nothing if the same `what` was told before
+    at:tuple=None # Epoch, batch of it, batch of the fit; None: now
 )->Record|None:
     "Keep a `Record`, and print it as one line (on the first process only)"
     if once and any(r.what==what for r in self.records): return None
-    record = Record(self.name, what, why, *_now(self))
+    record = Record(self.name, what, why, *(at or _now(self)))
     self.records.append(record)
     if rank_distrib()==0: print(record)
     self.publish('event', asdict(record))
@@ -509,8 +511,21 @@ def refuse_beside(self:ExtCallback,
 @patch
 def state_dict(self:ExtCallback)->dict: # Copies; plain Python values and tensors
     "The state that must survive a restart: `records`, and the attributes in `fit_state` and `state_attrs`"
+    settle(self.learn)
     own = {a:getattr(self, a) for a in _state_names(self)}
     return deepcopy({'records': [asdict(r) for r in self.records]} | own)
+
+def verdicts_of(
+    learn:Learner|None # A learner, maybe in a fit
+)->object: # The `Verdicts` of the fit, or None
+    "What the device decides in this fit (`base.verdict`)"
+    return getattr(type(learn), '_verdicts', None)
+
+def settle(
+    learn:Learner|None # A learner, maybe in a fit
+):
+    "Wait for what the device has decided in this fit"
+    if verdicts := verdicts_of(learn): verdicts.read(wait=True)
 
 def _state_names(cb): return dict.fromkeys((*cb.fit_state, *cb.state_attrs))
 

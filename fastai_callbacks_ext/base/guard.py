@@ -217,18 +217,19 @@ def _diagnosis(self:Guard):
     return next(filter(None, texts), 'loss or gradient is not finite')
 
 @patch
-def _end_fit(self:Guard, why):
+def _end_fit(self:Guard, why, at=None):
     "Stop the fit, with weights that are finite"
-    self.tell('stopped the fit', why + self._repair())
+    self.tell('stopped the fit', why + self._repair(), at=at)
     self.opt.zero_grad()
     for cb in self.learn.cbs:
         if _would_load_nothing(cb): cb.run = False    # fastai resets it at the end of the fit
     raise CancelFitException
 
 @patch
-def _count_in_a_row(self:Guard):
-    "Count a bad batch. Returns how many bad batches there were in a row"
-    self._in_a_row,self._last = self._in_a_row+1 if self._last==self.train_iter-1 else 1,self.train_iter
+def _count_in_a_row(self:Guard, at=None):
+    "Count a bad batch, the present one or that of `at`. Returns how many bad batches there were in a row"
+    n = at[-1] if at else self.train_iter
+    self._in_a_row,self._last = self._in_a_row+1 if self._last==n-1 else 1,n
     return self._in_a_row
 
 def scaler_skips(

@@ -68,7 +68,7 @@ class _Multiply(_OfTheFit):
 
 class _PutBack(_OfTheFit):
     "Puts back what the schedule has set, before `Checkpoint` looks"
-    order = 1995
+    order,late_steps = 1995,True
     def __init__(self, multiply): self.multiply = multiply
     def after_batch(self): self.multiply.put_back()
 

@@ -107,6 +107,23 @@ class StepNumbers:
         return self._looked()[0]
 
     @property
+    def loss_tensor(self)->Tensor:
+        "The loss, on the device"
+        return self._loss
+
+    @property
+    def not_finite(self)->Tensor:
+        "1 if loss or gradients are not finite, else 0; on the device, which is not waited for"
+        grads = [r() for r in self._refs[1:]]
+        numbers = [self._loss.view(1)] + ([norms_in_one(grads, inf).to(self._loss.device)] if grads else [])
+        return 1-torch.cat(numbers).isfinite().all().float()
+
+    @property
+    def norm_tensor(self)->Tensor:
+        "As `grad_norm`, on the device, which is not waited for"
+        return torch.linalg.vector_norm(self.tensor[1:].double())
+
+    @property
     def grad_norm(self)->float:
         "2-norm of all gradients together; 0 if there are none"
         return hypot(*self._looked()[1:])
@@ -230,15 +247,27 @@ class _Copies:
         ends = accumulate(Counter(map(_type, self.copies)).values())
         self.parts = [slice(*o) for o in pairwise([0, *ends])]
 
-    def _resized(self): return [o for o in zip(self.copied, self.copies) if o[0].shape!=o[1].shape]
+    def resized(self): return [o for o in zip(self.copied, self.copies) if o[0].shape!=o[1].shape]
 
     def put_back(self):
         "Copy the values back. Returns the tensors for which that fails, with the error"
-        for t,c in self._resized():
+        for t,c in self.resized():
             t.data = t.data.resize_(c.shape) if c.layout is torch.strided else c.clone()
         # `data`: unseen by autograd
         failed = _copy_all([t.data for t in self.copied], self.copies, self.parts)
         return [(self.copied[i], e) for i,e in failed.items()]
+
+    @torch.no_grad()
+    def put_back_where(self, flag):
+        "The same where `flag` is 1, without waiting"
+        kinds = {}
+        for t,c in zip(self.copied, self.copies):
+            kinds.setdefault((t.dtype, t.device), []).append((t.data, c))
+        for (_,device),both in kinds.items():
+            now,was = map(list, zip(*both))
+            flat = [torch.cat([t.reshape(-1) for t in ts]) for ts in (was, now)]
+            parts = torch.where(flag.to(device)==1, *flat).split([t.numel() for t in now])
+            torch._foreach_copy_(now, [o.view(t.shape) for o,t in zip(parts, now)])
 
 # %% ../../nbs/base/step.ipynb #1e772ecb
 def _stateless(m):
@@ -262,6 +291,11 @@ def kind_of(
 def _refill(o, content):
     o.clear()
     (o.extend if isinstance(o, (list,deque)) else o.update)(content)
+
+def _holds_the_same(o, content):
+    "Is the container `o` what it was? Of other states that is not known"
+    if isinstance(o, dict): return are_same([*o], [*content]) and are_same([*o.values()], [*content.values()])
+    return isinstance(o, (list,deque)) and are_same(list(o), list(content))
 
 def _refill_array(a, content):
     if a.shape!=content.shape: a.resize(content.shape, refcheck=False)
@@ -390,6 +424,21 @@ class BatchUndo:
         self._lazy = [m for m in self._lazy if _still_lazy(m)]
         self._copies.keep([t for t in tensors if not is_lazy(t)] if self._lazy else tensors)
         self._random = [get() for get,_ in self._generators]
+
+    @property
+    def only_tensors(self)->bool:
+        "Has the forward pass changed nothing but the numbers in tensors, so that `rewind_where` can undo it?"
+        if self.in_window or self._lazy or self._copies.resized(): return False
+        if any(p.grad is not None for p in self._never_zeroed): return False
+        same = lambda d,kept: all(k in modules_own or k in kept and kept[k] is v for k,v in d.items())
+        attributes = all(kept.keys()<=d.keys() and same(d, kept) for d,kept in self._kept)
+        return attributes and all(_holds_the_same(o, state) for _,_,o,state in self._found.states)
+
+    def rewind_where(self,
+        flag:Tensor # One number, on the device
+    ):
+        "Put back what the forward pass has changed where `flag` is 1. The device is not waited for"
+        self._copies.put_back_where(flag)
 
     def keep_grads(self):
         "Copy accumulated gradients, before a batch. Set `window` to False after a step: then there are none"

@@ -1,0 +1,248 @@
+"Guards that do not wait: the device decides, the program learns it later; the results are the same"
+import random
+from functools import partial
+
+import pytest, torch
+from fastai.callback.core import Callback
+from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.training import GradientClip as FastaiGradientClip
+from fastai.optimizer import SGD, Adam, Lamb, Larc, Lookahead, RAdam
+from fastai_callbacks_ext.all import *
+from fastai_callbacks_ext.base import late
+from fastai_callbacks_ext.base.core import verdicts_of
+from fastai_callbacks_ext.test_utils import PoisonBatch, digits_learner
+from common import quiet
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
+RAW = dict(validate='raw', final='raw')
+
+class Scaler(MixedPrecision):
+    "fastai's, on any device, in float32; its scale falls in some batches"
+    def __init__(self, scale=2.**40, **kwargs):
+        super().__init__()
+        self.scale,self.more = scale,kwargs
+    def before_fit(self):
+        self.autocast,self.scales = torch.autocast(DEVICE, enabled=False),[]
+        more = dict(init_scale=self.scale, growth_interval=3) | self.more
+        self.learn.scaler = torch.amp.GradScaler(DEVICE, **more)
+
+class Lag:
+    "Numbers arrive `n` looks after they were sent"
+    def __init__(self, monkeypatch, n):
+        def there(copy):
+            copy.looks = getattr(copy, 'looks', 0)+1
+            return copy.looks>n
+        monkeypatch.setattr(late._Copy, 'there', property(there))
+
+def net():
+    return nn.Sequential(nn.Conv2d(1, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(),
+                         nn.Linear(6*36, 10)).to(DEVICE)
+
+GUARDS = dict(
+    skip=lambda wait: [SkipNonFinite(wait=wait, max_consecutive=9)],
+    clip=lambda wait: [GradientClip(.5, wait=wait)],
+    inf_norm=lambda wait: [GradientClip(.1, norm_type=float('inf'), wait=wait)],
+    value=lambda wait: [GradientClip(max_value=.05, wait=wait)],
+    adaptive=lambda wait: [GradientClip(adaptive=.02, wait=wait)],
+    both=lambda wait: [SkipNonFinite(wait=wait), GradientClip(.5, wait=wait)],
+    scaler=lambda wait: [scaler(wait)],
+    all=lambda wait: [SkipNonFinite(wait=wait), GradientClip(.5, wait=wait), scaler(wait)])
+
+BESIDE = dict(
+    ema=lambda: [EMA(**RAW)], warm_ema=lambda: [EMA(decay=.9, **RAW)],
+    cold_ema=lambda: [EMA(decay=[.9,.99], warmup=False, **RAW)], swa=lambda: [SWA(start=0., **RAW)],
+    lawa=lambda: [LAWA(**RAW)], terminate=lambda: [TerminateOnNaN(every=5)],
+    centralize=lambda: [GradientCentralization()], noise=lambda: [GradientNoise()],
+    look_ahead=lambda: [LookaheadWeights(3)], steps=lambda: [StepLimit(17)],
+    accumulate=lambda: [GradientAccumulation(2)], micro=lambda: [MicroBatch(16)], mix=lambda: [MixUp()],
+    spike=lambda: [SpikeGuard(warmup=5)], schedule_stop=lambda: [EarlyStopping(patience=9), StopFile('stop')])
+
+def scaler(wait, **kwargs):
+    cb = Scaler(**kwargs)
+    vars(cb)['wait'] = wait
+    return cb
+
+class Bad(PoisonBatch):
+    "Several kinds of damage"
+    def __init__(self, seed):
+        r = random.Random(seed)
+        self.plan = {r.randrange(24): r.choice(['input','loss','grad']) for _ in range(5)}
+        super().__init__((), '', r.choice([float('nan'), float('inf')]))
+    def _hit(self, where): return self.training and self.plan.get(self.train_iter)==where
+
+def trained(cbs, seed=0, opt_func=Adam, epochs=3, model=net):
+    with torch.random.fork_rng():
+        bad = [] if seed is None else [Bad(seed)]
+        learn = digits_learner([FastLoop(), FusedStep('fused'), *cbs, *bad], n=320, bs=32, model=model(),
+                               opt_func=opt_func)
+        with quiet(learn): learn.fit_one_cycle(epochs, 1e-2)
+    return learn
+
+def results(learn):
+    "All that must be the same, as lists of numbers and texts"
+    def numbers(o):
+        if isinstance(o, Tensor): return o.detach().double().cpu().flatten().tolist()
+        if isinstance(o, dict): return {k: numbers(v) for k,v in o.items()}
+        return [numbers(v) for v in o] if isinstance(o, (list,tuple)) else o
+    rec,res = learn.recorder,dict(weights=list(learn.model.state_dict().values()))
+    res['state'] = [learn.opt.state[p] for g in learn.opt.param_lists for p in g]
+    res |= dict(losses=[float(o) for o in rec.losses], lrs=rec.lrs, values=[list(o) for o in rec.values],
+                count=int(rec.smooth_loss.count), smooth=float(rec.smooth_loss.value))
+    for cb in learn.cbs:
+        if not hasattr(cb, 'records'): continue
+        res[cb.name] = {k: getattr(cb, k) for k in cb.fit_state if k not in ('_stats','used')}
+        res[cb.name+' at'] = [(r.what, r.epoch, r.batch, r.iteration) for r in cb.records if r.what!='waits']
+    if (s := vars(learn).get('scaler')) is not None: res['scaler'] = s.state_dict()
+    return numbers(res)
+
+def close(a, b, where=''):
+    assert type(a) is type(b) or {type(a), type(b)}<={int,float}, (where, a, b)
+    if isinstance(a, dict):
+        assert a.keys()==b.keys(), where
+        for k in a: close(a[k], b[k], f'{where}.{k}')
+    elif isinstance(a, (list,tuple)):
+        assert len(a)==len(b), (where, len(a), len(b))
+        for x,y in zip(a, b): close(x, y, where)
+    elif isinstance(a, float): assert a==pytest.approx(b, rel=2e-4, abs=2e-6, nan_ok=True), where
+    else: assert a==b, (where, a, b)
+
+class Count(Callback):
+    "How many batches the device has decided about"
+    def before_fit(self): self.n = 0
+    def before_backward(self):
+        verdicts = verdicts_of(self.learn)
+        self.n += verdicts is not None and not verdicts.why_not()
+
+@pytest.mark.parametrize('lag', [0, 2])
+@pytest.mark.parametrize('name', GUARDS)
+def test_results_are_those_of_waiting(name, lag, monkeypatch, capsys):
+    Lag(monkeypatch, lag)
+    for seed in range(2):
+        count = Count()
+        a,b = trained([*GUARDS[name](False), count], seed),trained(GUARDS[name](True), seed)
+        assert count.n>20
+        close(results(a), results(b))
+
+@pytest.mark.parametrize('beside', BESIDE)
+def test_beside_others(beside, monkeypatch, capsys):
+    "They agree, or the guards wait"
+    Lag(monkeypatch, 1)
+    a,b = (trained([*GUARDS['all'](wait), *BESIDE[beside]()], 3) for wait in (False, True))
+    close(results(a), results(b))
+
+def looking_ahead(*args, **kwargs): return Lookahead(SGD(*args, **kwargs))
+
+@pytest.mark.parametrize('opt_func', [SGD, partial(SGD, mom=.9), Lamb, RAdam, Larc, looking_ahead])
+def test_any_optimizer(opt_func, monkeypatch, capsys):
+    "Where the kernel takes no flag, the guards wait"
+    Lag(monkeypatch, 1)
+    a,b = (trained(GUARDS['both'](wait), 1, opt_func, 2) for wait in (False, True))
+    close(results(a), results(b))
+
+class Keeps(nn.Module):
+    "Keeps what the forward pass has seen, in many ways"
+    def __init__(self, how):
+        super().__init__()
+        self.net,self.how,self.n,self.seen,self.list = net(),how,0,None,[0]
+        self.register_buffer('total', torch.zeros(()))
+    def forward(self, x):
+        if self.how=='number': self.n += 1
+        if self.how=='tensor': self.seen = x.detach().mean()
+        if self.how=='list': self.list[0] += 1
+        if self.how=='buffer': self.total = self.total + x.detach().mean()
+        if self.how=='in place': self.total += x.detach().mean()
+        return self.net(x)
+
+@pytest.mark.parametrize('how', ['number','tensor','list','buffer','in place'])
+def test_what_a_model_keeps_is_put_back(how, capsys):
+    a,b = (trained(GUARDS['both'](wait), 1, model=lambda: Keeps(how).to(DEVICE)) for wait in (False, True))
+    close(results(a), results(b))
+    assert (a.model.n, a.model.list)==(b.model.n, b.model.list)
+    if how=='tensor': close(a.model.seen.item(), b.model.seen.item())
+
+class Waits(TorchDispatchMode):
+    "Counts what would make a GPU wait"
+    def __init__(self): self.n = 0; super().__init__()
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        waits = str(func).startswith(('aten._local_scalar_dense','aten.nonzero','aten.equal'))
+        self.n += waits and args[0].is_floating_point()     # the loader has a whole number, on the CPU
+        return func(*args, **(kwargs or {}))
+
+@pytest.mark.parametrize('guards', ['both','all'])
+def test_no_step_waits(guards, monkeypatch, tmp_path):
+    counts,lists = [],[]
+    monkeypatch.setattr(late._Copy, 'there', False)
+    real = Tensor.tolist
+    monkeypatch.setattr(Tensor, 'tolist', lambda t: lists.append(1) or real(t))
+    cbs = [FastLoop(), FusedStep('fused'), TerminateOnNaN(every=20), EMA(**RAW), GradientCentralization(),
+           Checkpoint(tmp_path, minutes=99), StepLimit(10**6), *GUARDS[guards](False)]
+    learn = digits_learner(cbs, n=320, bs=32, model=net())
+    step = learn.one_batch
+    def one_batch(i, b):
+        lists.clear()
+        with Waits() as waits: step(i, b)
+        if learn.training: counts.append(waits.n+len(lists))
+    monkeypatch.setattr(type(learn), 'one_batch', lambda self, i, b: one_batch(i, b))
+    type(learn).one_batch.__module__ = 'fastai.learner'     # it trains a batch as fastai does
+    with quiet(learn): learn.fit(3, 1e-3)
+    assert counts[10:18]==[0]*8
+
+def told(learn, name): return [(r.what, r.why) for r in getattr(learn, name).records]
+
+class Looks(Callback):
+    def before_step(self): pass
+
+@pytest.mark.parametrize('cbs,why', [
+    (lambda: [Looks()], 'looks has to know of each step'), (lambda: [SAM()], 'sam has to know of each step'),
+    (lambda: [FastaiGradientClip()], 'gradient_clip has to know of each step')])
+def test_says_why_it_waits(cbs, why, capsys):
+    assert told(trained([SkipNonFinite(wait=False), *cbs()], 1), 'skip_non_finite')[0]==('waits', why)
+
+def test_needs_a_loop_and_kernels(capsys):
+    for cbs,why in (([], 'there is no FusedStep that takes steps by kernels'),
+                    ([FusedStep()], 'there is no FastLoop that records the losses')):
+        learn = digits_learner([*cbs, SkipNonFinite(wait=False)], n=320, bs=32)
+        with quiet(learn): learn.fit(1)
+        assert told(learn, 'skip_non_finite')==[('waits', why)]
+
+def test_stops_after_many(monkeypatch, capsys):
+    Lag(monkeypatch, 2)
+    learn = trained([SkipNonFinite(2, wait=False), PoisonBatch(tuple(range(6, 24)), 'input')], None)
+    assert told(learn, 'skip_non_finite')[-1][0]=='stopped the fit'
+    assert learn.epoch==1 and learn.skip_non_finite.skipped==2
+    assert all(p.isfinite().all() for p in learn.model.parameters())
+
+def test_repairs_weights(capsys):
+    learn = trained([SkipNonFinite(wait=False, snapshot=5), PoisonBatch(9, 'weight')], None)
+    assert 'weights and optimizer are those before batch' in told(learn, 'skip_non_finite')[0][1]
+    assert all(p.isfinite().all() for p in learn.model.parameters())
+
+def test_a_saved_state_knows_all(monkeypatch, capsys, tmp_path):
+    "What a file has is not behind: the run that goes on is the run that was not ended"
+    Lag(monkeypatch, 99)
+    class End(Callback):
+        order = 5000
+        def before_batch(self):
+            if self.training and self.train_iter==14: raise KeyboardInterrupt
+    cbs = lambda: [Checkpoint(tmp_path, steps=14, background=False), *GUARDS['all'](False), EMA(**RAW)]
+    with pytest.raises(KeyboardInterrupt): trained([*cbs(), End()], 3)
+    resumed,whole = trained(cbs(), 3),trained([*GUARDS['all'](False), EMA(**RAW)], 3)
+    a,b = results(resumed),results(whole)
+    for k in ('weights','state','losses','ema','skip_non_finite','gradient_clip'): close(a[k], b[k], k)
+
+def test_taken_off(monkeypatch, capsys):
+    "In mid-fit, with verdicts that have not come: the learner is as before, and the batches count until then"
+    Lag(monkeypatch, 99)
+    class TakeOff(Callback):
+        order = 5000
+        def before_batch(self):
+            if not self.training or self.train_iter!=12: return
+            self.learn.remove_cbs(self.learn.cbs.filter(lambda o: type(o) in self.off))
+    for off in ((SkipNonFinite,), (FusedStep,), (GradientClip, EMA)):
+        cb = TakeOff()
+        cb.off = off
+        learn = trained([*GUARDS['both'](False), EMA(**RAW), cb], 3)
+        assert verdicts_of(learn) is None and 'found_inf' not in vars(learn.opt)
+        assert all(p.isfinite().all() for p in learn.model.parameters()) or SkipNonFinite in off
