@@ -26,7 +26,7 @@ from .base.lists import (Rows, any_sparse, copy_finite_, grad_lists, opt_params,
                                              subtract_means_)
 from .base.step import step_numbers
 from .base.twopass import MovesWeights
-from .base.verdict import decides_later, on_gpu
+from .base.verdict import decides_later, waits
 
 # %% ../nbs/10_gradients.ipynb #97119271
 class GradientClip(ExtCallback):
@@ -105,9 +105,8 @@ class GradientClip(ExtCallback):
     @property
     def late_steps(self)->bool:
         "Will the device decide, if it can?"
-        waits = not on_gpu(self.learn) if self.wait is None else self.wait
         # factors on the device would be rounded to half precision
-        return not waits and self.by!='auto' and all(p.element_size()>=4 for p in opt_params(self.opt))
+        return not waits(self) and self.by!='auto' and all(p.element_size()>=4 for p in opt_params(self.opt))
 
     @property
     def clip_rate(self)->float:

@@ -29,7 +29,7 @@ from .base.hypers import Multiplier
 from .base.snapshot import Snapshot
 from .base.state import model_state, opt_state
 from .base.step import all_finite, generators, skip_record, step_numbers
-from .base.verdict import decides_later
+from .base.verdict import decides_later, waits
 
 # %% ../nbs/02_safety.ipynb #a45f7456
 class TerminateOnNaN(Guard):
@@ -125,7 +125,8 @@ def _look_back(self:TerminateOnNaN):
 # %% ../nbs/02_safety.ipynb #4d16a071
 class SkipNonFinite(Guard):
     "Skips batches with a NaN or infinite loss or gradient, as if they were not in the data; stops after many"
-    run_after,run_before,late_steps = TrainEvalCallback,TerminateOnNaN,True
+    run_after,run_before = TrainEvalCallback,TerminateOnNaN
+    late_steps = property(lambda self: not waits(self))
     fit_state = dict(skipped=0, _in_a_row=0, _last=-2)
     def __init__(self,
         max_consecutive:int=5, # Skip at most this many batches in a row; one more stops the fit

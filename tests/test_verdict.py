@@ -11,7 +11,7 @@ from fastai_callbacks_ext.all import *
 from fastai_callbacks_ext.base import late
 from fastai_callbacks_ext.base.core import verdicts_of
 from fastai_callbacks_ext.test_utils import PoisonBatch, digits_learner
-from common import quiet
+from common import FREE, make, public_callbacks, quiet, suit
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -37,8 +37,8 @@ class Lag:
         monkeypatch.setattr(late._Copy, 'there', property(there))
 
 def net():
-    return nn.Sequential(nn.Conv2d(1, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(),
-                         nn.Linear(6*36, 10)).to(DEVICE)
+    return nn.Sequential(nn.Conv2d(1, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(),
+                         nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(24, 10)).to(DEVICE)
 
 GUARDS = dict(
     skip=lambda wait: [SkipNonFinite(wait=wait, max_consecutive=9)],
@@ -70,13 +70,16 @@ class Bad(PoisonBatch):
         r = random.Random(seed)
         self.plan = {r.randrange(24): r.choice(['input','loss','grad']) for _ in range(5)}
         super().__init__((), '', r.choice([float('nan'), float('inf')]))
-    def _hit(self, where): return self.training and self.plan.get(self.train_iter)==where
+    def _hit(self, where):
+        trains = [*self.model.parameters()][-1].requires_grad
+        return self.training and trains and self.plan.get(self.train_iter)==where
 
 def trained(cbs, seed=0, opt_func=Adam, epochs=3, model=net):
     with torch.random.fork_rng():
         bad = [] if seed is None else [Bad(seed)]
         learn = digits_learner([FastLoop(), FusedStep('fused'), *cbs, *bad], n=320, bs=32, model=model(),
                                opt_func=opt_func)
+        suit(learn)
         with quiet(learn): learn.fit_one_cycle(epochs, 1e-2)
     return learn
 
@@ -131,6 +134,18 @@ def test_beside_others(beside, monkeypatch, capsys):
     Lag(monkeypatch, 1)
     a,b = (trained([*GUARDS['all'](wait), *BESIDE[beside]()], 3) for wait in (False, True))
     close(results(a), results(b))
+
+TEXT = ModelResetter, RNNCallback, RNNRegularizer, SeqLenSchedule
+others = [o for o in public_callbacks() if o not in TEXT and o not in (FastLoop, FusedStep)]
+
+@pytest.mark.parametrize('cls', others, ids=lambda o: o.__name__)
+def test_beside_each_callback(cls, monkeypatch, capsys, tmp_path):
+    "What it says of itself in `late_steps` is true"
+    monkeypatch.chdir(tmp_path)
+    Lag(monkeypatch, 1)
+    kwargs = dict(opt_func=FREE) if cls is ScheduleFree else {}
+    a,b = (results(trained([*GUARDS['both'](wait), make(cls)], 3, **kwargs)) for wait in (False, True))
+    for k in ('weights','state','losses','lrs','values','count','smooth'): close(a[k], b[k], k)
 
 def looking_ahead(*args, **kwargs): return Lookahead(SGD(*args, **kwargs))
 
