@@ -8,7 +8,7 @@ __all__ = ['FusedStep']
 # %% ../nbs/33_fused.ipynb #fused-005
 from .base.core import ExtCallback, nearest
 from .base.kernels import lend_kernels, no_kernels
-from .base.verdict import lend_verdicts, on_gpu
+from .base.verdict import lend_verdicts
 
 # %% ../nbs/33_fused.ipynb #fused-007
 _kernels = 'auto','foreach','fused'
@@ -31,8 +31,7 @@ class FusedStep(ExtCallback):
         "Lend the kernels to the optimizer, or say why it is left alone"
         self.at_end(setattr, self, '_opt', None)
         self._lend()
-        asked = any(vars(cb).get('wait') is False for cb in self.learn.cbs)
-        if asked or on_gpu(self.learn): lend_verdicts(self)
+        lend_verdicts(self)     # for the scaler of `to_fp16`
 
     def before_train(self):
         "The same, if there is another optimizer now"

@@ -26,7 +26,7 @@ from .base.lists import (Rows, any_sparse, copy_finite_, grad_lists, opt_params,
                                              subtract_means_)
 from .base.step import step_numbers
 from .base.twopass import MovesWeights
-from .base.verdict import decides_later, waits
+from .base.verdict import decides_later, lend_verdicts, waits
 
 # %% ../nbs/10_gradients.ipynb #97119271
 class GradientClip(ExtCallback):
@@ -43,7 +43,7 @@ class GradientClip(ExtCallback):
         window:int=1000, # Number of past steps that `auto` looks at
         # Parameters that `adaptive` does not clip, by how their names begin; usually the head of the model
         exclude:str|tuple=(),
-        # Wait for the device in each step? None: not on a GPU with `FastLoop` and `FusedStep`, where the
+        # Wait for the device in each step? None: not on a GPU with `FastLoop` and fused steps, where the
         # device drops a step itself and the program learns it some batches later. `auto` always waits
         wait:bool=None
     ):
@@ -60,7 +60,9 @@ class GradientClip(ExtCallback):
 
     def before_fit(self):
         "Refuse fastai's `GradientClip` beside it, and an `exclude` that fits no parameter"
-        if self.fitting: self.refuse_beside(training.GradientClip)
+        if self.fitting:
+            self.refuse_beside(training.GradientClip)
+            lend_verdicts(self)
         # a tied weight has several names
         named = list(unwrap_model(self.model).named_parameters(remove_duplicate=False))
         for o in self.exclude:
@@ -190,6 +192,7 @@ def plot(self:GradientClip,
     ax:plt.Axes=None # Axes to draw on; None makes a new figure
 )->plt.Axes:
     "Draw the norm of the gradient of each step, and the limit"
+    settle(self.learn)
     if ax is None: _,ax = plt.subplots(figsize=(7,3), layout='constrained')
     what = {'adaptive': 'largest ratio of gradient to weights',
             'max_value': 'largest absolute value'}.get(self.by, 'norm of the gradient')

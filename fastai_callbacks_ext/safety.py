@@ -29,7 +29,7 @@ from .base.hypers import Multiplier
 from .base.snapshot import Snapshot
 from .base.state import model_state, opt_state
 from .base.step import all_finite, generators, skip_record, step_numbers
-from .base.verdict import decides_later, waits
+from .base.verdict import decides_later, lend_verdicts, waits
 
 # %% ../nbs/02_safety.ipynb #a45f7456
 class TerminateOnNaN(Guard):
@@ -132,7 +132,7 @@ class SkipNonFinite(Guard):
         max_consecutive:int=5, # Skip at most this many batches in a row; one more stops the fit
         max_total:int=None, # Skip at most this many batches in a fit; one more stops it; None: no limit
         snapshot:int=500, # Copy model and optimizer every n batches, to replace NaN weights; None: no copy
-        # Wait for the device in each batch? None: not on a GPU with `FastLoop` and `FusedStep`, where the
+        # Wait for the device in each batch? None: not on a GPU with `FastLoop` and fused steps, where the
         # device skips the batch itself and the program learns it some batches later
         wait:bool=None
     ):
@@ -140,6 +140,11 @@ class SkipNonFinite(Guard):
         self.max_consecutive = check_number('max_consecutive', max_consecutive, low=0, integer=True)
         self.max_total,self.snapshot = whole('max_total', max_total, 0),whole('snapshot', snapshot, 1)
         self.wait = check_type('wait', wait, bool, type(None))
+
+    def before_fit(self):
+        "Add the callback that makes the copies; the device may decide"
+        super().before_fit()
+        lend_verdicts(self)
 
     def before_step(self):
         "Check the loss, and the gradients unless a `GradScaler` checks them"

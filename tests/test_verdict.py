@@ -6,7 +6,7 @@ import pytest, torch
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.training import GradientClip as FastaiGradientClip
-from fastai.optimizer import SGD, Adam, Lamb, Larc, Lookahead, RAdam
+from fastai.optimizer import SGD, Adam, Lamb, Larc, Lookahead, OptimWrapper, RAdam
 from fastai_callbacks_ext.all import *
 from fastai_callbacks_ext.base import late
 from fastai_callbacks_ext.base.core import verdicts_of
@@ -149,7 +149,11 @@ def test_beside_each_callback(cls, monkeypatch, capsys, tmp_path):
 
 def looking_ahead(*args, **kwargs): return Lookahead(SGD(*args, **kwargs))
 
-@pytest.mark.parametrize('opt_func', [SGD, partial(SGD, mom=.9), Lamb, RAdam, Larc, looking_ahead])
+torchs = partial(OptimWrapper, opt=partial(torch.optim.AdamW, fused=True))
+torchs_sgd = partial(OptimWrapper, opt=partial(torch.optim.SGD, fused=True, momentum=.9))
+
+@pytest.mark.parametrize('opt_func', [SGD, partial(SGD, mom=.9), Lamb, RAdam, Larc, looking_ahead, torchs,
+                                      torchs_sgd, partial(OptimWrapper, opt=torch.optim.Adam)])
 def test_any_optimizer(opt_func, monkeypatch, capsys):
     "Where the kernel takes no flag, the guards wait"
     Lag(monkeypatch, 1)
@@ -216,7 +220,8 @@ def test_says_why_it_waits(cbs, why, capsys):
     assert told(trained([SkipNonFinite(wait=False), *cbs()], 1), 'skip_non_finite')[0]==('waits', why)
 
 def test_needs_a_loop_and_kernels(capsys):
-    for cbs,why in (([], 'there is no FusedStep that takes steps by kernels'),
+    no_flag = 'the optimizer cannot drop a step on the device; expected FusedStep, or fused=True'
+    for cbs,why in (([FastLoop()], no_flag),
                     ([FusedStep()], 'there is no FastLoop that records the losses')):
         learn = digits_learner([*cbs, SkipNonFinite(wait=False)], n=320, bs=32)
         with quiet(learn): learn.fit(1)

@@ -325,7 +325,9 @@ def no_kernels(
 def takes_flag(
     opt:Optimizer # An optimizer, after its first step
 )->bool:
-    "Has `opt` kernels that can drop a step on the device, by a flag?"
+    "Has `opt` kernels that can drop a step on the device, by a flag `found_inf`?"
+    # PyTorch's, with `fused=True`
+    if isinstance(opt, OptimWrapper): return getattr(opt.opt, '_step_supports_amp_scaling', False)
     return isinstance(opt, _Steps) and bool(opt.kernels.params) and opt.kernels._takes_flag()
 
 def lend_kernels(

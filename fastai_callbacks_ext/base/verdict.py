@@ -15,6 +15,7 @@ from fastai.callback.fp16 import MixedPrecision, OptState
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import ParamScheduler
 from fastai.learner import Learner, Recorder
+from fastai.optimizer import OptimWrapper
 from fastcore.basics import patch
 from torch import Tensor
 from .core import ExtCallback, edits, n_ranks, runs_in, verdicts_of
@@ -37,7 +38,7 @@ _flags = 'step','batch','overflow','scale'
 class Verdicts:
     "What the device decides about the batches of a fit"
     def __init__(self,
-        learn:Learner # A learner whose optimizer has kernels
+        learn:Learner # A learner
     ):
         self.learn,self._late,self._looked,self._ended = learn,LateNumbers(),None,False
         self._removed = 0       # rows of the recorder
@@ -48,7 +49,7 @@ class Verdicts:
         # Then the scale of that
         self.step,self.batch,self.overflow,self.scale = None,None,None,None
         self._numbers,self._listeners,self._sent = {},[],False
-        vars(self.learn.opt).pop('found_inf', None)     # a callback has cancelled the step
+        vars(self._opt).pop('found_inf', None)      # PyTorch's optimizers keep it; or the step was cancelled
 
     def drop_step(self,
         flag:Tensor # 1 or 0, of type float32
@@ -56,7 +57,12 @@ class Verdicts:
         "Take no step with this batch if `flag` is 1"
         learn,device = self.learn,next(self.learn.model.parameters()).device
         self._at = learn.epoch,learn.iter,learn.train_iter
-        self.step = learn.opt.found_inf = _larger(self.step, flag.to(device, non_blocking=True))
+        self.step = self._opt.found_inf = _larger(self.step, flag.to(device, non_blocking=True))
+
+    @property
+    def _opt(self):
+        opt = self.learn.opt
+        return opt.opt if isinstance(opt, OptimWrapper) else opt
 
     def drop_batch(self,
         flag:Tensor # 1 or 0, of type float32
@@ -139,7 +145,9 @@ def why_not(self:Verdicts)->str: # Empty if it can
     learn = self.learn
     key = list(learn.cbs),edits.n,type(learn),learn.opt
     if self._looked is None or self._looked[0]!=key: self._looked = key,self._look()
-    return self._looked[1] or ('' if takes_flag(learn.opt) else 'the kernel of this step takes no flag')
+    return self._looked[1] or ('' if takes_flag(learn.opt) else _no_flag)
+
+_no_flag = 'the optimizer cannot drop a step on the device; expected FusedStep, or fused=True'
 
 @patch
 def _look(self:Verdicts):
@@ -163,9 +171,8 @@ def decides_later(
     "The verdicts of this fit, if the device is to decide about this batch"
     learn,wait = cb.learn,vars(cb).get('wait')
     verdicts = verdicts_of(learn)
-    if wait or wait is None and (verdicts is None or not on_gpu(learn)): return None
-    why = 'there is no FusedStep that takes steps by kernels' if verdicts is None else verdicts.why_not()
-    if not why: return verdicts
+    if verdicts is None or wait or wait is None and not on_gpu(learn): return None
+    if not (why := verdicts.why_not()): return verdicts
     # before the first step, the kernels are not there yet
     if wait is False and learn.train_iter and isinstance(cb, ExtCallback): cb.tell('waits', why, once=True)
 
@@ -200,11 +207,12 @@ class _LateScaler(Lent):
         for t,was in zip(state, before): t.copy_(torch.where(never_seen==1, was, t))
 
 def lend_verdicts(
-    cb:ExtCallback # In `before_fit`; the optimizer has got kernels
+    cb:ExtCallback # In `before_fit`
 ):
-    "Let guards of the learner decide on the device, until this fit ends"
+    "Let callbacks decide on the device, if that is a GPU or somebody asks for it, until this fit ends"
     learn = cb.learn
-    if verdicts_of(learn): return       # a fit inside a fit
+    asked = any(vars(o).get('wait') is False for o in learn.cbs)
+    if verdicts_of(learn) or not (asked or on_gpu(learn)): return
     verdicts = Verdicts(learn)
     cb.at_end(lend_methods(learn, type('_Decided', (Lent,), dict(_verdicts=verdicts))))
     cb.at_end(verdicts.close)
