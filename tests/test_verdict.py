@@ -6,6 +6,7 @@ import pytest, torch
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.training import GradientClip as FastaiGradientClip
+from fastai.learner import Learner
 from fastai.optimizer import SGD, Adam, Lamb, Larc, Lookahead, OptimWrapper, RAdam
 from fastai_callbacks_ext.all import *
 from fastai_callbacks_ext.base import late
@@ -128,7 +129,8 @@ def test_results_are_those_of_waiting(name, lag, monkeypatch, capsys):
     Lag(monkeypatch, lag)
     for seed in range(2):
         count = Count()
-        a,b = (trained([*GUARDS[name](wait), EMA(**RAW), *more], seed) for wait,*more in ((False,count), (True,)))
+        more = {False: [EMA(**RAW), count], True: [EMA(**RAW)]}
+        a,b = (trained([*GUARDS[name](wait), *more[wait]], seed) for wait in (False, True))
         assert count.n>20
         close(results(a), results(b))
 
@@ -217,11 +219,23 @@ def told(learn, name): return [(r.what, r.why) for r in getattr(learn, name).rec
 class Looks(Callback):
     def before_step(self): pass
 
+class Hears(Callback):
+    def __call__(self, event_name): super().__call__(event_name)
+
+class OwnStep(Learner):
+    def _do_grad_opt(self): super()._do_grad_opt()
+
 @pytest.mark.parametrize('cbs,why', [
-    (lambda: [Looks()], 'looks has to know of each step'), (lambda: [SAM()], 'sam has to know of each step'),
+    (lambda: [Looks()], 'looks has to know of each step'), (lambda: [Hears()], 'hears has to know of each step'), (lambda: [SAM()], 'sam has to know of each step'),
     (lambda: [FastaiGradientClip()], 'gradient_clip has to know of each step')])
 def test_says_why_it_waits(cbs, why, capsys):
     assert told(trained([SkipNonFinite(wait=False), *cbs()], 1), 'skip_non_finite')[0]==('waits', why)
+
+def test_a_learner_with_its_own_step(capsys):
+    learn = digits_learner([FastLoop(), FusedStep(), SkipNonFinite(wait=False)], n=320, bs=32)
+    learn.__class__ = OwnStep
+    with quiet(learn): learn.fit(1)
+    assert told(learn, 'skip_non_finite')==[('waits', 'OwnStep has its own _do_grad_opt')]
 
 def test_needs_a_loop_and_kernels(capsys):
     no_flag = 'the optimizer cannot drop a step on the device; expected FusedStep, or fused=True'

@@ -49,7 +49,8 @@ class Verdicts:
         # Then the scale of that
         self.step,self.batch,self.overflow,self.scale = None,None,None,None
         self._numbers,self._listeners,self._sent = {},[],False
-        vars(self._opt).pop('found_inf', None)      # PyTorch's optimizers keep it; or the step was cancelled
+        # PyTorch's optimizers keep it; or the step was cancelled
+        if self._opt is not None: vars(self._opt).pop('found_inf', None)
 
     def drop_step(self,
         flag:Tensor # 1 or 0, of type float32
@@ -104,8 +105,7 @@ class Verdicts:
         if stop: raise stop
 
     def _send(self):
-        over = self.step is not None and self.learn.train_iter>self._at[2]      # the recorder has seen it
-        if self._sent or not over: return
+        if self._sent or self.step is None: return
         self._sent,row = True,len(getattr(self._recorder, 'losses', ()))-1+self._removed
         flags = {k: 0. if (v := getattr(self, k)) is None else v for k in _flags}
         self._late.add(self._numbers | flags, (self._at, row, self._listeners))
