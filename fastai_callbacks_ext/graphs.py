@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 from types import BuiltinFunctionType, FunctionType
 from .base.assumed import Watch
+from .base.captured import Grads, Hooked, Part, Unfit
 from .base.core import ExtCallback, check_number, n_ranks, runs_in
-from .base.graph import CallsAgain, CudaGraphs, Grads, Hooked, Part, Unfit, grad_nodes
+from .base.graph import CallsAgain, CudaGraphs, grad_nodes
 from .base.lent import Lent, lend_methods
 from .base.passes import mixed_precision
 from .base.rehearsal import own_loop
