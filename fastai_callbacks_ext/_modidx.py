@@ -377,6 +377,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                 'fastai_callbacks_ext/base/assumed.py'),
                                                    'fastai_callbacks_ext.base.assumed.is_plain': ( 'base/assumed.html#is_plain',
                                                                                                    'fastai_callbacks_ext/base/assumed.py'),
+                                                   'fastai_callbacks_ext.base.assumed.it_changes': ( 'base/assumed.html#it_changes',
+                                                                                                     'fastai_callbacks_ext/base/assumed.py'),
                                                    'fastai_callbacks_ext.base.assumed.parts_of': ( 'base/assumed.html#parts_of',
                                                                                                    'fastai_callbacks_ext/base/assumed.py')},
             'fastai_callbacks_ext.base.calls': { 'fastai_callbacks_ext.base.calls.CallRow': ( 'base/calls.html#callrow',

@@ -16,8 +16,7 @@ from fastcore.basics import patch
 from torch import Tensor
 from torch.autograd import Function
 from torch.utils._pytree import tree_flatten, tree_unflatten
-from .assumed import Assumed, Watch, alike, is_plain, parts_of
-from .core import some_of
+from .assumed import Assumed, Watch, alike, is_plain, it_changes, parts_of
 from .graph import copy_to, output_copies
 from .step import BatchUndo
 
@@ -92,8 +91,7 @@ def _capture(self:Part, seen):
         self._open_states(seen.moved)
         self._load()
         with watch.look(waits=False): self._record()
-        extra = map('.'.join, set(watch.moved)-set(seen.moved))
-        if named := some_of(extra): raise Unfit(f'it changes {named}')
+        if extra := watch.moved.keys()-seen.moved.keys(): raise Unfit(it_changes(*extra))
         if watch.why: raise Unfit(watch.why)
     except BaseException:
         self.states = []
@@ -143,7 +141,7 @@ def _open_states(self:Part, moved):
     for name,k in moved:
         leaves,spec = tree_flatten(vars(named[name])[k])
         if not all(isinstance(o, Tensor) or is_plain(o) for o in leaves):
-            raise Unfit(f'it changes the attribute {name}.{k}')
+            raise Unfit(it_changes((name, k)))
         self.states.append((vars(named[name]), k, spec, [_copy(o) for o in leaves]))
 
 # %% ../../nbs/base/captured.ipynb #captured-010
