@@ -175,6 +175,7 @@ def test_where_a_batch_is_cut(name):
     plan,cbs,*loss = PLANS[name]
     class Note(Callback):
         order = 900
+        def after_batch(self): assert self.learn.graphs._looking is None
         def after_fit(self): self.plans = {kind.part.plan for kind in self.learn.graphs._parts.values()}
     learn = fit(learner([Graphs(), note := Note(), *cbs()], loss_func=(*loss, smooth)[0]))
     assert note.plans=={plan}
@@ -202,14 +203,15 @@ def test_several_inputs_and_outputs_and_a_smaller_last_batch():
         order = 60
         def after_batch(self):
             if self.training: assert self.pred[1] is None and self.pred[0].shape==self.pred[2].shape
-    def make(cbs, **kwargs):
-        cbs = [c for c in cbs if not isinstance(c, Look)]
-        return tabular([*cbs, Pred()], **kwargs)
+    class Between(Callback):
+        def after_pred(self):
+            if self.training: assert [self.pred[i].requires_grad for i in (0, 2)]==[True, False]
     for opt_func in (Adam, wrapped):
-        a,g = fit(make([], opt_func=opt_func), 3),Graphs()
-        b = fit(make([g], opt_func=opt_func), 3)
-        assert all(map(agree, state(a), state(b))) and g.replayed==15
-        assert b.model.unused.weight.grad is None
+        for cbs in ([Pred], [Pred, Between]):
+            make = lambda *more: tabular([*(o() for o in cbs), *more], opt_func=opt_func)
+            a,b = fit(make(), 3),fit(make(g := Graphs()), 3)
+            assert all(map(agree, state(a), state(b))) and g.replayed==15
+            assert b.model.unused.weight.grad is None
 
 class Sizes:
     "Batches of several shapes"
@@ -308,7 +310,9 @@ CHANGES = swap,other_p,new_head,freeze_bn,other_loss,hook,grad_hook
 def test_what_a_capture_takes_for_granted_may_change(change):
     check(learner, lambda: [Each(change)], n=4, least=2, said='hooked')
 
-@pytest.mark.parametrize('change', [swap, other_p, new_head, other_loss], ids=lambda f: f.__name__)
+def new_own(learn):
+    if learn.train_iter==9: learn.model.own = moves
+@pytest.mark.parametrize('change', [swap, other_p, new_head, other_loss, new_own], ids=lambda f: f.__name__)
 def test_after_a_change_that_stays_the_batches_are_captured_anew(change):
     check(learner, lambda: [Each(change)], n=6, least=9)
 
@@ -333,8 +337,21 @@ def test_python_state_is_found_and_left_alone(own, why):
 def moves(m, h):
     m.h = (m.h.to(h.device)*.9+h.detach().mean(0)).clone()
     return h+m.h
+def moves_or_begins(m, h):
+    if not hasattr(m, 'h'): m.h = torch.zeros(16)
+    return moves(m, h)
 def test_tensors_that_a_model_replaces_are_passed_on():
     _,g = check(learner, model=partial(Net, moves), least=5)
+    def gone(learn):
+        if learn.train_iter==9: del learn.model.h
+    check(learner, lambda: [Each(gone)], model=partial(Net, moves_or_begins), n=3, least=5)
+def test_a_state_that_a_model_begins_with_is_its_own():
+    "What is given back when the fit ends is no part of the graphs"
+    a,b = learner(model=partial(Net, moves)),learner([Graphs()], model=partial(Net, moves))
+    for learn in (a, b):
+        fit(learn, 2)
+        fit(learn, 2)
+    assert agree(a.model.h, b.model.h)
 
 class Draws(Callback):
     def before_batch(self): self.scale = random.random()
