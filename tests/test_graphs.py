@@ -467,6 +467,23 @@ def test_only_a_real_fit():
     assert g.replayed==n and type(learn) is Learner
     assert fit(learn) and g.replayed==n
 
+def test_switched_off_in_mid_fit():
+    def off(learn):
+        if 'graphs' in vars(learn): learn.graphs.run = learn.train_iter<5
+    _,g = check(learner, lambda: [Each(off)])
+    assert g.replayed==2
+
+def test_batches_without_targets():
+    "In a fit they are only read"
+    ds = torch.utils.data.TensorDataset(torch.randn(64, 1, 8, 8))
+    dls = DataLoaders(*[DataLoader(ds, 8) for _ in range(2)], device=default_device())
+    dls.n_inp = 1
+    learn = Learner(dls, Net().to(dls.device), loss_func=smooth, cbs=[g := Graphs()])
+    before = [p.clone() for p in learn.model.parameters()]
+    learn.recorder.run = False
+    with learn.no_bar(): fit(learn, 1)
+    assert all(map(torch.equal, before, learn.model.parameters())) and g.replayed==0
+
 def test_taken_off_in_mid_fit():
     class Off(Callback):
         def after_batch(self):
