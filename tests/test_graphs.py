@@ -5,6 +5,7 @@ and a strict one (`graph_tape`), which runs no Python of the model in a replay."
 import gc
 import random
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -48,6 +49,7 @@ class Net(nn.Module):
         super().__init__()
         self.body,self.head = nn.Sequential(nn.Flatten(), nn.Linear(64, 16)),nn.Linear(16, 10)
         self.bn,self.drop,self.n,self.h,self.own = nn.BatchNorm1d(16),nn.Dropout(.3),0,torch.zeros(16),own
+        self.box = SimpleNamespace(h=torch.zeros(16))
     def forward(self, x):
         h = self.drop(F.relu(self.bn(self.body(x))))
         res = self.own(self, h)
@@ -321,13 +323,17 @@ def test_a_model_that_changes_again_and_again_is_left_alone():
     _,g = check(learner, lambda: [Each(change)], n=12, least=2, said='again and again')
     assert g.replayed<20 and sum('again and again' in r.why for r in g.records)==1
 
+def boxed(m, h):
+    m.box.h = m.box.h.to(h.device)*.9+h.detach().mean(0)
+    return h+m.box.h
 def count(m, h): m.n += 1
 def coin(m, h):
     if random.random()<.5: return h*2
 def numpys(m, h): return h*float(np.random.rand())
 def grows(m, h): m.n = (*(m.n or ()), 1)
 @pytest.mark.parametrize('own,why', [(count, 'attribute n'), (coin, 'random numbers'),
-                                     (numpys, 'random numbers'), (grows, 'attribute n')])
+                                     (numpys, 'random numbers'), (grows, 'attribute n'),
+                                     (boxed, 'attribute box')])
 def test_python_state_is_found_and_left_alone(own, why):
     check(learner, model=partial(Net, own), least=0, said=why)
     g = Graphs()
