@@ -12,7 +12,7 @@ from fastai.torch_core import TensorBase
 from fastcore.imports import noop
 from fastai_callbacks_ext.all import *
 from fastai_callbacks_ext.base import kernels
-from fastai_callbacks_ext.base.foreach import fastest, same_bits
+from fastai_callbacks_ext.base.foreach import _agrees, _operations, fastest, layout, same_bits
 from fastai_callbacks_ext.base.kernels import lend_kernels, no_kernels
 from fastai_callbacks_ext.base.state import load_opt_state, opt_state
 from fastai_callbacks_ext.test_utils import digits_learner
@@ -508,3 +508,19 @@ def test_saved_and_exported_in_mid_fit(tmp_path):
 def test_operations_of_a_kind_are_tried_once():
     kind = torch.device(DEVICE),torch.float32
     assert same_bits(*kind) is same_bits(*kind) and vars(fastest).keys()==vars(same_bits(*kind)).keys()
+
+def test_an_axis_of_one_has_any_stride():
+    "Its numbers are one after the other in memory; those of a longer axis may not be"
+    t = torch.arange(60.)
+    assert layout(t.as_strided((5, 1, 6), (1, 7, 5)))==((5, 1, 6), (1, 7, 5))
+    assert layout(t.as_strided((5, 2, 6), (1, 7, 5))) is None
+
+@pytest.mark.parametrize('name', [k for k,o in _operations.items() if o.ways])
+def test_a_way_that_rounds_otherwise_is_not_taken(name):
+    def off(*args):
+        res = way(*args)
+        for t in res or args[0]: t.mul_(1+1e-5)
+        return res
+    o,kind = _operations[name],dict(device=torch.device('cpu'), dtype=torch.float32)
+    assert _agrees(o, o.loop, **kind)
+    for way in o.ways: assert not _agrees(o, off, **kind)
