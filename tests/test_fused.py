@@ -12,7 +12,7 @@ from fastai.torch_core import TensorBase
 from fastcore.imports import noop
 from fastai_callbacks_ext.all import *
 from fastai_callbacks_ext.base import kernels
-from fastai_callbacks_ext.base.foreach import _agrees, _operations, fastest, layout, same_bits
+from fastai_callbacks_ext.base.foreach import _agrees, _operations, fastest, layout, pieces, same_bits
 from fastai_callbacks_ext.base.kernels import lend_kernels, no_kernels
 from fastai_callbacks_ext.base.state import load_opt_state, opt_state
 from fastai_callbacks_ext.test_utils import digits_learner
@@ -479,6 +479,7 @@ def test_given_back_however_the_fit_ends(error, kernel):
     learn = learner(cbs=[FusedStep(kernel), Stop()], opt_func=ranger)
     with pytest.raises((KeyboardInterrupt, ValueError)): fit(learn, 2)
     assert type(learn.opt) is Lookahead and type(learn.opt.opt) is Optimizer
+    assert learn.fused_step._opt is None
 
 def test_taken_off_in_mid_fit():
     class Off(Callback):
@@ -507,6 +508,7 @@ def test_saved_and_exported_in_mid_fit(tmp_path):
 # --- the operations -----------------------------------------------------------------------------
 def test_operations_of_a_kind_are_tried_once():
     kind = torch.device(DEVICE),torch.float32
+    assert same_bits(*kind).mul_ is torch._foreach_mul_
     assert same_bits(*kind) is same_bits(*kind) and vars(fastest).keys()==vars(same_bits(*kind)).keys()
 
 def test_an_axis_of_one_has_any_stride():
@@ -524,3 +526,17 @@ def test_a_way_that_rounds_otherwise_is_not_taken(name):
     o,kind = _operations[name],dict(device=torch.device('cpu'), dtype=torch.float32)
     assert _agrees(o, o.loop, **kind)
     for way in o.ways: assert not _agrees(o, off, **kind)
+
+@pytest.mark.parametrize('cut', [False, True])
+def test_pieces_are_as_large_as_they_may_be(cut):
+    "All is in them once; no two that follow each other fit together"
+    r = random.Random(0)
+    for _ in range(200):
+        sizes,most = [r.randrange(20) for _ in range(r.randrange(9))],r.randrange(1, 30)
+        found = pieces(sizes, most, cut)
+        seen = sorted((i, n) for o in found for i in o.which for n in range(sizes[i])[o.part or slice(None)])
+        assert seen==[(i, n) for i,size in enumerate(sizes) for n in range(size)]
+        numbers = [sum(sizes[i] for i in o.which) for o in found if o.part is None]
+        firsts = [sizes[o.which[0]] for o in found if o.part is None]
+        assert all(n<=most or len(o.which)==1 for n,o in zip(numbers, [o for o in found if o.part is None]))
+        assert all(a+b>most for a,b in zip(numbers, firsts[1:]))
