@@ -7,7 +7,7 @@ import pytest, torch
 from fastai.callback.core import Callback, CancelStepException
 from fastai.callback.fp16 import MixedPrecision
 from fastai.optimizer import (SGD, Adam, Lamb, Larc, Lookahead, Optimizer, OptimWrapper, QHAdam, RAdam,
-                              RMSProp, average_grad, ranger, sgd_step, weight_decay)
+                              RMSProp, average_grad, l2_reg, momentum_step, ranger, sgd_step, weight_decay)
 from fastai.torch_core import TensorBase
 from fastcore.imports import noop
 from fastai_callbacks_ext.all import *
@@ -27,6 +27,8 @@ OPTS = dict(
     sadam=partial(RAdam, beta=50., eps=0.),
     qhadam=partial(QHAdam, wd=.1, nu_2=.9), larc=partial(Larc, wd=.1), lars=partial(Larc, mom=0., clip=False),
     lamb=partial(Lamb, wd=.1), lamb_l2=partial(Lamb, wd=.1, decouple_wd=False), ranger=ranger,
+    both=lambda ps, **k: Optimizer(ps, [weight_decay, l2_reg, average_grad, momentum_step], mom=.9, wd=.1,
+                                   **k),
     lookahead=lambda *a, **k: Lookahead(SGD(*a, mom=.9, **k), k=3))
 
 def tensors(dtype):
@@ -165,9 +167,10 @@ def flagged(name, kernel, steps=25, read=()):
     assert 'found_inf' not in vars(opt)
     return [*params, *(double(v) for p in params for v in opt.state[p].values())]
 
+DECAYS_FIRST = pytest.mark.xfail(reason='weight decay before another callback is done in spite of the flag')
 @pytest.mark.parametrize('read', [(), (7, 8, 20)])
 @pytest.mark.parametrize('kernel', ['foreach','fused'])
-@pytest.mark.parametrize('name', OPTS)
+@pytest.mark.parametrize('name', [pytest.param(o, marks=DECAYS_FIRST if o=='both' else ()) for o in OPTS])
 def test_a_flag_of_one_changes_nothing(name, kernel, read):
     for a,b in zip(flagged(name, kernel, read=read), flagged(name, None)):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
