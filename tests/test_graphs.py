@@ -351,6 +351,9 @@ def test_tensors_that_a_model_replaces_are_passed_on():
     def gone(learn):
         if learn.train_iter==9: del learn.model.h
     check(learner, lambda: [Each(gone)], model=partial(Net, moves_or_begins), n=3, least=5)
+    class Clears(Callback):
+        def after_fit(self): del self.learn.model.h
+    check(learner, lambda: [Clears()], model=partial(Net, moves_or_begins), n=2, least=5)
 def test_a_state_that_a_model_begins_with_is_its_own():
     "What is given back when the fit ends is no part of the graphs"
     a,b = learner(model=partial(Net, moves)),learner([Graphs()], model=partial(Net, moves))
