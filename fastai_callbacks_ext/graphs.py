@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 from types import BuiltinFunctionType, FunctionType
 from .base.assumed import Watch
+from .base.captured import Grads, Hooked, Part, Unfit
 from .base.core import ExtCallback, check_number, n_ranks, runs_in
-from .base.graph import CallsAgain, CudaGraphs, Grads, Hooked, Part, Unfit, grad_nodes
+from .base.graph import CallsAgain, CudaGraphs, grad_nodes
 from .base.lent import Lent, lend_methods
 from .base.passes import mixed_precision
 from .base.rehearsal import own_loop
@@ -74,7 +75,7 @@ class Graphs(ExtCallback):
     def before_fit(self):
         "From now on, batches are done here"
         learn = self.learn
-        if not self.fitting or isinstance(learn, _Batches): return       # a fit inside a fit
+        if isinstance(learn, _Batches): return       # a fit inside a fit
         if why := self._cannot(): return self.tell('leaves the batches as they are', why)
         device = next(learn.model.parameters()).device
         self._backend = (CudaGraphs if device.type=='cuda' else CallsAgain)(device)
@@ -206,7 +207,9 @@ def _do(self:Graphs, learn, whole):
         except Unfit as e: self._say(str(e))
     if kind is None or kind.why: return whole()
     if kind.part is not None:
-        return self._replay(learn, kind) if kind.fits(self.warmup) else whole()
+        if kind.fits(self.warmup): return self._replay(learn, kind)
+        if kind.why: self._say(kind.why)
+        return whole()
     if kind.n<self.warmup: return self._watched(learn, kind, plan)
     self._replay(learn, kind) if self._capture(learn, kind, plan) else whole()
 

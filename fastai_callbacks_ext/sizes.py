@@ -159,7 +159,7 @@ def _look(self:ProgressiveResize, share):
     inputs = chosen_images(xb, self.inputs)
     whole = _size(xb[inputs[0]])
     shares = [o/200 for o in range(201)] if self._how=='grow' else [share]
-    by_size = {self._size_at(o, whole): o for o in shares[::-1]}
+    by_size = {self._size_at(o, whole): o for o in shares}
     if by_size.keys()<={whole}:
         raise ValueError(f'start={self.start}, multiple={self.multiple}: images of {_by(whole)} would stay '
                          'as they are; expected a smaller multiple')

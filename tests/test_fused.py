@@ -1,15 +1,18 @@
 "`FusedStep`: fastai's bits on fastai's state, whatever happens in the fit; what is not known is left alone"
 import copy, random
 from functools import partial
+from types import SimpleNamespace
 
 import pytest, torch
 from fastai.callback.core import Callback, CancelStepException
 from fastai.callback.fp16 import MixedPrecision
 from fastai.optimizer import (SGD, Adam, Lamb, Larc, Lookahead, Optimizer, OptimWrapper, QHAdam, RAdam,
-                              RMSProp, ranger, sgd_step, weight_decay)
+                              RMSProp, average_grad, l2_reg, momentum_step, ranger, sgd_step, weight_decay)
+from fastai.torch_core import TensorBase
+from fastcore.imports import noop
 from fastai_callbacks_ext.all import *
 from fastai_callbacks_ext.base import kernels
-from fastai_callbacks_ext.base.foreach import fastest, same_bits
+from fastai_callbacks_ext.base.foreach import _agrees, _operations, fastest, layout, pieces, same_bits
 from fastai_callbacks_ext.base.kernels import lend_kernels, no_kernels
 from fastai_callbacks_ext.base.state import load_opt_state, opt_state
 from fastai_callbacks_ext.test_utils import digits_learner
@@ -24,6 +27,8 @@ OPTS = dict(
     sadam=partial(RAdam, beta=50., eps=0.),
     qhadam=partial(QHAdam, wd=.1, nu_2=.9), larc=partial(Larc, wd=.1), lars=partial(Larc, mom=0., clip=False),
     lamb=partial(Lamb, wd=.1), lamb_l2=partial(Lamb, wd=.1, decouple_wd=False), ranger=ranger,
+    both=lambda ps, **k: Optimizer(ps, [weight_decay, l2_reg, average_grad, momentum_step], mom=.9, wd=.1,
+                                   **k),
     lookahead=lambda *a, **k: Lookahead(SGD(*a, mom=.9, **k), k=3))
 
 def tensors(dtype):
@@ -246,18 +251,126 @@ def test_shared_memory_is_left_to_fastai():
         return t
     torch.testing.assert_close(run('foreach'), run(None), **EXACT)
 
-def test_odd_hypers_are_left_to_fastai():
+ODD_HYPERS = dict(lr=[.1, .2, torch.tensor(.1), .3], dampening=[True, False], clip=[False, True], step=[5, 7],
+                  do_wd=[False, True], wd=[0., .1, torch.tensor(.2)])
+ODD_OPTS = 'momentum','l2','adam','adam_l2','radam','larc','lars','lamb'
+@pytest.mark.parametrize('kernel', ['foreach','fused'])
+@pytest.mark.parametrize('hyper', ODD_HYPERS)
+@pytest.mark.parametrize('name', ODD_OPTS)
+def test_odd_hypers_are_as_in_fastai(name, hyper, kernel):
+    "Numbers that are tensors, and names of what fastai keeps in a parameter's state"
     def run(kernel):
-        p = nn.Parameter(torch.ones(3))
-        opt = SGD([p], lr=.1, mom=.9)
+        torch.manual_seed(0)
+        params = [nn.Parameter(torch.randn(o, dtype=torch.float64)) for o in ((3, 4), (5,))]
+        opt = OPTS[name](params, lr=.1)
         back = lend_kernels(opt, kernel) if kernel else None
-        for lr in (torch.tensor(.1), .2, torch.tensor(.3)):
-            p.grad = torch.ones(3)
-            opt.hypers[0]['lr'] = lr
+        for i in range(8):
+            for p in params: p.grad = torch.randn_like(p)
+            if i>2: opt.hypers[0][hyper] = ODD_HYPERS[hyper][i%len(ODD_HYPERS[hyper])]
+            if i==6: opt.hypers[0].pop(hyper) if hyper not in ('lr','wd') else opt.set_hyper(hyper, .1)
             opt.step()
         if back: back()
+        return [*params, *(double(v) for p in params for v in opt.state[p].values())]
+    kwargs = EXACT if kernel=='foreach' else dict(rtol=1e-9, atol=1e-11)
+    for a,b in zip(run(kernel), run(None)): torch.testing.assert_close(a, b, **kwargs)
+
+def other_numbers(d): d['grad_avg'] = d['grad_avg'].double()
+def other_class(d): d['grad_avg'] = TensorBase(d['grad_avg'])
+def half_a_step(d): d['step'] += .5
+def more(d): d['more'] = 1
+def no_longer(d): d.pop('sqr_avg', None)
+@pytest.mark.parametrize('kernel', ['foreach','fused'])
+@pytest.mark.parametrize('odd', [other_numbers, other_class, half_a_step, more, no_longer])
+def test_odd_state_is_as_in_fastai(odd, kernel):
+    def run(kernel):
+        torch.manual_seed(0)
+        script = SimpleNamespace(params=[nn.Parameter(torch.randn(o)) for o in ((3, 4), (5,), (2,))])
+        script.opt = Adam(script.params, lr=.1)
+        back = lend_kernels(script.opt, kernel) if kernel else noop
+        for i in range(6):
+            for p in script.params: p.grad = torch.randn_like(p)
+            if i==2: odd(script.opt.state[script.params[1]])
+            script.opt.step()
+        back()
+        return script
+    a,b = run(kernel),run(None)
+    if kernel=='foreach': return same(a, b)
+    for p,q in zip(a.params, b.params): torch.testing.assert_close(p, q)
+    types = lambda o: [[(k, type(v)) for k,v in o.opt.state[p].items()] for p in o.params]
+    assert types(a)==types(b)
+
+@pytest.mark.parametrize('kernel', ['foreach','fused'])
+def test_step_callbacks_may_change(kernel):
+    def run(kernel):
+        p = nn.Parameter(torch.ones(3))
+        opt = Adam([p], lr=.1)
+        back = lend_kernels(opt, kernel) if kernel else noop
+        for i in range(6):
+            p.grad = torch.ones(3)
+            if i==2: opt.cbs.append(my_step)
+            if i==4: opt.cbs.remove(my_step)
+            opt.step()
+        back()
+        assert opt.state[p]['step']==6
         return p
-    torch.testing.assert_close(run('foreach'), run(None), **EXACT)
+    torch.testing.assert_close(run(kernel), run(None))
+
+def test_a_flag_is_kept_by_fastais_step_too():
+    "A step that is left to fastai is left out if the flag is 1, and counts are right before it"
+    p = nn.Parameter(torch.ones(3))
+    opt = Adam([p], lr=.1)
+    back = lend_kernels(opt, 'fused')
+    def step(flag, lr):
+        opt.hypers[0]['lr'],opt.found_inf,p.grad = lr,torch.tensor(flag),torch.ones(3)*(1-flag)
+        opt.step()
+        assert 'found_inf' not in vars(opt)
+    for flag,lr in ((0., .1), (1., .1), (0., .1), (0., torch.tensor(.1)), (1., torch.tensor(.1)), (0., .1)):
+        before = p.detach().clone()
+        step(flag, lr)
+        assert torch.equal(p, before)==(flag==1)
+    assert opt.state[p]['step']==4
+    back()
+
+def test_a_new_state_has_its_own_counts():
+    p = nn.Parameter(torch.ones(3))
+    opt = Adam([p], lr=.1)
+    back = lend_kernels(opt, 'fused')
+    for _ in range(3):
+        p.grad,opt.found_inf = torch.ones(3),torch.tensor(0.)
+        opt.step()
+    opt.state = type(opt.state)(dict, {p: dict(grad_avg=torch.zeros(3), sqr_avg=torch.zeros(3), step=7)})
+    assert opt.state[p]['step']==7
+    p.grad = torch.ones(3)
+    opt.step()
+    assert opt.state[p]['step']==8
+    back()
+
+def test_a_closure_is_refused_as_by_fastai():
+    for make in (Adam, ranger):
+        opt = make([nn.Parameter(torch.ones(2))], lr=.1)
+        back = lend_kernels(opt)
+        with pytest.raises(NotImplementedError): opt.step(lambda: None)
+        back()
+
+@pytest.mark.parametrize('kernel', [None,'foreach','fused'])
+def test_without_decay_a_weight_is_not_read(kernel):
+    "Infinity times 0 is NaN"
+    for make in (SGD, Adam):
+        p = nn.Parameter(torch.full((3,), float('inf')))
+        opt = make([p], lr=.1, wd=0., decouple_wd=False)
+        back = lend_kernels(opt, kernel) if kernel else noop
+        p.grad = torch.ones(3)
+        opt.step()
+        back()
+        assert p.isposinf().all()
+
+def test_kernels_are_taken_back_once():
+    opt = ranger([nn.Parameter(torch.ones(2))], lr=.1)
+    outer,inner = lend_kernels(opt),lend_kernels(opt)
+    inner()
+    assert type(opt) is not Lookahead
+    outer()
+    assert type(opt) is Lookahead and type(opt.opt) is Optimizer
 
 # --- which are known ----------------------------------------------------------------------------
 def weights(learn): return list(learn.model.state_dict().values())
@@ -274,6 +387,9 @@ NOT_KNOWN = dict(
     own_class=(lambda ps, lr: Mine(ps, [sgd_step], lr=lr), 'Mine is not known'),
     own_step=(lambda ps, lr: Optimizer(ps, [weight_decay, my_step], lr=lr), 'the step callback my_step'),
     given=(lambda ps, lr: Optimizer(ps, [partial(sgd_step, x=1)], lr=lr), 'what sgd_step was given'),
+    twice=(lambda ps, lr: Optimizer(ps, [average_grad, average_grad, sgd_step], lr=lr, mom=.9),
+           'average_grad twice'),
+    twice_around=(lambda ps, lr: Lookahead(Lookahead(SGD(ps, lr))), 'Lookahead is not known'),
     around=(lambda ps, lr: Lookahead(Mine(ps, [sgd_step], lr=lr)), 'Mine is not known'))
 
 @pytest.mark.parametrize('name', NOT_KNOWN)
@@ -284,10 +400,22 @@ def test_what_is_not_known_is_left_alone(name, capsys):
     plain = fit(learner(opt_func=make))
     equal(learn, plain)
 
-def test_replaced_methods_are_left_alone():
-    opt = Adam([nn.Parameter(torch.ones(2))], lr=.1)
-    opt.step = opt.step
-    assert no_kernels(opt)=='its step was replaced'
+def test_it_is_said_once():
+    fit(learner(cbs=[cb := FusedStep(), Late()], opt_func=NOT_KNOWN['wrapper'][0]), 3)
+    assert len(cb.records)==1
+
+@pytest.mark.parametrize('make', [Adam, ranger])
+def test_replaced_methods_are_left_alone(make):
+    opt = make([nn.Parameter(torch.ones(2))], lr=.1)
+    inner = getattr(opt, 'opt', opt)
+    inner.zero_grad = inner.zero_grad
+    assert no_kernels(opt)=='its zero_grad was replaced'
+    inner.step = inner.step
+    assert no_kernels(opt)=='its step and zero_grad was replaced'
+
+def test_a_parameter_that_is_there_twice():
+    p = nn.Parameter(torch.ones(2))
+    assert no_kernels(SGD([[p], [p]], lr=.1))=='a parameter is in it twice'
 
 @pytest.mark.parametrize('kernel', ['Fused', None, 1])
 def test_unknown_kernel(kernel):
@@ -353,6 +481,7 @@ def test_given_back_however_the_fit_ends(error, kernel):
     learn = learner(cbs=[FusedStep(kernel), Stop()], opt_func=ranger)
     with pytest.raises((KeyboardInterrupt, ValueError)): fit(learn, 2)
     assert type(learn.opt) is Lookahead and type(learn.opt.opt) is Optimizer
+    assert learn.fused_step._opt is None
 
 def test_taken_off_in_mid_fit():
     class Off(Callback):
@@ -381,4 +510,35 @@ def test_saved_and_exported_in_mid_fit(tmp_path):
 # --- the operations -----------------------------------------------------------------------------
 def test_operations_of_a_kind_are_tried_once():
     kind = torch.device(DEVICE),torch.float32
+    assert same_bits(*kind).mul_ is torch._foreach_mul_
     assert same_bits(*kind) is same_bits(*kind) and vars(fastest).keys()==vars(same_bits(*kind)).keys()
+
+def test_an_axis_of_one_has_any_stride():
+    "Its numbers are one after the other in memory; those of a longer axis may not be"
+    t = torch.arange(60.)
+    assert layout(t.as_strided((5, 1, 6), (1, 7, 5)))==((5, 1, 6), (1, 7, 5))
+    assert layout(t.as_strided((5, 2, 6), (1, 7, 5))) is None
+
+@pytest.mark.parametrize('name', [k for k,o in _operations.items() if o.ways])
+def test_a_way_that_rounds_otherwise_is_not_taken(name):
+    def off(*args):
+        res = way(*args)
+        for t in res or args[0]: t.mul_(1+1e-5)
+        return res
+    o,kind = _operations[name],dict(device=torch.device('cpu'), dtype=torch.float32)
+    assert _agrees(o, o.loop, **kind)
+    for way in o.ways: assert not _agrees(o, off, **kind)
+
+@pytest.mark.parametrize('cut', [False, True])
+def test_pieces_are_as_large_as_they_may_be(cut):
+    "All is in them once; no two that follow each other fit together"
+    r = random.Random(0)
+    for _ in range(200):
+        sizes,most = [r.randrange(20) for _ in range(r.randrange(9))],r.randrange(1, 30)
+        found = pieces(sizes, most, cut)
+        seen = sorted((i, n) for o in found for i in o.which for n in range(sizes[i])[o.part or slice(None)])
+        assert seen==[(i, n) for i,size in enumerate(sizes) for n in range(size)]
+        numbers = [sum(sizes[i] for i in o.which) for o in found if o.part is None]
+        firsts = [sizes[o.which[0]] for o in found if o.part is None]
+        assert all(n<=most or len(o.which)==1 for n,o in zip(numbers, [o for o in found if o.part is None]))
+        assert all(a+b>most for a,b in zip(numbers, firsts[1:]))

@@ -5,6 +5,7 @@ and a strict one (`graph_tape`), which runs no Python of the model in a replay."
 import gc
 import random
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,9 +20,9 @@ from fastai.callback.rnn import rnn_cbs
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner, Recorder, load_learner
-from fastai.losses import CrossEntropyLossFlat
+from fastai.losses import BaseLoss, CrossEntropyLossFlat
 from fastai.optimizer import Adam, OptimWrapper
-from fastai.torch_core import default_device, set_seed
+from fastai.torch_core import TensorImage, default_device, set_seed
 from fastcore.imports import noop
 from graph_tape import Tape
 from torch import Tensor, nn, tensor
@@ -29,7 +30,7 @@ from torch.utils._pytree import tree_flatten
 
 import fastai_callbacks_ext.graphs as graphs
 from fastai_callbacks_ext.all import (EMA, SAM, FastLoop, GradientAccumulation, GradientClip, MicroBatch,
-                                      SkipNonFinite)
+                                      SkipNonFinite, Throughput)
 from fastai_callbacks_ext.base.graph import CallsAgain
 from fastai_callbacks_ext.graphs import Graphs
 from fastai_callbacks_ext.test_utils import digits_learner, text_learner
@@ -48,6 +49,7 @@ class Net(nn.Module):
         super().__init__()
         self.body,self.head = nn.Sequential(nn.Flatten(), nn.Linear(64, 16)),nn.Linear(16, 10)
         self.bn,self.drop,self.n,self.h,self.own = nn.BatchNorm1d(16),nn.Dropout(.3),0,torch.zeros(16),own
+        self.box = SimpleNamespace(h=torch.zeros(16))
     def forward(self, x):
         h = self.drop(F.relu(self.bn(self.body(x))))
         res = self.own(self, h)
@@ -111,11 +113,27 @@ class OnGrads(Callback):
         for p in self.model.parameters():
             if p.grad is not None: p.grad *= .5
 class Skips(Callback):
-    "Cancels at some event in some batches"
+    "Cancels at some event of a batch that is watched, and of one that is replayed"
     order = 5
     def __init__(self, event, e): self.event,self.e = event,e
     def __call__(self, event_name):
-        if event_name==self.event and self.training and self.learn.iter==4: raise self.e()
+        if event_name==self.event and self.training and self.learn.train_iter in (1, 6): raise self.e()
+
+class OwnPrecision(MixedPrecision):
+    def after_loss(self):
+        super().after_loss()
+        if self.training: self.learn.loss_grad = self.learn.loss_grad*.5
+class CpuPrecision(MixedPrecision):
+    "fastai's, with autocast where the model is"
+    def before_fit(self):
+        super().before_fit()
+        self.autocast = torch.autocast(next(self.model.parameters()).device.type, torch.bfloat16)
+class Autocast(Callback):
+    "All of a batch in autocast, also the backward pass"
+    def before_batch(self):
+        self.on = torch.autocast(next(self.model.parameters()).device.type, torch.bfloat16)
+        self.on.__enter__()
+    def after_batch(self): self.on.__exit__(None, None, None)
 
 wrapped = partial(OptimWrapper, opt=torch.optim.AdamW)
 smooth = CrossEntropyLossFlat()
@@ -127,8 +145,10 @@ CASES = dict(
     mixup=lambda: [MixUp()],
     fastais_accumulation=lambda: [fastais.GradientAccumulation(64)], ema=lambda: [EMA()], sam=lambda: [SAM()],
     fp16=lambda: [MixedPrecision()], fp16_pred=lambda: [MixedPrecision(), OnPred()],
-    fp16_loss=lambda: [MixedPrecision(), OnLoss()],
-    skip_non_finite=lambda: [SkipNonFinite()], 
+    fp16_loss=lambda: [MixedPrecision(), OnLoss()], fp16_own=lambda: [OwnPrecision()],
+    cpu_fp16=lambda: [CpuPrecision()], cpu_fp16_pred=lambda: [CpuPrecision(), OnPred()],
+    cpu_fp16_loss=lambda: [CpuPrecision(), OnLoss()],
+    autocast=lambda: [Autocast()], skip_non_finite=lambda: [SkipNonFinite()],
     cancel_batch=lambda: [Skips('before_batch', CancelBatchException)],
     cancel_step=lambda: [Skips('before_step', CancelStepException)],
     cancel_backward=lambda: [Skips('before_backward', CancelBackwardException)],
@@ -138,6 +158,29 @@ CASES = dict(
 @pytest.mark.parametrize('name', CASES)
 def test_the_numbers_of_a_fit_without_it(name, opt_func):
     check(learner, CASES[name], opt_func=opt_func, loss_func=smooth, loop=None if len(name)%2 else FastLoop)
+
+def around(p, y, axis=-1): return F.cross_entropy(p, y)
+around_axis = lambda axis: lambda p,y,**kwargs: around(p, y, axis)
+class Off(OnPred):
+    run = False
+PLANS = dict(
+    nothing=('whole', list), fp16=('whole', lambda: [MixedPrecision()]), off=('whole', lambda: [Off()]),
+    clock=('whole', lambda: [Throughput()]), grads=('whole', lambda: [OnGrads()]),
+    on_loss=('loss', lambda: [OnLoss()]), on_backward=('loss', lambda: [OnBackward()]),
+    on_pred=('pred', lambda: [OnPred()]), any_event=('pred', lambda: [Skips('', ValueError)]),
+    own_fp16=('pred', lambda: [OwnPrecision()]),
+    given=('whole', list, partial(around, axis=1)), surroundings=('pred', list, around_axis(1)),
+    given_surroundings=('pred', list, partial(around_axis(1), axis=1)))
+@pytest.mark.parametrize('name', PLANS)
+def test_where_a_batch_is_cut(name):
+    "As late as the callbacks allow"
+    plan,cbs,*loss = PLANS[name]
+    class Note(Callback):
+        order = 900
+        def after_batch(self): assert self.learn.graphs._looking is None
+        def after_fit(self): self.plans = {kind.part.plan for kind in self.learn.graphs._parts.values()}
+    learn = fit(learner([Graphs(), note := Note(), *cbs()], loss_func=(*loss, smooth)[0]))
+    assert note.plans=={plan}
 
 class Two(nn.Module):
     "Two inputs, two outputs"
@@ -162,14 +205,15 @@ def test_several_inputs_and_outputs_and_a_smaller_last_batch():
         order = 60
         def after_batch(self):
             if self.training: assert self.pred[1] is None and self.pred[0].shape==self.pred[2].shape
-    def make(cbs, **kwargs):
-        cbs = [c for c in cbs if not isinstance(c, Look)]
-        return tabular([*cbs, Pred()], **kwargs)
+    class Between(Callback):
+        def after_pred(self):
+            if self.training: assert [self.pred[i].requires_grad for i in (0, 2)]==[True, False]
     for opt_func in (Adam, wrapped):
-        a,g = fit(make([], opt_func=opt_func), 3),Graphs()
-        b = fit(make([g], opt_func=opt_func), 3)
-        assert all(map(agree, state(a), state(b))) and g.replayed==15
-        assert b.model.unused.weight.grad is None
+        for cbs in ([Pred], [Pred, Between]):
+            make = lambda *more: tabular([*(o() for o in cbs), *more], opt_func=opt_func)
+            a,b = fit(make(), 3),fit(make(g := Graphs()), 3)
+            assert all(map(agree, state(a), state(b))) and g.replayed==15
+            assert b.model.unused.weight.grad is None
 
 class Sizes:
     "Batches of several shapes"
@@ -237,6 +281,17 @@ class Each(Callback):
     def before_batch(self):
         if self.training: self.f(self.learn)
 
+def comes(learn):
+    if learn.train_iter==6: learn.add_cb(OnLoss())
+    if learn.train_iter==11: learn.remove_cb(OnLoss)
+def wakes(learn):
+    if learn.train_iter==1:
+        learn.add_cb(OnPred())
+        learn.on_pred.run = False
+    if learn.train_iter>1: learn.on_pred.run = learn.train_iter in (7, 8, 9)
+@pytest.mark.parametrize('change', [comes, wakes])
+def test_callbacks_may_come_and_go(change): check(learner, lambda: [Each(change)], n=4, least=5)
+
 def swap(learn):
     if learn.train_iter==7: learn.model.head.weight.data = learn.model.head.weight.data.clone()*2
 def other_p(learn):
@@ -257,13 +312,28 @@ CHANGES = swap,other_p,new_head,freeze_bn,other_loss,hook,grad_hook
 def test_what_a_capture_takes_for_granted_may_change(change):
     check(learner, lambda: [Each(change)], n=4, least=2, said='hooked')
 
+def new_own(learn):
+    if learn.train_iter==9: learn.model.own = moves
+@pytest.mark.parametrize('change', [swap, other_p, new_head, other_loss, new_own], ids=lambda f: f.__name__)
+def test_after_a_change_that_stays_the_batches_are_captured_anew(change):
+    check(learner, lambda: [Each(change)], n=6, least=9)
+
+def test_a_model_that_changes_again_and_again_is_left_alone():
+    def change(learn): learn.model.drop.p = .3+.01*(learn.train_iter//5)
+    _,g = check(learner, lambda: [Each(change)], n=12, least=2, said='again and again')
+    assert g.replayed<20 and sum('again and again' in r.why for r in g.records)==1
+
+def boxed(m, h):
+    m.box.h = m.box.h.to(h.device)*.9+h.detach().mean(0)
+    return h+m.box.h
 def count(m, h): m.n += 1
 def coin(m, h):
     if random.random()<.5: return h*2
 def numpys(m, h): return h*float(np.random.rand())
 def grows(m, h): m.n = (*(m.n or ()), 1)
 @pytest.mark.parametrize('own,why', [(count, 'attribute n'), (coin, 'random numbers'),
-                                     (numpys, 'random numbers'), (grows, 'attribute n')])
+                                     (numpys, 'random numbers'), (grows, 'attribute n'),
+                                     (boxed, 'attribute box')])
 def test_python_state_is_found_and_left_alone(own, why):
     check(learner, model=partial(Net, own), least=0, said=why)
     g = Graphs()
@@ -273,8 +343,24 @@ def test_python_state_is_found_and_left_alone(own, why):
 def moves(m, h):
     m.h = (m.h.to(h.device)*.9+h.detach().mean(0)).clone()
     return h+m.h
+def moves_or_begins(m, h):
+    if not hasattr(m, 'h'): m.h = torch.zeros(16)
+    return moves(m, h)
 def test_tensors_that_a_model_replaces_are_passed_on():
     _,g = check(learner, model=partial(Net, moves), least=5)
+    def gone(learn):
+        if learn.train_iter==9: del learn.model.h
+    check(learner, lambda: [Each(gone)], model=partial(Net, moves_or_begins), n=3, least=5)
+    class Clears(Callback):
+        def after_fit(self): del self.learn.model.h
+    check(learner, lambda: [Clears()], model=partial(Net, moves_or_begins), n=2, least=5)
+def test_a_state_that_a_model_begins_with_is_its_own():
+    "What is given back when the fit ends is no part of the graphs"
+    a,b = learner(model=partial(Net, moves)),learner([Graphs()], model=partial(Net, moves))
+    for learn in (a, b):
+        fit(learn, 2)
+        fit(learn, 2)
+    assert agree(a.model.h, b.model.h)
 
 class Draws(Callback):
     def before_batch(self): self.scale = random.random()
@@ -287,13 +373,25 @@ def test_a_loss_with_surroundings_is_computed_as_usual():
     def around(p, y): return F.cross_entropy(p, y)*alpha[0]
     check(learner, lambda: [Each(lambda l: alpha.__setitem__(0, 1.+l.train_iter))], loss_func=around, least=5)
 
+class Scaled(BaseLoss):
+    "Has numbers of its own"
+    def __init__(self): self.func,self.axis,self.by,self.texts = nn.CrossEntropyLoss(),-1,1.,[1.]
+    def __call__(self, p, y): return self.func(p, y)*self.by*self.texts[-1]
+def test_what_the_loss_knows_may_change():
+    def by(learn): learn.loss_func.by = 1.+learn.train_iter//6
+    def texts(learn): learn.loss_func.texts[-1] = 1.+learn.train_iter//6
+    for change in (by, texts): check(learner, lambda: [Each(change)], loss_func=Scaled(), n=4, least=2)
+
 FACTOR = 1.
 def reads_global(p, y): return F.cross_entropy(p, y)*FACTOR
-def test_a_number_that_the_loss_reads_may_change():
+class Reads(Net):
+    def forward(self, x): return super().forward(x)*FACTOR
+@pytest.mark.parametrize('kwargs', [dict(loss_func=reads_global), dict(model=Reads)])
+def test_a_number_that_the_code_reads_may_change(kwargs):
     def change(learn):
         global FACTOR
         FACTOR = 1.+learn.train_iter//6
-    check(learner, lambda: [Each(change)], loss_func=reads_global, n=4, least=2)
+    check(learner, lambda: [Each(change)], n=4, least=2, **kwargs)
 
 class Asks(Callback):
     "Asks for a gradient of its own"
@@ -303,6 +401,18 @@ class Asks(Callback):
     def after_backward(self): self.model.head.weight.grad += self.g
 def test_a_callback_that_computes_gradients_itself_is_seen():
     check(learner, lambda: [Asks()], opt_func=wrapped, least=0, said='gradients of its own')
+
+def test_what_only_the_capture_does_is_found(backend):
+    "The stand-in that calls the model again does it in each batch"
+    for own,why in ((lambda m,h: random.random(), 'random numbers'),
+                    (lambda m,h: setattr(m, 'n', 1), 'attribute n'),
+                    (lambda m,h: setattr(m, 'h', m.h+1), 'attribute h')):
+        def late(m, h):
+            if m.training and len(calls)>2: own(m, h)
+            if m.training: calls.append(1)
+        calls = []
+        fit(learner([g := Graphs()], model=partial(Net, late)))
+        if backend=='tape': assert g.replayed==0 and why in g.records[-1].why, g.records
 
 @pytest.mark.parametrize('error', [KeyboardInterrupt, ValueError])
 def test_any_end_leaves_nothing(error):
@@ -366,6 +476,23 @@ def test_only_a_real_fit():
     assert g.replayed==n and type(learn) is Learner
     assert fit(learn) and g.replayed==n
 
+def test_switched_off_in_mid_fit():
+    def off(learn):
+        if 'graphs' in vars(learn): learn.graphs.run = learn.train_iter<5
+    _,g = check(learner, lambda: [Each(off)])
+    assert g.replayed==2
+
+def test_batches_without_targets():
+    "In a fit they are only read"
+    ds = torch.utils.data.TensorDataset(torch.randn(64, 1, 8, 8))
+    dls = DataLoaders(*[DataLoader(ds, 8) for _ in range(2)], device=default_device())
+    dls.n_inp = 1
+    learn = Learner(dls, Net().to(dls.device), loss_func=smooth, cbs=[g := Graphs()])
+    before = [p.clone() for p in learn.model.parameters()]
+    learn.recorder.run = False
+    with learn.no_bar(): fit(learn, 1)
+    assert all(map(torch.equal, before, learn.model.parameters())) and g.replayed==0
+
 def test_taken_off_in_mid_fit():
     class Off(Callback):
         def after_batch(self):
@@ -376,14 +503,113 @@ def test_taken_off_in_mid_fit():
 def test_beside_a_callback_that_does_the_batches():
     _,g = check(learner, lambda: [MicroBatch(size=16)], least=0, said='does the batches itself')
 
-def test_own_loops_are_left_alone():
-    class Own(Learner):
-        def _do_one_batch(self): super()._do_one_batch()
-    learn = learner()
-    learn.__class__ = Own
-    learn.add_cb(g := Graphs())
+@pytest.mark.parametrize('name', ['_do_one_batch', '_backward', '_step', '_do_grad_opt', '_split'])
+def test_own_loops_are_left_alone(name):
+    "Of a class of the user's, and of a callback that puts a method on the learner when the fit begins"
+    def own(self, *args): return getattr(Learner, name)(self, *args)
+    class Puts(Callback):
+        order = 500
+        def before_fit(self): setattr(self.learn, name, partial(own, self.learn))
+    for by_class in (True, False):
+        learn = learner([] if by_class else [Puts()])
+        if by_class: learn.__class__ = type('Own', (Learner,), {name: own})
+        learn.add_cb(g := Graphs())
+        fit(learn)
+        assert g.replayed==0 and name in g.records[-1].why
+
+def test_several_devices_or_processes_are_left_alone(monkeypatch):
+    learn = learner([g := Graphs()])
+    learn.model = nn.DataParallel(learn.model)
     fit(learn)
-    assert g.replayed==0 and '_do_one_batch' in g.records[-1].why
+    assert g.replayed==0 and 'in DataParallel' in g.records[-1].why
+    monkeypatch.setattr(graphs, 'n_ranks', lambda: 2)
+    fit(learner([g := Graphs()]))
+    assert g.replayed==0 and 'several processes' in g.records[-1].why
+
+def test_a_fit_inside_a_fit():
+    class Inner(Callback):
+        def after_epoch(self):
+            if self.learn.n_epoch==3 and self.epoch==0: fit(self.learn, 1)
+    check(learner, lambda: [Inner()], n=3, least=9)
+
+# --- what is in a batch ---------------------------------------------------------------------------
+class Any(nn.Module):
+    "Takes what there is"
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(8, 4)
+    def forward(self, *xs):
+        leaves = tree_flatten(xs)[0]
+        whole = any(isinstance(o, Tensor) and not o.is_floating_point() for o in leaves)
+        res = self.lin(sum(o.to_dense().float()*(i+1) if isinstance(o, Tensor) else float(o or 0)
+                           for i,o in enumerate(leaves)))
+        return res*(len(xs)+(.5 if isinstance(xs[-1], dict) else 0)+(.25 if whole else 0))
+def sums(p, *ys): return sum((p-(y if isinstance(y, Tensor) else float(y))).pow(2).mean()*(i+1)
+                             for i,y in enumerate(ys))
+
+class Gives(Callback):
+    "`f` makes each training batch of a number and two tensors"
+    order = -60
+    def __init__(self, f): self.f = f
+    def before_batch(self):
+        if self.training: self.learn.xb,self.learn.yb = self.f(self.train_iter//3, *self.xb, *self.yb)
+
+ALIKE = dict(
+    dtype=lambda i,x,y: ((x.long() if i%2 else x,), (y,)),
+    number=lambda i,x,y: ((x, i%2), (y,)), target=lambda i,x,y: ((x,), (y, i%2)),
+    truth=lambda i,x,y: ((x, True if i%2 else 1.5), (y,)), none=lambda i,x,y: ((x, None if i%2 else 2), (y,)),
+    kinds=lambda i,x,y: ((dict(a=x, b=x) if i%2 else [x, x],), (y,)),
+    place=lambda i,x,y: ((x, y[:, :1]), (y,)) if i%2 else ((x,), (y[:, :1], y)),
+    strides=lambda i,x,y: ((x.T.contiguous().T if i%2 else x,), (y,)))
+@pytest.mark.parametrize('name', ALIKE)
+def test_batches_that_look_alike_are_told_apart(name):
+    def make(cbs, **kwargs):
+        set_seed(0)
+        g = torch.Generator().manual_seed(0)
+        ds = torch.utils.data.TensorDataset(*(torch.randn(128, k, generator=g)*3 for k in (8, 4)))
+        dls = DataLoaders(*[DataLoader(ds, 8) for _ in range(2)], device=default_device())
+        return Learner(dls, Any().to(dls.device), loss_func=sums, cbs=cbs, **kwargs)
+    _,g = check(make, lambda: [Gives(ALIKE[name])], n=2, least=16)
+    assert g.replayed<=26       # two kinds: each has been watched
+
+def needs_grad(i, x, y): return (x.detach().requires_grad_(),), (y,)
+def sparse(i, x, y): return (x.to_sparse(),), (y,)
+def subclass(i, x, y): return (TensorImage(x),), (y,)
+@pytest.mark.parametrize('gives,why', [(needs_grad, 'has a gradient'), (sparse, 'or is sparse'),
+                                       (subclass, 'TensorImage is in the batch')])
+def test_odd_tensors_in_a_batch_are_left_alone(gives, why):
+    class InputGrads(Callback):
+        "The gradient of the input reaches who asks for it"
+        def after_backward(self):
+            if self.x.requires_grad: self.model.lin.bias.grad += self.x.grad.sum()
+    def make(cbs, **kwargs):
+        set_seed(0)
+        g = torch.Generator().manual_seed(0)
+        ds = torch.utils.data.TensorDataset(*(torch.randn(64, k, generator=g) for k in (8, 4)))
+        dls = DataLoaders(*[DataLoader(ds, 8) for _ in range(2)], device=default_device())
+        learn = Learner(dls, Any().to(dls.device), loss_func=sums, cbs=cbs, **kwargs)
+        return learn
+    class Gives10(Gives): order = 15     # after `CastToTensor`
+    _,g = check(make, lambda: [Gives10(gives), InputGrads()], least=0, said=why, loop=None)
+    assert g.replayed==0 and sum(why in r.why for r in g.records)==1
+
+def test_gradients_are_set_to_zero_as_by_fastai():
+    "Also those that are sparse, or a part of a graph"
+    def grads(zero):
+        params = [nn.Parameter(torch.ones(3, 2, device=default_device())) for _ in range(5)]
+        opt = Adam(params, lr=.1)
+        params[0].grad = torch.ones_like(params[0])
+        params[1].grad = torch.ones_like(params[1]).to_sparse()
+        params[2].grad = (params[2]*2).requires_grad_()
+        for use in ([0], [0, 1], [0, 2], [0, 1, 2], [3]):
+            some = Adam([params[i] for i in use], lr=.1)
+            zero(some)
+        return params, opt
+    for a,b in zip(grads(graphs._zero_grad)[0], grads(lambda o: o.zero_grad())[0]):
+        assert (a.grad is None)==(b.grad is None)
+        if a.grad is not None:
+            assert a.grad.requires_grad==b.grad.requires_grad and a.grad.layout==b.grad.layout
+            assert torch.equal(a.grad.to_dense(), b.grad.to_dense()) and not a.grad.to_dense().any()
 
 @pytest.mark.parametrize('kwargs', [dict(warmup=0), dict(warmup=1.5), dict(max_shapes=0), dict(warmup=True)])
 def test_bad_arguments(kwargs):

@@ -42,6 +42,13 @@ def test_no_machine_paths():
     for name,text in files(nbs, '*.ipynb').items():
         assert str(root).encode() not in text and b'site-packages' not in text, name
 
+def test_a_cell_that_exports_does_nothing_else():
+    "nbdev passes over it: a test in it would never run"
+    cells = [(f.name, c) for f in nbs.rglob('*.ipynb') for c in json.loads(f.read_text())['cells']]
+    code = [(name, ''.join(c['source'])) for name,c in cells if c['cell_type']=='code']
+    alone = '#| hide\nimport nbdev; nbdev.nbdev_export()'
+    assert not [name for name,src in code if 'nbdev_export()' in src and src.strip()!=alone]
+
 def test_public_signatures_are_annotated():
     "`py.typed` promises it"
     import fastai_callbacks_ext.all as ext, fastai_callbacks_ext.test_utils as utils

@@ -226,7 +226,8 @@ class OwnStep(Learner):
     def _do_grad_opt(self): super()._do_grad_opt()
 
 @pytest.mark.parametrize('cbs,why', [
-    (lambda: [Looks()], 'looks has to know of each step'), (lambda: [Hears()], 'hears has to know of each step'), (lambda: [SAM()], 'sam has to know of each step'),
+    (lambda: [Looks()], 'looks has to know of each step'),
+    (lambda: [Hears()], 'hears has to know of each step'), (lambda: [SAM()], 'sam has to know of each step'),
     (lambda: [FastaiGradientClip()], 'gradient_clip has to know of each step')])
 def test_says_why_it_waits(cbs, why, capsys):
     assert told(trained([SkipNonFinite(wait=False), *cbs()], 1), 'skip_non_finite')[0]==('waits', why)

@@ -227,6 +227,9 @@ class Formula:
         self.head,ends = self.parts[:-n],self.parts[-n:]
         self.given = {k: v for _,given in ends for k,v in given.items()}
         self.decays = bool(n and self.fused.decays and [o.do for o,_ in self.head]==[_weight_decay])
+        # a decay that the fused step does not do has no flag
+        apart = not self.decays and _weight_decay in [o.do for o,_ in self.head]
+        self.flag = bool(n and self.fused.flag and not apart)
 
     def _ends_with(self, fused, parted):
         n = len(fused.ends.split())

@@ -98,8 +98,8 @@ class Kernels:
 
     def _takes_flag(self):
         fused,precise = self.formula.fused,(torch.float32,torch.float64)     # others would round the decay
-        return not self.odd and all(b.fuses and fused.flag and fused.can(b.h) and b.dtype in precise
-                                    for b in self.buckets)
+        return self.formula.flag and not self.odd and all(b.fuses and fused.can(b.h) and b.dtype in precise
+                                                          for b in self.buckets)
 
     def _step(self, grads, found_inf):
         if self.counts: torch._foreach_add_(self.counts, 1)

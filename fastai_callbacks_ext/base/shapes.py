@@ -10,7 +10,7 @@ __all__ = ['modes', 'resize_image', 'resize_labels', 'about', 'size_in_pixels', 
 import torch
 import torch.nn.functional as F
 from fastai.torch_core import TensorImageBase
-from fastai.vision.core import TensorBBox, TensorPoint
+from fastai.vision.core import TensorPoint
 from torch import Tensor
 
 # %% ../../nbs/base/shapes.ipynb #shapes-007
@@ -92,7 +92,7 @@ def chosen_targets(
 def _is_image(y, i, size):
     ask = 'expected targets, the numbers of those to resize, or () for none'
     if not isinstance(y, Tensor): raise ValueError(f'target {i} is {about(y)}; {ask}')
-    if isinstance(y, (TensorPoint,TensorBBox)):
+    if isinstance(y, TensorPoint):      # or boxes
         if y.numel() and (most := y.detach().abs().max().item())>2:
             raise ValueError(f'target {i} has coordinates up to {most:.4g}, which are pixels of the whole '
                              "image; expected fastai's, from -1 to 1 (PointScaler)")
