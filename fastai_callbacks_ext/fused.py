@@ -16,7 +16,6 @@ _kernels = 'auto','foreach','fused'
 class FusedStep(ExtCallback):
     "Makes the optimizer's step faster: all parameters at once, by multi-tensor kernels; the same optimizer"
     order,run_valid,single = 1010,False,True    # the others may replace the optimizer in `before_fit`
-    transient = dict(_opt=None)
     def __init__(self,
         # 'foreach' has fastai's bits; 'fused' equals them but for rounding, by PyTorch's fused kernels where
         # there is one; 'auto' takes the faster one
@@ -25,19 +24,13 @@ class FusedStep(ExtCallback):
         if kernel not in _kernels:
             known = ', '.join(_kernels)
             raise ValueError(f'kernel={kernel!r}: expected one of {known}{nearest(str(kernel), _kernels)}')
-        self.kernel,self._opt = kernel,None
+        self.kernel = kernel
 
     def before_fit(self):
-        "Lend the kernels to the optimizer, or say why it is left alone"
-        self.at_end(setattr, self, '_opt', None)
-        self._lend()
-        lend_verdicts(self)     # for the scaler of `to_fp16`
+        "The scaler of `to_fp16` need not wait for the device"
+        lend_verdicts(self)
 
     def before_train(self):
-        "The same, if there is another optimizer now"
-        if self.learn.opt is not self._opt: self._lend()
-
-    def _lend(self):
-        self._opt = self.learn.opt
-        if why := no_kernels(self._opt): self.tell('left the optimizer as it is', why, once=True)
-        else: self.at_end(lend_kernels(self._opt, self.kernel))
+        "Lend the kernels to the optimizer, which may be another one now, or say why it is left alone"
+        if why := no_kernels(self.opt): self.tell('left the optimizer as it is', why, once=True)
+        else: self.at_end(lend_kernels(self.opt, self.kernel))

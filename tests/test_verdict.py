@@ -29,6 +29,13 @@ class Scaler(MixedPrecision):
         more = dict(init_scale=self.scale, growth_interval=3) | self.more
         self.learn.scaler = torch.amp.GradScaler(DEVICE, **more)
 
+    def after_fit(self):
+        self.state = self.learn.scaler.state_dict()
+        super().after_fit()
+
+class OwnScaler(Scaler):
+    def before_step(self): super().before_step()
+
 class Lag:
     "Numbers arrive `n` looks after they were sent"
     def __init__(self, monkeypatch, n):
@@ -79,11 +86,11 @@ class Bad(PoisonBatch):
         super().after_loss()
         if self._hit('number'): self.learn.loss = self.loss*self.value      # the gradients are fine
 
-def trained(cbs, seed=0, opt_func=Adam, epochs=3, model=net):
+def trained(cbs, seed=0, opt_func=Adam, epochs=3, model=net, **kwargs):
     with torch.random.fork_rng():
         bad = [] if seed is None else [Bad(seed)]
         learn = digits_learner([FastLoop(), FusedStep('fused'), *cbs, *bad], n=320, bs=32, model=model(),
-                               opt_func=opt_func)
+                               opt_func=opt_func, **kwargs)
         suit(learn)
         with quiet(learn): learn.fit_one_cycle(epochs, 1e-2)
     return learn
@@ -102,7 +109,9 @@ def results(learn):
         if not hasattr(cb, 'records'): continue
         res[cb.name] = {k: getattr(cb, k) for k in cb.fit_state if k not in ('_stats','used')}
         res[cb.name+' at'] = [(r.what, r.epoch, r.batch, r.iteration) for r in cb.records if r.what!='waits']
-    if (s := vars(learn).get('scaler')) is not None: res['scaler'] = s.state_dict()
+    res['scaler'] = [cb.state for cb in learn.cbs if isinstance(cb, Scaler)]
+    held = {p for g in learn.opt.param_lists for p in g}
+    res['grads'] = [p.grad for p in learn.model.parameters() if p not in held]
     return numbers(res)
 
 def close(a, b, where=''):
@@ -153,6 +162,12 @@ def test_beside_each_callback(cls, monkeypatch, capsys, tmp_path):
     a,b = (results(trained([*GUARDS['both'](wait), make(cls)], 3, **kwargs)) for wait in (False, True))
     for k in ('weights','state','losses','lrs','values','count','smooth'): close(a[k], b[k], k)
 
+def test_weights_outside_of_the_optimizer(capsys):
+    "Their gradients are nobody's to zero; those of a batch that is left out are not there"
+    last = lambda model: [list(model[-1].parameters())]
+    a,b = (trained(GUARDS['both'](wait), 1, splitter=last) for wait in (False, True))
+    close(results(a), results(b))
+
 def looking_ahead(*args, **kwargs): return Lookahead(SGD(*args, **kwargs))
 
 torchs = partial(OptimWrapper, opt=partial(torch.optim.AdamW, fused=True))
@@ -178,9 +193,10 @@ class Keeps(nn.Module):
         if self.how=='list': self.list[0] += 1
         if self.how=='buffer': self.total = self.total + x.detach().mean()
         if self.how=='in place': self.total += x.detach().mean()
+        if self.how=='grows': self.total.data = self.total.new_ones(self.total.numel()+1)
         return self.net(x)
 
-@pytest.mark.parametrize('how', ['number','tensor','list','buffer','in place'])
+@pytest.mark.parametrize('how', ['number','tensor','list','buffer','in place','grows'])
 def test_what_a_model_keeps_is_put_back(how, capsys):
     a,b = (trained(GUARDS['both'](wait), 1, model=lambda: Keeps(how).to(DEVICE)) for wait in (False, True))
     close(results(a), results(b))
@@ -226,6 +242,7 @@ class OwnStep(Learner):
     def _do_grad_opt(self): super()._do_grad_opt()
 
 @pytest.mark.parametrize('cbs,why', [
+    (lambda: [OwnScaler()], 'own_scaler has to know of each step'),
     (lambda: [Looks()], 'looks has to know of each step'),
     (lambda: [Hears()], 'hears has to know of each step'), (lambda: [SAM()], 'sam has to know of each step'),
     (lambda: [FastaiGradientClip()], 'gradient_clip has to know of each step')])
@@ -240,11 +257,37 @@ def test_a_learner_with_its_own_step(capsys):
 
 def test_needs_a_loop_and_kernels(capsys):
     no_flag = 'the optimizer cannot drop a step on the device; expected FusedStep, or fused=True'
-    for cbs,why in (([FastLoop()], no_flag),
-                    ([FusedStep()], 'there is no FastLoop that records the losses')):
-        learn = digits_learner([*cbs, SkipNonFinite(wait=False)], n=320, bs=32)
+    no_loop = 'there is no FastLoop that records the losses'
+    for cbs,why,kwargs in (([FastLoop()], no_flag, {}), ([FusedStep()], no_loop, {}),
+                           ([FastLoop(), FusedStep()], no_flag, dict(opt_func=RAdam))):
+        learn = digits_learner([*cbs, SkipNonFinite(wait=False)], n=320, bs=32, **kwargs)
         with quiet(learn): learn.fit(1)
         assert told(learn, 'skip_non_finite')==[('waits', why)]
+
+def test_metrics_of_the_training(capsys):
+    learn = digits_learner([FastLoop(), FusedStep(), SkipNonFinite(wait=False)], n=320, bs=32)
+    learn.recorder.train_metrics = True
+    with quiet(learn): learn.fit(1)
+    assert told(learn, 'skip_non_finite')==[('waits', 'there are metrics of the training')]
+
+def test_a_callback_that_comes_later(capsys):
+    class Adds(Callback):
+        def before_batch(self):
+            if self.training and self.train_iter==10: self.learn.add_cb(Looks())
+    assert told(trained([SkipNonFinite(wait=False), Adds()], None), 'skip_non_finite')==[
+        ('waits', 'looks has to know of each step')]
+
+@pytest.mark.parametrize('most', [9, 0])
+def test_interrupted(most, monkeypatch, capsys):
+    "What had not come is known afterwards, and the interrupt stays one"
+    Lag(monkeypatch, 99)
+    class Stop(Callback):
+        def before_batch(self):
+            if self.training and self.train_iter==14: raise KeyboardInterrupt
+    guard = SkipNonFinite(most, wait=False)
+    with pytest.raises(KeyboardInterrupt): trained([guard, PoisonBatch((10, 12), 'input'), Stop()], None)
+    assert guard.skipped==(2 if most else 0)
+    assert [r.what for r in guard.records]==(['skipped a batch']*2 if most else ['stopped the fit'])
 
 def test_stops_after_many(monkeypatch, capsys):
     Lag(monkeypatch, 2)

@@ -88,9 +88,13 @@ class Verdicts:
         self.read()
         self._clear()
 
+    def settle(self):
+        "Wait for all verdicts of a fit that ends anyway"
+        with suppress(CancelFitException): self.read(wait=True)
+
     def close(self):
         "The fit is over"
-        with suppress(CancelFitException): self.read(wait=True)
+        self.settle()
         self._clear()
 
     def read(self,
@@ -184,6 +188,7 @@ class _Reader(ExtCallback):
     def __reduce_ex__(self, protocol): return Callback,()      # in an export it does nothing
     def before_batch(self): self.verdicts.begin()
     def after_train(self): self.verdicts.read(wait=True)
+    def after_fit(self): self.verdicts.settle()
 
 class _LateScaler(Lent):
     "`MixedPrecision`, whose scaler lets the device decide"
@@ -191,16 +196,15 @@ class _LateScaler(Lent):
         verdicts,scaler = decides_later(self),self.learn.scaler
         if verdicts is None or not scaler.is_enabled(): return super().before_step()
         scaler.unscale_(self)
-        state = scaler._per_optimizer_states[id(self)]
+        self._never_seen,state = verdicts.batch,scaler._per_optimizer_states[id(self)]
         for flag in state['found_inf_per_device'].values(): verdicts.drop_step(flag)
         verdicts.overflow,verdicts.scale = flag,scaler._scale.clone()
         state['stage'],self.skipped = OptState.STEPPED,False
         self.scales.append(verdicts.scale)
 
     def after_step(self):
-        verdicts,scaler = verdicts_of(self.learn),self.learn.scaler
-        never_seen = None if verdicts is None else verdicts.batch
-        if never_seen is None or not scaler.is_enabled(): return super().after_step()
+        never_seen,scaler = vars(self).pop('_never_seen', None),self.learn.scaler
+        if never_seen is None: return super().after_step()
         state = scaler._scale,scaler._growth_tracker
         before = [t.clone() for t in state]
         super().after_step()
