@@ -1,6 +1,7 @@
 "Guards that do not wait: the device decides, the program learns it later; the results are the same"
 import random
 from functools import partial
+from math import inf
 
 import pytest, torch
 from fastai.callback.core import Callback
@@ -11,6 +12,7 @@ from fastai.optimizer import SGD, Adam, Lamb, Larc, Lookahead, OptimWrapper, RAd
 from fastai_callbacks_ext.all import *
 from fastai_callbacks_ext.base import late
 from fastai_callbacks_ext.base.core import verdicts_of
+from fastai_callbacks_ext.base.step import StepNumbers
 from fastai_callbacks_ext.test_utils import PoisonBatch, digits_learner
 from common import FREE, make, public_callbacks, quiet, suit
 from torch import Tensor, nn
@@ -104,7 +106,7 @@ def results(learn):
     rec,res = learn.recorder,dict(weights=list(learn.model.state_dict().values()))
     res['state'] = [learn.opt.state[p] for g in learn.opt.param_lists for p in g]
     res |= dict(losses=[float(o) for o in rec.losses], lrs=rec.lrs, values=[list(o) for o in rec.values],
-                count=int(rec.smooth_loss.count), smooth=float(rec.smooth_loss.value))
+                count=rec.smooth_loss.count, smooth=float(rec.smooth_loss.value))
     for cb in learn.cbs:
         if not hasattr(cb, 'records'): continue
         res[cb.name] = {k: getattr(cb, k) for k in cb.fit_state if k not in ('_stats','used')}
@@ -185,7 +187,7 @@ class Keeps(nn.Module):
     "Keeps what the forward pass has seen, in many ways"
     def __init__(self, how):
         super().__init__()
-        self.net,self.how,self.n,self.seen,self.list = net(),how,0,None,[0]
+        self.net,self.how,self.n,self.seen,self.list,self.gone = net(),how,0,None,[0],True
         self.register_buffer('total', torch.zeros(()))
     def forward(self, x):
         if self.how=='number': self.n += 1
@@ -193,14 +195,16 @@ class Keeps(nn.Module):
         if self.how=='list': self.list[0] += 1
         if self.how=='buffer': self.total = self.total + x.detach().mean()
         if self.how=='in place': self.total += x.detach().mean()
+        if self.how=='gone': vars(self).pop('gone', None)
         if self.how=='grows': self.total.data = self.total.new_ones(self.total.numel()+1)
         return self.net(x)
 
-@pytest.mark.parametrize('how', ['number','tensor','list','buffer','in place','grows'])
+@pytest.mark.parametrize('how', ['number','tensor','list','buffer','in place','grows','gone'])
 def test_what_a_model_keeps_is_put_back(how, capsys):
     a,b = (trained(GUARDS['both'](wait), 1, model=lambda: Keeps(how).to(DEVICE)) for wait in (False, True))
     close(results(a), results(b))
-    assert (a.model.n, a.model.list)==(b.model.n, b.model.list)
+    kept = lambda m: (m.n, m.list, 'gone' in vars(m))
+    assert kept(a.model)==kept(b.model)
     if how=='tensor': close(a.model.seen.item(), b.model.seen.item())
 
 class Waits(TorchDispatchMode):
@@ -276,6 +280,23 @@ def test_a_callback_that_comes_later(capsys):
             if self.training and self.train_iter==10: self.learn.add_cb(Looks())
     assert told(trained([SkipNonFinite(wait=False), Adds()], None), 'skip_non_finite')==[
         ('waits', 'looks has to know of each step')]
+
+def test_a_state_waits(monkeypatch, capsys):
+    Lag(monkeypatch, 99)
+    class Asks(Callback):
+        def before_batch(self):
+            if self.training and self.train_iter==14:
+                skipped = self.learn.skip_non_finite.state_dict()['skipped']
+                self.found = [skipped, len(self.learn.gradient_clip.norms)]
+    asks = Asks()
+    trained([*GUARDS['both'](False), PoisonBatch((10, 12), 'input'), asks], None)
+    assert asks.found==[2, 12]
+
+def test_large_but_finite():
+    "The 2-norm of these overflows"
+    loss,grads = torch.ones((), device=DEVICE),[torch.full((3,), v, device=DEVICE) for v in (1e30, 1.)]
+    assert StepNumbers(loss, grads).not_finite==0
+    assert StepNumbers(loss, [*grads, grads[0]*1e30]).not_finite==StepNumbers(loss*inf, grads).not_finite==1
 
 @pytest.mark.parametrize('most', [9, 0])
 def test_interrupted(most, monkeypatch, capsys):
