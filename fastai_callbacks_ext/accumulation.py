@@ -77,10 +77,11 @@ class GradientAccumulation(ExtCallback):
 
     def before_backward(self):
         "Multiply the loss by the weight of the batch"
-        call,win = LossCall(self.learn),self._window
-        if self.weight is loss_weight: self._say(call)
-        adds = call.reduction=='sum' and (call.terms is not None or self.weight is loss_weight)
-        w,loss,shown = 1. if adds else self.weight(self.learn),self.loss_grad,self.loss
+        call,win,looked_up = LossCall(self.learn),self._window,self.weight is loss_weight
+        if looked_up: self._say(call)
+        adds = call.reduction=='sum' and (looked_up or call.known)
+        w = 1. if adds else call.assumed_weight if looked_up else self.weight(self.learn)
+        loss,shown = self.loss_grad,self.loss
         if loss.ndim: loss,shown = loss.sum()/w,shown.sum()/w
         if isinstance(w, Tensor): shown = torch.where(w>0, shown, 0)     # the mean of no terms is NaN
         if not win['items']:

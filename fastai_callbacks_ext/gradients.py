@@ -16,14 +16,13 @@ from fastai.callback.core import CancelStepException
 from fastcore.basics import patch
 from fastcore.foundation import L
 from torch import Tensor
-from torch._utils import _unflatten_dense_tensors
 from .base.core import ExtCallback, check_number, check_type, settle
-from .base.grads import (grad_numbers, multiply_, numbers_behind, step_grads, total_norm,
-                                             with_grad)
+from .base.grads import (grad_numbers, grad_rows, multiply_, numbers_behind, step_grads,
+                                             total_norm, with_grad)
 from .base.model import unwrap_model
 from .base.names import fits_name
-from .base.lists import (Rows, any_sparse, copy_finite_, grad_lists, opt_params,
-                                             subtract_means_)
+from .base.lists import (Rows, any_sparse, copy_finite_, grad_lists, kept_rows,
+                                             opt_params, subtract_means_, views_like)
 from .base.step import step_numbers
 from .base.twopass import MovesWeights
 from .base.verdict import decides_later, lend_verdicts, waits
@@ -159,13 +158,18 @@ def _learned(self:GradientClip, at, numbers):
     self._note(norm, self.limit)
 
 @patch
+@torch.no_grad()
 def _largest_ratio(self:GradientClip):
     "The largest ratio of gradient to weights, of all units; the ratios are kept for `_clip`"
     params = [p for p in with_grad(self.opt) if id(p) not in self._excluded]
     if not params: return torch.zeros(())
     self._grads = [grad_numbers(p) for p in params]
-    self._rows = Rows(self._grads)
-    units,behind = map(self._rows.blocks, (self._grads, [numbers_behind(p) for p in params]))
+    self._rows = kept_rows(self, params, self._grads)
+    lists = self._grads,[numbers_behind(p) if p.grad.is_sparse else p for p in params]
+    try: units,behind = map(self._rows.blocks, lists)
+    except RuntimeError:      # the shapes have changed
+        self._rows = Rows(self._grads)
+        units,behind = map(self._rows.blocks, lists)
     norms,weights = ([unit_norm(*o) for o in blocks] for blocks in (units, behind))
     torch._foreach_clamp_min_(weights, 1e-3)    # else weights that start at 0 could never move
     torch._foreach_div_(norms, weights)
@@ -237,8 +241,8 @@ class GradientCentralization(ExtCallback):
 
     def before_step(self):
         "Subtract the means"
-        grads = [g for g in step_grads(self.opt) if g.ndim>=self.least and g.numel()>g.shape[0]]
-        subtract_means_(grads)
+        grads,rows = grad_rows(self.opt)
+        subtract_means_(grads, lambda g: g.ndim>=self.least and g.numel()>len(g), rows)
 
 # %% ../nbs/10_gradients.ipynb #151874a5
 class GradientNoise(ExtCallback):
@@ -270,7 +274,7 @@ class GradientNoise(ExtCallback):
         if not grads: return
         generator = torch.Generator(grads[0].device).manual_seed(1_000_003*self.seed+self._t)
         noise = torch.randn(sum(map(Tensor.numel, grads)), generator=generator, device=grads[0].device)
-        parts = _unflatten_dense_tensors(noise, grads)      # views of `noise`, in the shapes of `grads`
+        parts = views_like(noise, grads)
         if any(g.dtype!=noise.dtype for g in grads): parts = [o.to(g) for o,g in zip(parts, grads)]
         torch._foreach_add_(grads, parts, alpha=(self.eta/(1+self._t)**self.gamma)**0.5)
         self._t += 1

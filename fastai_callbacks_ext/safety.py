@@ -57,9 +57,14 @@ class TerminateOnNaN(Guard):
         super().before_train()
         self._looks = []
 
+    def _keep_batch(self):
+        "A later check undoes no batch, so it needs no copies; a `GradScaler` may ask for them at any batch"
+        if self.every==1 or scaler_skips(self.learn): super()._keep_batch()
+        else: self._undo.window = True
+
     def after_loss(self):
         "Check the loss in validation"
-        if self.training or not self.valid: return
+        if not self.valid or self.learn.training: return
         if self.any_rank(not all_finite(self.loss)): self._end_fit('the loss in validation is not finite')
 
     def before_step(self):

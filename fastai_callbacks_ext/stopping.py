@@ -175,8 +175,9 @@ class _Limit(ExtCallback):
     def after_batch(self):
         "Count this batch, and check whether the limit is reached"
         self._count()
-        last = self.iter+1==self.n_iter
-        if last and self.epoch+1==self.n_epoch: return      # the fit ends anyway
+        learn = self.learn
+        last = learn.iter+1==learn.n_iter
+        if last and learn.epoch+1==learn.n_epoch: return      # the fit ends anyway
         self._look()
         if self._reached and not last: raise CancelTrainException
 
@@ -191,8 +192,9 @@ class _Limit(ExtCallback):
     def _look(self):
         if self._reached: return
         why = self._why()
-        self._reached = self.any_rank(why is not None)
-        if self._reached: self.tell('ended the fit', why or 'another process has reached its limit')
+        if not self.any_rank(why is not None): return
+        self._reached = True
+        self.tell('ended the fit', why or 'another process has reached its limit')
 
     def _count(self): pass
 
@@ -356,11 +358,11 @@ class StopFile(_Limit):
 
     def after_batch(self):
         "Look for the file"
-        if self.train_iter%self.every==0: super().after_batch()
+        if self.learn.train_iter%self.every==0: super().after_batch()
 
     def _found(self):
         there = rank_distrib()==0 and os.path.exists(self.path)
-        if not there: self._used = False
+        if self._used and not there: self._used = False
         return there and not self._used
 
     def _remove(self):

@@ -2,6 +2,7 @@
 import contextlib, gc, io
 from functools import partial
 from math import inf, nan
+from types import SimpleNamespace
 from weakref import ref
 
 import numpy as np, pytest, torch
@@ -14,7 +15,7 @@ from torch import nn
 import fastai_callbacks_ext.all as ext
 from fastai_callbacks_ext.base.grads import step_grads, with_grad
 from fastai_callbacks_ext.base.lists import (Rows, copies, copy_finite_, grad_lists, norms, norms_in_one,
-                                             opt_params, subtract_means_)
+                                             opt_params, subtract_means_, views_like)
 from fastai_callbacks_ext.base.step import StepNumbers, _NumpyState, all_finite
 from fastai_callbacks_ext.gradients import unit_norm
 
@@ -66,6 +67,7 @@ def act(name, i, opt):
         p.grad = torch.randn(p.shape[::-1], dtype=p.dtype, device=device).t()
 
 def dense(g): return g.coalesce().values() if g.is_sparse else g
+def has_means(g): return g.ndim>1 and g.numel()>len(g)
 def one_by_one(g, p): return torch.linalg.vector_norm(g.double(), p).item()
 
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -90,6 +92,11 @@ def test_lists_are_those_of_the_step(plan, wrapped):
         np.testing.assert_allclose(n.grad_norm, np.linalg.norm(want), rtol=1e-5)
         assert n.finite and n.tensor.numel()==1+len(now)
         assert sum(g.numel() for g in step_grads(opt))==sum(g.numel() for g in numbers)
+        subtract_means_(less := copies(numbers), has_means, rows)
+        rounded = len({g.dtype for g in numbers})>1      # rows of several types are computed in the finer one
+        for a,g in zip(less, numbers):
+            want = g-g.mean(tuple(range(1, g.ndim)), keepdim=True) if has_means(g) else g
+            torch.testing.assert_close(a, want, rtol=.02*rounded, atol=.02*rounded)
 
 def test_gradients_are_not_kept():
     ps = params()
@@ -250,6 +257,29 @@ def test_ema_is_the_mean_that_a_loop_computes():
     found = trained(ema)
     trained(loop)
     for a,b in zip(found, loop.kept): torch.testing.assert_close(a, b.cpu(), rtol=1e-4, atol=1e-5)
+
+def test_adaptive_clipping_after_a_change_of_shapes():
+    ps = [nn.Parameter(torch.randn(4, 3, device=device)) for _ in range(20)]
+    opt,cb = OptimWrapper(ps, torch.optim.SGD, lr=.1),ext.GradientClip(adaptive=.01)
+    for shape in [(4,3), (4,3), (2,5), ()]:
+        for p in ps[::2]: p.grad,p.data = None,torch.randn(shape, device=device)
+        give_grads(ps)
+        found = []
+        for o in (cb, ext.GradientClip(adaptive=.01)):
+            o.learn,o._excluded = SimpleNamespace(opt=opt),{id(ps[3])}
+            found.append(o._largest_ratio())
+        want = max((unit_norm(p.grad)/unit_norm(p.detach()).clamp_min(1e-3)).max().item()
+                   for i,p in enumerate(ps) if i!=3)
+        assert found==[pytest.approx(want)]*2
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_views_are_one_after_the_other(dtype):
+    ts = [p.detach() for p in params(50, dtype)]
+    flat = torch.cat([t.reshape(-1) for t in ts])
+    found = views_like(flat, ts)
+    assert len(found)==50 and all(map(torch.equal, found, ts)) and views_like(flat[:0], [])==[]
+    for v in found: v.zero_()
+    assert not flat.any()
 
 # --- NumPy's generator ------------------------------------------------------------------------------
 def test_state_of_numpys_generator():

@@ -81,3 +81,12 @@ def test_where_the_run_is(setting, order, method):
     for event_name,look,said,want,n,done in cb.seen:
         assert said==want, (event_name, look)
         if event_name!='after_batch' or look: assert n==done, (event_name, look)
+
+def test_a_state_is_a_copy_and_keeps_what_is_the_same():
+    class Lists(ExtCallback): fit_state = dict(a=[1,.5], b=None, c=[1,[2]])
+    cb = Lists()
+    cb.b = cb.a
+    state = cb.state_dict()
+    assert state['a'] is state['b'] and state['a'] is not cb.a and state['c'][1] is not cb.c[1]
+    cb.a.append(3)
+    assert state['a']==[1,.5]

@@ -253,6 +253,25 @@ def test_a_scaler_at_its_end(cls):
     stopped = learn.cbs.filter(lambda o: isinstance(o, cls))[0].records[-1].iteration
     assert stopped==(6 if cls is TerminateOnNaN else 11)      # 4, 2, 1; then a scale under 1
 
+@pytest.mark.parametrize('every', [1,4])
+def test_a_later_check_copies_nothing_before_each_batch(every, monkeypatch):
+    "It undoes no batch, but a `GradScaler` at its end asks for that at once"
+    copied,keep = [],step.BatchUndo.keep
+    monkeypatch.setattr(step.BatchUndo, 'keep', lambda self: copied.append(keep(self)))
+    learn,out = trained(digits, TerminateOnNaN(every=every))
+    assert bool(copied)==(every==1) and not out
+    learn,out = trained(digits, TerminateOnNaN(every=every), AnyMixedPrecision(torch.float32, 4.),
+                        PoisonBatch(tuple(range(3,30)), 'grad'), epochs=3)
+    assert finite(learn) and out.count('stopped the fit')==1 and 'the gradient of' in out
+    assert learn.terminate_on_nan.records[-1].iteration==6 and copied
+
+@pytest.mark.parametrize('every', [1,4])
+def test_no_copy_of_model_and_optimizer_within_a_window(every):
+    at,cb = [],TerminateOnNaN(every=every, snapshot=1)
+    copy_state,cb._copy_state = cb._copy_state,lambda: at.append(cb.train_iter) or copy_state()
+    fit(digits_learner([cb, training.GradientAccumulation(64)], n=200, bs=16))
+    assert at==[0,4,8]
+
 def test_a_copy_is_never_of_what_is_not_finite():
     class Damage(Callback):
         order = 2000

@@ -262,10 +262,11 @@ class ExtCallback(Callback):
         return state | deepcopy(self.transient)
 
     def __setattr__(self, name, value):
-        if name=='learn' and value is None: self._close_scopes()     # taken off, maybe during a fit
-        if name in _decides: edits.n += 1
+        if name in _decides:
+            if name=='learn' and value is None: self._close_scopes()     # taken off, maybe during a fit
+            edits.n += 1
         # of its own state, no warning that it hides something of the learner: looking there is slow
-        own = name in vars(self) and (name[0]=='_' or name in self.fit_state)
+        own = (name[0]=='_' or name in self.fit_state) and name in self.__dict__
         object.__setattr__(self, name, value) if own else super().__setattr__(name, value)
 
     def __delattr__(self, name):
@@ -274,7 +275,7 @@ class ExtCallback(Callback):
 
     def __getattr__(self, k):
         "As fastcore's `GetAttr`, but quicker: what the callback does not have is read from the learner"
-        learn = vars(self).get('learn')
+        learn = self.__dict__.get('learn')
         return super().__getattr__(k) if learn is None or k[0]=='_' else getattr(learn, k)
 
     @property
@@ -513,7 +514,9 @@ def state_dict(self:ExtCallback)->dict: # Copies; plain Python values and tensor
     "The state that must survive a restart: `records`, and the attributes in `fit_state` and `state_attrs`"
     settle(self.learn)
     own = {a:getattr(self, a) for a in _state_names(self)}
-    return deepcopy({'records': [asdict(r) for r in self.records]} | own)
+    numbers = lambda v: type(v) is list and {float,int}.issuperset(map(type, v))
+    copied = {id(v): v.copy() for v in own.values() if numbers(v)}      # long lists in one go
+    return deepcopy({'records': [asdict(r) for r in self.records]} | own, copied)
 
 def verdicts_of(
     learn:Learner|None # A learner, maybe in a fit

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from inspect import isfunction, signature
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -66,6 +67,13 @@ def _computes(o):
 _terms = {_computes(o): terms for terms,os in _means.items() for o in os}
 
 # %% ../../nbs/base/reduction.ipynb #reduct-009
+_known = WeakKeyDictionary()      # a function keeps its parameters
+
+def _defaults(f):
+    "The defaults of all parameters of the function `f`, by name"
+    if f not in _known: _known[f] = {k: p.default for k,p in signature(f).parameters.items()}
+    return _known[f]
+
 class LossCall:
     "The loss function of the present batch without its wrappers, and the arguments of the call"
     def __init__(self,
@@ -76,9 +84,8 @@ class LossCall:
         self.yb = getattr(learn, 'yb', ()) if yb is None else yb
         self.loss = self._inner(learn.loss_func)
         if isfunction(self.loss):     # in the call, all targets follow the predictions
-            params = signature(self.loss).parameters
-            defaults = {k: p.default for k,p in params.items()}
-            self.given = defaults | self.given | dict(zip(params, (self.pred, *self.yb)))
+            defaults = _defaults(self.loss)
+            self.given = defaults | self.given | dict(zip(defaults, (self.pred, *self.yb)))
         self.terms = _terms.get(_computes(self.loss))
 
     def _inner(self, loss):
@@ -132,8 +139,15 @@ class LossCall:
         return self.terms(self)
 
     @property
+    def assumed_weight(self):
+        "The same; of an unknown loss, as if it were a mean over the targets"
+        weight = self.weight
+        if weight is not None: return weight
+        return self.learn.loss_grad.numel() if self.unreduced else n_targets(self.learn)
+
+    @property
     def counted(self):
-        "The same if it depends on the targets, some of which are ignored or count more; otherwise None"
+        "`weight` if it depends on the targets, some of which are ignored or count more; otherwise None"
         tensors = len(self.yb)>0 and isinstance(self.yb[0], Tensor)
         if self.terms is not _counted or self.mixed or self.reduction!='mean' or not tensors: return None
         return None if self.target.is_floating_point() else _counted(self)
@@ -172,10 +186,7 @@ def loss_weight(
     learn:Learner # In a training batch, with a loss
 )->float|Tensor: # A tensor if targets may be ignored, so that the GPU is not waited for
     "Number of terms in the mean that the loss takes; an unknown loss counts as a mean over the targets"
-    call = LossCall(learn)
-    weight = call.weight
-    if weight is not None: return weight
-    return learn.loss_grad.numel() if call.unreduced else n_targets(learn)
+    return LossCall(learn).assumed_weight
 
 def assumed_mean(
     call:LossCall # Of a batch

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader as TorchLoader
 from torch.utils.data import IterableDataset, default_collate
 from .core import runs_in
-from .step import is_fastais, tensors_in
+from .step import is_fastais, plain_tensor, tensors_in
 
 # %% ../../nbs/base/watch.ipynb #watch-006
 class ItemLayer:
@@ -215,9 +215,9 @@ class _Rows:
 
     def _marks(self, t):
         "Small rows as a whole; of a large row, about 1,000 elements from all over it"
-        t = t.detach().as_subclass(Tensor)
-        if t.ndim<2 or t.is_sparse or not len(t): return t.clone()
-        step = ceil((t.numel()/len(t)/1024)**(1/(t.ndim-1))) or 1
+        t = plain_tensor(t)
+        if t.ndim<2 or t.is_sparse or t.numel()<=1024*len(t): return t.clone()
+        step = ceil((t.numel()/len(t)/1024)**(1/(t.ndim-1)))
         return t[(slice(None), *[slice(None, None, step)]*(t.ndim-1))].clone()
 
     def are_in(self, t):
