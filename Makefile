@@ -48,6 +48,7 @@ bench: .venv/bench-ready ## Measure the callbacks and the loop beside their peer
 	$(RUN)/python benchmarks/optimizers.py
 	$(RUN)/python benchmarks/averaging.py
 	$(RUN)/python benchmarks/tensors.py
+	$(RUN)/python benchmarks/waits.py
 	$(RUN)/python benchmarks/memory.py
 	$(RUN)/python benchmarks/monitors.py
 

@@ -86,6 +86,13 @@ def report(name, tables, rounds, device='cpu', packages=(), **facts):
     """Print the `tables` (title: what `measure` returns)
 
     With what they were measured on, they are written to results/`name`.json."""
+    results = write(name, tables, rounds, device, packages, **facts)
+    print(about(results))
+    for title in tables: print(f'\n{title}\n\n{table(results, title)}')
+    return results
+
+def write(name, tables, rounds, device='cpu', packages=(), **facts):
+    "Write the `tables`, with what they were measured on, to results/`name`.json"
     versions = {p:version(p) for p in ('torch', 'fastai', *packages) if find_spec(p)}
     machine = torch.cuda.get_device_name() if device=='cuda' else f'{platform.machine()} CPU'
     results = dict(date=time.strftime('%Y-%m-%d'), versions={'Python':platform.python_version()} | versions,
@@ -93,8 +100,6 @@ def report(name, tables, rounds, device='cpu', packages=(), **facts):
     file = Path(__file__).parent/'results'/f'{name}.json'
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps(results, indent=1, ensure_ascii=False)+'\n', 'utf-8')
-    print(about(results))
-    for title in tables: print(f'\n{title}\n\n{table(results, title)}')
     return results
 
 def facts(results):

@@ -186,7 +186,8 @@ class SkipNonFinite(Guard):
 @patch
 def _skip_later(self:SkipNonFinite, verdicts, numbers):
     "Let the device decide"
-    flag,(items,_),same = numbers.not_finite,self._watch.batch(),self._watch.same()
+    flag,(items,_) = numbers.not_finite,self._watch.batch()
+    same = self._watch.same() if items else None
     verdicts.drop_batch(flag)
     verdicts.when_known(self._learned, items=items, certain=1. if same is None else same.float(), bad=flag,
                         loss=numbers.loss_tensor)

@@ -7,6 +7,7 @@ import pytest, torch
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.training import GradientClip as FastaiGradientClip
+from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.optimizer import SGD, Adam, Lamb, Larc, Lookahead, OptimWrapper, RAdam
 from fastai_callbacks_ext.all import *
@@ -252,6 +253,14 @@ class OwnStep(Learner):
     (lambda: [FastaiGradientClip()], 'gradient_clip has to know of each step')])
 def test_says_why_it_waits(cbs, why, capsys):
     assert told(trained([SkipNonFinite(wait=False), *cbs()], 1), 'skip_non_finite')[0]==('waits', why)
+
+def test_a_loader_whose_items_are_not_known(capsys):
+    batches = [(torch.randn(8, 4, device=DEVICE), torch.randint(2, (8,), device=DEVICE)) for _ in range(9)]
+    guard = SkipNonFinite(wait=False)
+    learn = Learner(DataLoaders(batches, []), nn.Linear(4, 2).to(DEVICE), nn.CrossEntropyLoss(),
+                    opt_func=Adam, cbs=[FastLoop(), FusedStep(), guard, PoisonBatch(5)])
+    with quiet(learn): learn.fit(1)
+    assert told(learn, 'skip_non_finite')[0][1].startswith('the loss is nan; with')
 
 def test_a_learner_with_its_own_step(capsys):
     learn = digits_learner([FastLoop(), FusedStep(), SkipNonFinite(wait=False)], n=320, bs=32)
