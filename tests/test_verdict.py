@@ -307,6 +307,14 @@ def test_large_but_finite():
     assert StepNumbers(loss, grads).not_finite==0
     assert StepNumbers(loss, [*grads, grads[0]*1e30]).not_finite==StepNumbers(loss*inf, grads).not_finite==1
 
+def test_a_flag_is_for_one_step(capsys):
+    "PyTorch's optimizers keep it; from batch 10 on, the guard waits"
+    class Adds(Callback):
+        def before_batch(self):
+            if self.training and self.train_iter==10: self.learn.add_cb(Looks())
+    a,b = (trained([SkipNonFinite(wait=wait), PoisonBatch(9), Adds()], None, torchs) for wait in (False, True))
+    close(results(a), results(b))
+
 @pytest.mark.parametrize('most', [9, 0])
 def test_interrupted(most, monkeypatch, capsys):
     "What had not come is known afterwards, and the interrupt stays one"
