@@ -312,7 +312,8 @@ def test_a_flag_is_for_one_step(capsys):
     class Adds(Callback):
         def before_batch(self):
             if self.training and self.train_iter==10: self.learn.add_cb(Looks())
-    a,b = (trained([SkipNonFinite(wait=wait), PoisonBatch(9), Adds()], None, torchs) for wait in (False, True))
+    cbs = lambda wait: [SkipNonFinite(wait=wait), PoisonBatch(9), Adds()]
+    a,b = (trained(cbs(wait), None, torchs) for wait in (False, True))
     close(results(a), results(b))
 
 @pytest.mark.parametrize('most', [9, 0])
