@@ -307,6 +307,17 @@ def test_large_but_finite():
     assert StepNumbers(loss, grads).not_finite==0
     assert StepNumbers(loss, [*grads, grads[0]*1e30]).not_finite==StepNumbers(loss*inf, grads).not_finite==1
 
+@pytest.mark.parametrize('guard', ['skip','terminate'])
+def test_a_scale_that_is_too_low(guard, capsys):
+    "An overflow is not for the scaler to mend then: it counts"
+    def cbs(wait):
+        first = SkipNonFinite(wait=wait) if guard=='skip' else TerminateOnNaN(every=4)
+        return [first, scaler(wait, scale=.5, growth_interval=10**6), PoisonBatch((9, 13), 'grad')]
+    a,b = (trained(cbs(wait), None) for wait in (False, True))
+    name = a.cbs.filter(lambda o: isinstance(o, (SkipNonFinite, TerminateOnNaN)))[0].name
+    assert len(told(a, name))==len(told(b, name))==(2 if name=='skip_non_finite' else 1)
+    if name=='skip_non_finite': close(results(a), results(b))
+
 def test_a_flag_is_for_one_step(capsys):
     "PyTorch's optimizers keep it; from batch 10 on, the guard waits"
     class Adds(Callback):
