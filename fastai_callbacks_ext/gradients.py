@@ -183,11 +183,12 @@ def _clip(self:GradientClip, limit, norm):
         torch._foreach_clamp_max_(grads, limit)
         torch._foreach_clamp_min_(grads, -limit)
     elif self.by=='adaptive':
-        torch._foreach_div_(self._ratios, limit)
+        torch._foreach_div_(self._ratios, max(limit, 1e-37))     # 0/0 would be NaN
         torch._foreach_clamp_min_(self._ratios, 1.)
         torch._foreach_div_(self._units, self._ratios)
         self._rows.put_back(self._grads, self._units)
-    elif isinstance(norm, Tensor): multiply_(step_grads(self.opt), (limit/norm).clamp(max=1).float())
+    elif isinstance(norm, Tensor):
+        multiply_(step_grads(self.opt), torch.where(norm>limit, limit/norm, 1.).float())
     else: multiply_(step_grads(self.opt), limit/norm)
 
 # %% ../nbs/10_gradients.ipynb #921f9a6c

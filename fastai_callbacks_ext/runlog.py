@@ -240,6 +240,8 @@ def receive(self:RunLog,
     row:dict # Numbers, text, lists and dicts
 ):
     "Write the row of another callback"
+    if row.get('batch') is not None and row.get('iteration', inf)<self.learn.train_iter:
+        row = dict(step=self.before+row['iteration']+1) | row       # it was learned late
     if self._rows is not None or self._now.in_batch: row = self._place() | row
     elif self._begun: row = dict(step=self._step) | row       # between two fits
     self._write(kind, row)

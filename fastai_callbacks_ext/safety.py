@@ -132,7 +132,8 @@ class SkipNonFinite(Guard):
     "Skips batches with a NaN or infinite loss or gradient, as if they were not in the data; stops after many"
     run_after,run_before = TrainEvalCallback,TerminateOnNaN
     late_steps = property(lambda self: not waits(self))
-    fit_state = dict(skipped=0, _in_a_row=0, _last=-2)
+    # batches before `_repaired` may have been bad because of weights that are repaired since
+    fit_state = dict(skipped=0, _in_a_row=0, _last=-2, _repaired=0)
     def __init__(self,
         max_consecutive:int=5, # Skip at most this many batches in a row; one more stops the fit
         max_total:int=None, # Skip at most this many batches in a fit; one more stops it; None: no limit
@@ -155,7 +156,9 @@ class SkipNonFinite(Guard):
         "Check the loss, and the gradients unless a `GradScaler` checks them"
         numbers = step_numbers(self.learn, not scaler_skips(self.learn))
         verdicts = decides_later(self)
-        if verdicts is not None and self._undo.only_tensors: return self._skip_later(verdicts, numbers)
+        if verdicts is not None:
+            if self._undo.only_tensors: return self._skip_later(verdicts, numbers)
+            verdicts.settle(stop=True)
         if not self.any_rank(not numbers.finite): return
         self._skip()
         raise CancelBatchException
@@ -180,7 +183,9 @@ class SkipNonFinite(Guard):
         n = self.skipped+1
         if too_many: self._end_fit(f'{n} batches of this fit were not finite; the last: {why}', at)
         self.skipped += 1
-        self.tell('skipped a batch', why + self._repair(), at=at)
+        repair = self._repair()
+        if repair: self._repaired = self.train_iter
+        self.tell('skipped a batch', why + repair, at=at)
 
 # %% ../nbs/02_safety.ipynb #skip-later-2
 @patch
@@ -188,9 +193,10 @@ def _skip_later(self:SkipNonFinite, verdicts, numbers):
     "Let the device decide"
     flag,(items,_) = numbers.not_finite,self._watch.batch()
     same = self._watch.same() if items else None
+    gone = 0. if verdicts.batch is None else verdicts.batch      # another one has dropped it
     verdicts.drop_batch(flag)
-    verdicts.when_known(self._learned, items=items, certain=1. if same is None else same.float(), bad=flag,
-                        loss=numbers.loss_tensor)
+    verdicts.when_known(self._learned, bad=flag, loss=numbers.loss_tensor, gone=gone, items=items,
+                        certain=1. if same is None else same.float())
 
 @patch
 def after_step(self:SkipNonFinite):
@@ -205,7 +211,7 @@ def after_step(self:SkipNonFinite):
 def _learned(self:SkipNonFinite, at, numbers):
     "The verdict of a batch has come"
     hopeless = numbers['overflow']==1 and numbers['scale']<1
-    if not (numbers['bad'] or hopeless): return
+    if not (numbers['bad'] or hopeless) or numbers['gone'] or at[-1]<self._repaired: return
     what = ('gradient','is not finite') if isfinite(numbers['loss']) else ('loss',f"is {numbers['loss']}")
     items = tuple(dict.fromkeys(numbers['items']*(numbers['certain']==1)))
     why = Diagnosis(what[0], f'the {what[0]}', what[1], items, whole_batch=True)

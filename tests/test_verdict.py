@@ -4,7 +4,8 @@ from functools import partial
 from math import inf
 
 import pytest, torch
-from fastai.callback.core import Callback
+from fastai.callback.core import (Callback, CancelBatchException, CancelEpochException,
+                                  CancelTrainException)
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.training import GradientClip as FastaiGradientClip
 from fastai.data.core import DataLoaders
@@ -16,6 +17,7 @@ from fastai_callbacks_ext.base.core import verdicts_of
 from fastai_callbacks_ext.base.step import StepNumbers
 from fastai_callbacks_ext.test_utils import PoisonBatch, digits_learner
 from common import FREE, make, public_callbacks, quiet, suit
+from fastcore.imports import noop
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -63,6 +65,8 @@ GUARDS = dict(
 
 BESIDE = dict(
     ema=lambda: [EMA(**RAW)], warm_ema=lambda: [EMA(decay=.9, **RAW)],
+    rare_ema=lambda: [EMA(decay=.9, every=3, **RAW)], late_ema=lambda: [EMA(decay=.9, start=5, **RAW)],
+    often_swa=lambda: [SWA(start=0., every=3, **RAW)],
     cold_ema=lambda: [EMA(decay=[.9,.99], warmup=False, **RAW)], swa=lambda: [SWA(start=0., **RAW)],
     lawa=lambda: [LAWA(**RAW)], terminate=lambda: [TerminateOnNaN(every=5)],
     centralize=lambda: [GradientCentralization()], noise=lambda: [GradientNoise()],
@@ -269,10 +273,11 @@ def test_a_learner_with_its_own_step(capsys):
     assert told(learn, 'skip_non_finite')==[('waits', 'OwnStep has its own _do_grad_opt')]
 
 def test_needs_a_loop_and_kernels(capsys):
-    no_flag = 'the optimizer cannot drop a step on the device; expected FusedStep, or fused=True'
     no_loop = 'there is no FastLoop that records the losses'
+    no_flag = 'a step of Optimizer without FusedStep cannot be dropped'
     for cbs,why,kwargs in (([FastLoop()], no_flag, {}), ([FusedStep()], no_loop, {}),
-                           ([FastLoop(), FusedStep()], no_flag, dict(opt_func=RAdam))):
+                           ([FastLoop(), FusedStep()], 'a step of radam_step cannot be dropped',
+                            dict(opt_func=RAdam))):
         learn = digits_learner([*cbs, SkipNonFinite(wait=False)], n=320, bs=32, **kwargs)
         with quiet(learn): learn.fit(1)
         assert told(learn, 'skip_non_finite')==[('waits', why)]
@@ -317,6 +322,100 @@ def test_a_scale_that_is_too_low(guard, capsys):
     name = a.cbs.filter(lambda o: isinstance(o, (SkipNonFinite, TerminateOnNaN)))[0].name
     assert len(told(a, name))==len(told(b, name))==(2 if name=='skip_non_finite' else 1)
     if name=='skip_non_finite': close(results(a), results(b))
+
+class At(Callback):
+    "Does something once, before a batch"
+    def __init__(self, n, f, event='before_batch'):
+        self.n,self.f,self.done = n,f,False
+        setattr(self, event, self.act)
+    def act(self):
+        if self.done or not self.training or self.train_iter!=self.n: return
+        self.done = True
+        self.f(self.learn)
+
+def cancel(error):
+    def f(learn): raise error
+    return f
+
+IN_BETWEEN = dict(
+    validate=lambda: At(8, lambda l: l.validate()),
+    validate_after_pred=lambda: At(8, lambda l: l.validate(), 'after_pred'),
+    preds=lambda: At(8, lambda l: l.get_preds()),
+    find=lambda: At(8, lambda l: lr_find(l, num_it=12, show_plot=False)),
+    their_find=lambda: At(8, lambda l: l.lr_find(num_it=12, show_plot=False)),
+    fit=lambda: At(8, lambda l: l.fit(1)),
+    no_batch=lambda: At(8, cancel(CancelBatchException)),
+    no_epoch=lambda: At(8, cancel(CancelEpochException), 'after_backward'),
+    no_training=lambda: At(8, cancel(CancelTrainException), 'after_backward'),
+    now_it_waits=lambda: At(8, lambda l: l.add_cb(Looks())),
+    new_optimizer=lambda: At(8, lambda l: l.create_opt()))
+
+@pytest.mark.parametrize('lag', [1, 99])
+@pytest.mark.parametrize('what', IN_BETWEEN)
+def test_what_happens_while_a_verdict_is_pending(what, lag, monkeypatch, capsys):
+    Lag(monkeypatch, lag)
+    cbs = lambda wait: [SkipNonFinite(2, wait=wait), GradientClip(.5, wait=wait), EMA(decay=.9, **RAW),
+                        PoisonBatch((6, 7)), IN_BETWEEN[what]()]
+    a,b = (results(trained(cbs(wait), None)) for wait in (False, True))
+    close(a, b)
+
+@pytest.mark.parametrize('guards', ['both','clip'])
+@pytest.mark.parametrize('opt_func', [torchs, torchs_sgd])
+def test_the_first_batch_is_bad(guards, opt_func, capsys):
+    cbs = lambda wait: [*GUARDS[guards](wait), PoisonBatch((0, 1), 'grad')]
+    a,b = (trained(cbs(wait), None, opt_func) for wait in (False, True))
+    close(results(a), results(b))
+
+def test_weights_that_are_repaired_late(monkeypatch, capsys):
+    "The batches since then were bad because of them"
+    Lag(monkeypatch, 6)
+    learn = trained([SkipNonFinite(wait=False), PoisonBatch(2, 'weight')], None)
+    assert [r.what for r in learn.skip_non_finite.records]==['skipped a batch']
+    assert learn.skip_non_finite.skipped==1 and len(learn.recorder.losses)<24
+
+class CountsSteps(Learner):
+    def _step(self): super()._step()
+
+class Shrinks(torch.optim.AdamW):
+    pass
+
+def test_code_of_others_around_the_step(capsys):
+    "It would run for steps that are not taken"
+    hook = lambda o,args,kwargs: None
+    cases = [(CountsSteps, Adam, noop, 'CountsSteps has its own _step'),
+             (Learner, partial(OptimWrapper, opt=partial(Shrinks, fused=True)), noop,
+              'a step of Shrinks cannot be dropped; one of Adam(fused=True) can'),
+             (Learner, torchs, lambda l: l.opt.opt.register_step_post_hook(hook), 'hooks act on each step')]
+    for cls,opt_func,before,why in cases:
+        learn = digits_learner([FastLoop(), FusedStep(), SkipNonFinite(wait=False)], n=320, bs=32,
+                               opt_func=opt_func)
+        learn.__class__ = cls
+        learn.create_opt()
+        before(learn)
+        with quiet(learn): learn.fit(1)
+        assert told(learn, 'skip_non_finite')==[('waits', why)]
+
+@pytest.mark.parametrize('kwargs', [dict(max_norm=0.), dict(adaptive=0.), dict(max_value=0.)])
+def test_a_limit_of_zero(kwargs, capsys):
+    "Of a gradient that is 0"
+    class Zero(Callback):
+        def after_backward(self):
+            for p in self.model.parameters(): p.grad.zero_()
+    a,b = (trained([GradientClip(**kwargs, wait=wait), Zero()], None, SGD) for wait in (False, True))
+    close(results(a), results(b))
+    assert all(p.isfinite().all() for p in a.model.parameters())
+
+def test_twice_the_same_guard(capsys):
+    guards = lambda wait: [SkipNonFinite(wait=wait), SkipNonFinite(wait=wait)]
+    for wait in (False, True):
+        learn = trained([*guards(wait), PoisonBatch(5)], None)
+        assert sorted(cb.skipped for cb in learn.cbs.filter(lambda o: isinstance(o, SkipNonFinite)))==[0, 1]
+
+def test_the_log_knows_the_step(monkeypatch, capsys, tmp_path):
+    Lag(monkeypatch, 3)
+    learn = trained([SkipNonFinite(wait=False), RunLog(tmp_path), PoisonBatch(5)], None)
+    events = read_log(learn.run_log.log_file).events
+    assert events[events.callback=='skip_non_finite'].step.tolist()==[6]
 
 def test_a_flag_is_for_one_step(capsys):
     "PyTorch's optimizers keep it; from batch 10 on, the guard waits"

@@ -149,6 +149,7 @@ class _InFit(Stays):
     "What callbacks open in between is closed, also if it failed"
     @contextmanager
     def staying(self, for_fit=False):
+        settle(self)
         before = [(cb, len(cb._scopes)) for cb in self.cbs if isinstance(cb, ExtCallback)]
         with super().staying(for_fit):
             try: yield

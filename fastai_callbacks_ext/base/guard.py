@@ -44,14 +44,15 @@ class Guard(ExtCallback):
 
     def before_fit(self):
         "Reset, and add the callback that makes the copies"
+        outer = self._undo,self._watch,self._copies     # of a fit that this one interrupts
         self._undo,self._watch,self._copies,self._due = None,None,(),-1 if self.snapshot else inf
         self.learn.add_cb(keeper := _Keeper(self))
         self.at_end(self.learn.remove_cb, keeper)
-        self.at_end(self._forget)
+        self.at_end(self._forget, outer)
 
-    def _forget(self):
+    def _forget(self, outer):
         if self._watch: self._watch.close()
-        self._undo,self._watch,self._copies = None,None,()
+        self._undo,self._watch,self._copies = outer
 
     def before_train(self):
         "Find what a batch can change; copy the first model and optimizer"

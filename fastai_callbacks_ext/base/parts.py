@@ -22,6 +22,7 @@ _after = dict(before_train='data', before_batch='forward', after_pred='forward',
 
 class _Mark(Callback):
     "Calls `note` in each event"
+    late_steps = True
     def __init__(self, note, order): self.note,self.order = note,order
     def __call__(self, event_name):
         if self.learn is not None: self.note(event_name)        # None: taken off in this event

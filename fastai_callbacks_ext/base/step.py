@@ -448,8 +448,11 @@ class BatchUndo:
     def rewind_where(self,
         flag:Tensor # One number, on the device
     ):
-        "Put back what the forward pass has changed where `flag` is 1. The device is not waited for"
+        "Put back what the forward pass has changed, and the loss, where `flag` is 1, without waiting for it"
         self._copies.put_back_where(flag)
+        now,was = self.learn.loss.detach(),self._loss
+        if isinstance(was, Tensor) and was.shape==now.shape:
+            self.learn.loss = torch.where(flag.to(now.device)==1, was.to(now), now)
 
     def keep_grads(self):
         "Copy accumulated gradients, before a batch. Set `window` to False after a step: then there are none"

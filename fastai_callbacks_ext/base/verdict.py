@@ -7,7 +7,7 @@ __all__ = ['on_gpu', 'Verdicts', 'waits', 'decides_later', 'lend_verdicts']
 
 # %% ../../nbs/base/verdict.ipynb #verdict-004
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
 import torch
 from fastai.callback.core import Callback, CancelFitException, TrainEvalCallback
@@ -19,7 +19,8 @@ from fastai.optimizer import OptimWrapper
 from fastcore.basics import patch
 from torch import Tensor
 from .core import ExtCallback, edits, n_ranks, runs_in, verdicts_of
-from .kernels import takes_flag
+from .kernels import no_flag, no_step_yet
+from .kept import waiting_fit
 from .late import LateNumbers
 from .lent import Lent, lend_methods
 from .step import own_step
@@ -88,9 +89,11 @@ class Verdicts:
         self.read()
         self._clear()
 
-    def settle(self):
-        "Wait for all verdicts of a fit that ends anyway"
-        with suppress(CancelFitException): self.read(wait=True)
+    def settle(self,
+        stop:bool=False # May a callback stop the fit? False: it ends anyway
+    ):
+        "Wait for all verdicts"
+        with nullcontext() if stop else suppress(CancelFitException): self.read(wait=True)
 
     def close(self):
         "The fit is over"
@@ -109,7 +112,9 @@ class Verdicts:
         if stop: raise stop
 
     def _send(self):
-        if self._sent or self.step is None: return
+        # only then has the recorder seen the batch
+        over = self.step is not None and self.learn.train_iter>self._at[2]
+        if self._sent or not over: return
         self._sent,row = True,len(getattr(self._recorder, 'losses', ()))-1+self._removed
         flags = {k: 0. if (v := getattr(self, k)) is None else v for k in _flags}
         self._late.add(self._numbers | flags, (self._at, row, self._listeners))
@@ -139,6 +144,7 @@ def _agrees(cb):
     "Is `cb` right if it is known later whether a step was taken?"
     cls = type(cb)
     if isinstance(cb, ExtCallback): return cb.late_steps or not any(runs_in(cb, o) for o in _of_a_step)
+    if getattr(cls, 'late_steps', False): return True
     if isinstance(cb, MixedPrecision): return isinstance(cb, _LateScaler) or not cb.learn.scaler.is_enabled()
     if cls.__call__ is not Callback.__call__: return False
     return not any(runs_in(cb, o) and getattr(cls, o, None) not in _harmless for o in _of_a_step)
@@ -149,9 +155,7 @@ def why_not(self:Verdicts)->str: # Empty if it can
     learn = self.learn
     key = list(learn.cbs),edits.n,type(learn),learn.opt
     if self._looked is None or self._looked[0]!=key: self._looked = key,self._look()
-    return self._looked[1] or ('' if takes_flag(learn.opt) else _no_flag)
-
-_no_flag = 'the optimizer cannot drop a step on the device; expected FusedStep, or fused=True'
+    return self._looked[1] or no_flag(learn.opt)
 
 @patch
 def _look(self:Verdicts):
@@ -159,7 +163,8 @@ def _look(self:Verdicts):
     if n_ranks()>1: return 'several processes share the work'
     records_late = getattr(type(learn), 'records_late', None)
     if not (records_late and records_late(learn)): return 'there is no FastLoop that records the losses'
-    if own := own_step(learn): return f'{type(learn).__name__} has its own {own}'
+    if own := own_step(learn, 'one_batch', '_do_one_batch', '_do_grad_opt', '_step'):
+        return f'{type(learn).__name__} has its own {own}'
     if getattr(self._recorder, 'train_metrics', False): return 'there are metrics of the training'
     return next((f'{cb.name} has to know of each step' for cb in learn.cbs if not _agrees(cb)), '')
 
@@ -173,12 +178,14 @@ def decides_later(
     cb:Callback # A callback in `before_step`. Its attribute `wait` says whether the user wants it to wait
 )->Verdicts|None:
     "The verdicts of this fit, if the device is to decide about this batch"
-    learn,wait = cb.learn,vars(cb).get('wait')
+    learn,wait,why = cb.learn,vars(cb).get('wait'),''
     verdicts = verdicts_of(learn)
-    if verdicts is None or wait or wait is None and not on_gpu(learn): return None
-    if not (why := verdicts.why_not()): return verdicts
-    # before the first step, the kernels are not there yet
-    if wait is False and learn.train_iter and isinstance(cb, ExtCallback): cb.tell('waits', why, once=True)
+    if verdicts is None: return None
+    if not (wait or wait is None and not on_gpu(learn) or waiting_fit(learn)):
+        if not (why := verdicts.why_not()): return verdicts
+    verdicts.settle(stop=True)      # what comes now comes after it
+    tells = wait is False and why and why!=no_step_yet and isinstance(cb, ExtCallback)
+    if tells: cb.tell('waits', why, once=True)
 
 # %% ../../nbs/base/verdict.ipynb #verdict-010
 class _Reader(ExtCallback):
@@ -186,9 +193,13 @@ class _Reader(ExtCallback):
     order,run_outside,run_valid = -3*10**6,True,False
     def __init__(self, verdicts): self.verdicts = verdicts
     def __reduce_ex__(self, protocol): return Callback,()      # in an export it does nothing
-    def before_batch(self): self.verdicts.begin()
-    def after_train(self): self.verdicts.read(wait=True)
-    def after_fit(self): self.verdicts.settle()
+    def before_batch(self):
+        if not waiting_fit(self.learn): self.verdicts.begin()       # else it is `lr_find` in a fit
+    def after_train(self):
+        if not waiting_fit(self.learn): self.verdicts.settle(stop=True)
+    after_cancel_train = after_cancel_epoch = after_train
+    def after_fit(self):
+        if not waiting_fit(self.learn): self.verdicts.settle()
 
 class _LateScaler(Lent):
     "`MixedPrecision`, whose scaler lets the device decide"
