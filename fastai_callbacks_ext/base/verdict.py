@@ -178,14 +178,15 @@ def decides_later(
     cb:Callback # A callback in `before_step`. Its attribute `wait` says whether the user wants it to wait
 )->Verdicts|None:
     "The verdicts of this fit, if the device is to decide about this batch"
-    learn,wait,why = cb.learn,vars(cb).get('wait'),''
+    learn,wait = cb.learn,vars(cb).get('wait')
     verdicts = verdicts_of(learn)
     if verdicts is None: return None
-    if not (wait or wait is None and not on_gpu(learn) or waiting_fit(learn)):
-        if not (why := verdicts.why_not()): return verdicts
+    wanted = not wait and (wait is False or on_gpu(learn)) and not waiting_fit(learn)
+    why = verdicts.why_not() if wanted else ''
+    if wanted and not why: return verdicts
     verdicts.settle(stop=True)      # what comes now comes after it
-    tells = wait is False and why and why!=no_step_yet and isinstance(cb, ExtCallback)
-    if tells: cb.tell('waits', why, once=True)
+    told = why and why!=no_step_yet and wait is False and isinstance(cb, ExtCallback)
+    if told: cb.tell('waits', why, once=True)
 
 # %% ../../nbs/base/verdict.ipynb #verdict-010
 class _Reader(ExtCallback):
