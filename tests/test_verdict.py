@@ -1,6 +1,7 @@
 "Guards that do not wait: the device decides, the program learns it later; the results are the same"
 import random
 from functools import partial
+from itertools import product
 from math import inf
 
 import pytest, torch
@@ -16,6 +17,7 @@ from fastai_callbacks_ext.base import late
 from fastai_callbacks_ext.base.core import verdicts_of
 from fastai_callbacks_ext.base.step import StepNumbers
 from fastai_callbacks_ext.test_utils import PoisonBatch, digits_learner
+from cases import some
 from common import FREE, make, public_callbacks, quiet, suit
 from fastcore.imports import noop
 from torch import Tensor, nn
@@ -160,7 +162,7 @@ def test_beside_others(beside, monkeypatch, capsys):
 TEXT = ModelResetter, RNNCallback, RNNRegularizer, SeqLenSchedule
 others = [o for o in public_callbacks() if o not in TEXT and o not in (FastLoop, FusedStep)]
 
-@pytest.mark.parametrize('cls', others, ids=lambda o: o.__name__)
+@pytest.mark.parametrize('cls', some(others, 12), ids=lambda o: o.__name__)
 def test_beside_each_callback(cls, monkeypatch, capsys, tmp_path):
     "What it says of itself in `late_steps` is true"
     monkeypatch.chdir(tmp_path)
@@ -350,8 +352,7 @@ IN_BETWEEN = dict(
     now_it_waits=lambda: At(8, lambda l: l.add_cb(Looks())),
     new_optimizer=lambda: At(8, lambda l: l.create_opt()))
 
-@pytest.mark.parametrize('lag', [1, 99])
-@pytest.mark.parametrize('what', IN_BETWEEN)
+@pytest.mark.parametrize('what,lag', some(product(IN_BETWEEN, [1, 99]), 11))
 def test_what_happens_while_a_verdict_is_pending(what, lag, monkeypatch, capsys):
     Lag(monkeypatch, lag)
     cbs = lambda wait: [SkipNonFinite(2, wait=wait), GradientClip(.5, wait=wait), EMA(decay=.9, **RAW),
