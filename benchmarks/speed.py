@@ -40,12 +40,12 @@ def mlp(): return nn.Sequential(nn.Linear(30,32), nn.ReLU(), nn.Linear(32,32), n
 
 def nets(device):
     gpu = device=='cuda'
-    res = {'Tiny net: MLP 30-32-32-2, 64 rows': Net(mlp, 200, (64,30), n_classes=2),
-           'Digits: CNN of 6,000 parameters, 64 images of 8 px': Net(digits_model, 100, (64,1,8,8))}
+    res = {'Tiny net: MLP 30-32-32-2, 64 rows': Net(mlp, 1000, (64,30), n_classes=2),
+           'Digits: CNN of 6,000 parameters, 64 images of 8 px': Net(digits_model, 300, (64,1,8,8))}
     if not find_spec('torchvision'): return res
     from torchvision.models import resnet18, resnet50
     big = Net(partial(resnet50, num_classes=10), 12, (64,3,224,224), bf16=True)
-    small = Net(partial(resnet18, num_classes=10), 30 if gpu else 3, (32,3,64,64))
+    small = Net(partial(resnet18, num_classes=10), 30 if gpu else 6, (32,3,64,64))
     res['ResNet-18, 32 images of 64 px'] = small
     return res | ({'ResNet-50, bfloat16, 64 images of 224 px': big} if gpu else {})
 
@@ -79,7 +79,7 @@ def ten():
     folder,raw = tempfile.mkdtemp(),dict(validate='raw', final='raw')    # batch norm would be refreshed
     return [TerminateOnNaN(every=20), EMA(.999, **raw), GradientClip(1.), GradientCentralization(),
             StepLimit(10**7), TimeLimit(minutes=99), StopFile(os.path.join(folder, 'stop')),
-            EarlyStopping('train_loss'), Checkpoint(folder, minutes=30), LAWA(**raw)]
+            EarlyStopping('train_loss'), Checkpoint(folder, epochs=None, minutes=30), LAWA(every=100, **raw)]
 
 def lightning(net, batches, epochs):
     import logging
