@@ -17,7 +17,7 @@ from fastai_callbacks_ext.base import late
 from fastai_callbacks_ext.base.core import verdicts_of
 from fastai_callbacks_ext.base.step import StepNumbers
 from fastai_callbacks_ext.test_utils import PoisonBatch, digits_learner
-from cases import some
+from cases import every_case, some
 from common import FREE, make, public_callbacks, quiet, suit
 from fastcore.imports import noop
 from torch import Tensor, nn
@@ -72,7 +72,7 @@ BESIDE = dict(
     cold_ema=lambda: [EMA(decay=[.9,.99], warmup=False, **RAW)], swa=lambda: [SWA(start=0., **RAW)],
     lawa=lambda: [LAWA(**RAW)], terminate=lambda: [TerminateOnNaN(every=5)],
     centralize=lambda: [GradientCentralization()], noise=lambda: [GradientNoise()],
-    look_ahead=lambda: [LookaheadWeights(3)], steps=lambda: [StepLimit(17)],
+    look_ahead=lambda: [LookaheadWeights(3)], steps=lambda: [StepLimit(11)],
     accumulate=lambda: [GradientAccumulation(2)], micro=lambda: [MicroBatch(16)], mix=lambda: [MixUp()],
     spike=lambda: [SpikeGuard(warmup=5)], schedule_stop=lambda: [EarlyStopping(patience=9), StopFile('stop')])
 
@@ -85,7 +85,7 @@ class Bad(PoisonBatch):
     "Several kinds of damage"
     def __init__(self, seed):
         r = random.Random(seed)
-        self.plan = {r.randrange(24): r.choice(['input','loss','grad','number']) for _ in range(6)}
+        self.plan = {r.randrange(16): r.choice(['input','loss','grad','number']) for _ in range(6)}
         super().__init__((), '', r.choice([float('nan'), float('inf')]))
     def _hit(self, where):
         trains = [*self.model.parameters()][-1].requires_grad
@@ -95,7 +95,7 @@ class Bad(PoisonBatch):
         super().after_loss()
         if self._hit('number'): self.learn.loss = self.loss*self.value      # the gradients are fine
 
-def trained(cbs, seed=0, opt_func=Adam, epochs=3, model=net, **kwargs):
+def trained(cbs, seed=0, opt_func=Adam, epochs=2, model=net, **kwargs):
     with torch.random.fork_rng():
         bad = [] if seed is None else [Bad(seed)]
         learn = digits_learner([FastLoop(), FusedStep('fused'), *cbs, *bad], n=320, bs=32, model=model(),
@@ -141,18 +141,17 @@ class Count(Callback):
         verdicts = verdicts_of(self.learn)
         self.n += verdicts is not None and not verdicts.why_not()
 
-@pytest.mark.parametrize('lag', [0, 2])
-@pytest.mark.parametrize('name', GUARDS)
+@pytest.mark.parametrize('name,lag', some(product(GUARDS, [0, 2]), 9))
 def test_results_are_those_of_waiting(name, lag, monkeypatch, capsys):
     Lag(monkeypatch, lag)
-    for seed in range(2):
+    for seed in range(1+every_case):
         count = Count()
         more = {False: [EMA(**RAW), count], True: [EMA(**RAW)]}
         a,b = (trained([*GUARDS[name](wait), *more[wait]], seed) for wait in (False, True))
-        assert count.n>20
+        assert count.n>12
         close(results(a), results(b))
 
-@pytest.mark.parametrize('beside', BESIDE)
+@pytest.mark.parametrize('beside', some(BESIDE, 8))
 def test_beside_others(beside, monkeypatch, capsys):
     "They agree, or the guards wait"
     Lag(monkeypatch, 1)
@@ -162,7 +161,7 @@ def test_beside_others(beside, monkeypatch, capsys):
 TEXT = ModelResetter, RNNCallback, RNNRegularizer, SeqLenSchedule
 others = [o for o in public_callbacks() if o not in TEXT and o not in (FastLoop, FusedStep)]
 
-@pytest.mark.parametrize('cls', some(others, 12), ids=lambda o: o.__name__)
+@pytest.mark.parametrize('cls', some(others, 8), ids=lambda o: o.__name__)
 def test_beside_each_callback(cls, monkeypatch, capsys, tmp_path):
     "What it says of itself in `late_steps` is true"
     monkeypatch.chdir(tmp_path)
@@ -182,8 +181,10 @@ def looking_ahead(*args, **kwargs): return Lookahead(SGD(*args, **kwargs))
 torchs = partial(OptimWrapper, opt=partial(torch.optim.AdamW, fused=True))
 torchs_sgd = partial(OptimWrapper, opt=partial(torch.optim.SGD, fused=True, momentum=.9))
 
-@pytest.mark.parametrize('opt_func', [SGD, partial(SGD, mom=.9), Lamb, RAdam, Larc, looking_ahead, torchs,
-                                      torchs_sgd, partial(OptimWrapper, opt=torch.optim.Adam)])
+OPTS = [SGD, RAdam, partial(SGD, mom=.9), Larc, Lamb, looking_ahead, torchs,
+        partial(OptimWrapper, opt=torch.optim.Adam), torchs_sgd]
+
+@pytest.mark.parametrize('opt_func', some(OPTS, 5))
 def test_any_optimizer(opt_func, monkeypatch, capsys):
     "Where the kernel takes no flag, the guards wait"
     Lag(monkeypatch, 1)
@@ -206,7 +207,7 @@ class Keeps(nn.Module):
         if self.how=='grows': self.total.data = self.total.new_ones(self.total.numel()+1)
         return self.net(x)
 
-@pytest.mark.parametrize('how', ['number','tensor','list','buffer','in place','grows','gone'])
+@pytest.mark.parametrize('how', some(['number','tensor','list','buffer','in place','grows','gone'], 4))
 def test_what_a_model_keeps_is_put_back(how, capsys):
     a,b = (trained(GUARDS['both'](wait), 1, model=lambda: Keeps(how).to(DEVICE)) for wait in (False, True))
     close(results(a), results(b))
@@ -352,7 +353,7 @@ IN_BETWEEN = dict(
     now_it_waits=lambda: At(8, lambda l: l.add_cb(Looks())),
     new_optimizer=lambda: At(8, lambda l: l.create_opt()))
 
-@pytest.mark.parametrize('what,lag', some(product(IN_BETWEEN, [1, 99]), 11))
+@pytest.mark.parametrize('what,lag', some(product(IN_BETWEEN, [1, 99]), 7))
 def test_what_happens_while_a_verdict_is_pending(what, lag, monkeypatch, capsys):
     Lag(monkeypatch, lag)
     cbs = lambda wait: [SkipNonFinite(2, wait=wait), GradientClip(.5, wait=wait), EMA(decay=.9, **RAW),
@@ -372,7 +373,7 @@ def test_weights_that_are_repaired_late(monkeypatch, capsys):
     Lag(monkeypatch, 6)
     learn = trained([SkipNonFinite(wait=False), PoisonBatch(2, 'weight')], None)
     assert [r.what for r in learn.skip_non_finite.records]==['skipped a batch']
-    assert learn.skip_non_finite.skipped==1 and len(learn.recorder.losses)<24
+    assert learn.skip_non_finite.skipped==1 and len(learn.recorder.losses)<16
 
 class CountsSteps(Learner):
     def _step(self): super()._step()
