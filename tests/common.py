@@ -58,10 +58,10 @@ def read_any_size(learn):
     if at is not None: net.insert(at, nn.AdaptiveAvgPool2d(2))
 def suit(learn, *cbs):
     "Give the callbacks of `learn`, and `cbs`, what they need to work with it"
+    if any(type(cb) is ext.ProgressiveResize for cb in (*learn.cbs, *cbs)): read_any_size(learn)
     for cb in (*learn.cbs, *cbs):
         # an AWD-LSTM cannot be copied by `deepcopy`
         if type(cb) is ext.Distill: cb.teacher = pickle.loads(pickle.dumps(ext.unwrap_model(learn.model)))
-        if type(cb) is ext.ProgressiveResize: read_any_size(learn)
         if type(cb) is ext.ScheduleFree: learn.opt_func,learn.opt = FREE,None
         if type(cb) is ext.FGM and not _embeds(learn): cb.modules = (_first(learn),)
     return learn
