@@ -14,31 +14,31 @@ from fastai.callback.core import Callback
 from fastcore.basics import patch
 from fastcore.foundation import L
 from torch import Tensor
-from .base.core import ExtCallback, check_number, check_type, settle, verdicts_of
+from .base.core import ExtCallback, check_number, check_type, dropped, settle
 from .base.loadersize import n_batches
 from .base.model import (buffer_marks, norm_places, statistic_places, tensor_places,
                                              weight_places)
 from .base.passes import refresh_batchnorm
 from .base.state import load_random_state, random_state
-from .base.foreach import layout
 from .base.lists import norms_in_one
 from .base.step import all_finite, overlaps
 
 # %% ../nbs/09_averaging.ipynb #f3434176
-def _lerp(average, tensors, part, dropped=None):
-    "Move each tensor of `average` a `part` of the way to the same one of `tensors`, unless `dropped` is 1"
-    if dropped is None: return torch._foreach_lerp_(average, tensors, part)
+def _lerp(average, tensors, part, flag=None):
+    "Move each tensor of `average` a `part` of the way to the same one of `tensors`, unless `flag` is 1"
+    if flag is None: return torch._foreach_lerp_(average, tensors, part)
     groups = {}
     for a,t in zip(average, tensors): groups.setdefault((a.dtype, a.device), []).append((a, t))
-    for (_,device),both in groups.items(): _lerp_unless(*map(list, zip(*both)), part, dropped.to(device))
+    for (_,device),both in groups.items(): _lerp_unless(*map(list, zip(*both)), part, flag.to(device))
 
-def _lerp_unless(average, tensors, part, dropped):
+def _lerp_unless(average, tensors, part, flag):
     "A step of SGD: the gradient of half the squared distance to `tensors` is `average` less `tensors`"
-    if any(layout(a)!=layout(t) or layout(a) is None for a,t in zip(average, tensors)):
+    # the kernel goes through memory; an average has no gaps there
+    if any(a.stride()!=t.stride() for a,t in zip(average, tensors)):
         tensors = [torch.empty_like(a).copy_(t) for a,t in zip(average, tensors)]
-    lr = part.to(dropped) if isinstance(part, Tensor) else part
+    lr = part.to(flag) if isinstance(part, Tensor) else part
     torch._fused_sgd_(average, tensors, [], weight_decay=1., momentum=0., lr=lr, dampening=0.,
-                      nesterov=False, maximize=True, is_first_step=False, found_inf=dropped)
+                      nesterov=False, maximize=True, is_first_step=False, found_inf=flag)
 
 def _dtype(t): return torch.promote_types(t.dtype, torch.float32)
 def _clone(t):
@@ -433,23 +433,23 @@ class EMA(_Averager):
 
     def _update(self):
         self._n += 1
-        dropped = _dropped(self.learn)
-        n = self._true_n(dropped)
+        flag = dropped(self.learn, 'step')
+        n = self._true_n(flag)
         if self._n==1: self._kept = [self._copies() for _ in self.decays]
         else:
             tensors = self._numbers()
             for d,kept in zip(self.decays, self._kept):
-                self._move(list(kept.values()), tensors, d, n, dropped)
+                self._move(list(kept.values()), tensors, d, n, flag)
 
-    def _true_n(self, dropped):
+    def _true_n(self, flag):
         "Number of updates; on the device, if the program does not know it"
-        if dropped is None:
+        if flag is None:
             if self._over is not None: settle(self.learn)
             self._over = None
             return self._n
-        if self._over is None: self._over = torch.zeros_like(dropped, dtype=torch.float64)
+        if self._over is None: self._over = torch.zeros_like(flag, dtype=torch.float64)
         n = self._n-self._over
-        self._over += dropped
+        self._over += flag
         return n
 
     def step_dropped(self):
@@ -459,11 +459,11 @@ class EMA(_Averager):
         self._n -= 1
         self._over -= 1
 
-    def _move(self, kept, tensors, d, n, dropped):
-        if d is not None: return _lerp(kept, tensors, self._part(d**self.every, n), dropped)
+    def _move(self, kept, tensors, d, n, flag):
+        if d is not None: return _lerp(kept, tensors, self._part(d**self.every, n), flag)
         weights,age = len(kept)-len(self._norm),_age_beyond_norm(n*self.every)/self.every
-        _lerp(kept[:weights], tensors[:weights], 19/(n+18), dropped)
-        if self._norm: _lerp(kept[weights:], tensors[weights:], 1/(1+age), dropped)
+        _lerp(kept[:weights], tensors[:weights], 19/(n+18), flag)
+        if self._norm: _lerp(kept[weights:], tensors[weights:], 1/(1+age), flag)
 
     def _part(self, d, n):
         if not self.warmup: return 1-d
@@ -486,11 +486,6 @@ class EMA(_Averager):
 def _age_beyond_norm(steps):
     "A twentieth of `steps`, less the ten steps that the statistics of batch norm already average over"
     return (steps/20-10).clamp(min=0) if isinstance(steps, Tensor) else max(0, steps/20-10)
-
-def _dropped(learn):
-    "1 if the device drops the step of this batch, else 0; None if the program knows"
-    verdicts = verdicts_of(learn)
-    return None if verdicts is None else verdicts.step
 
 def _listed(name, o):
     "One number, or a list or tuple of them"

@@ -23,7 +23,7 @@ from fastcore.foundation import L
 from fastcore.xtras import modify_exception
 from torch import Tensor
 from .base.calls import call_times
-from .base.core import ExtCallback, edits, verdicts_of
+from .base.core import ExtCallback, dropped, edits
 from .base.lent import Lent, lend_methods, own_class
 
 # %% ../nbs/03_loop.ipynb #f3d246db
@@ -170,14 +170,9 @@ def _smooth(met, learn):
     loss = learn.loss.detach()
     if met.val.device!=loss.device:    # a copy to the device would wait; filling does not
         met.val = torch.full_like(met.val, met.val.item(), device=loss.device)
-    val,dropped = torch.lerp(loss.mean() if loss.ndim else loss, met.val, met.beta),_dropped(learn)
-    met.count = met.count+1 if dropped is None else met.count+(1-dropped.to(loss.device, torch.float64))
-    met.val = val if dropped is None else torch.where(dropped.to(loss.device)==1, met.val, val)
-
-def _dropped(learn):
-    "1 if the device counts this batch as never seen, else 0; None if the program knows"
-    verdicts = verdicts_of(learn)
-    return None if verdicts is None else verdicts.batch
+    val,flag = torch.lerp(loss.mean() if loss.ndim else loss, met.val, met.beta),dropped(learn)
+    met.count = met.count+1 if flag is None else met.count+(1-flag.to(loss.device, torch.float64))
+    met.val = val if flag is None else torch.where(flag.to(loss.device)==1, met.val, val)
 
 def _add(met, learn, value):
     bs = find_bs(learn.yb)

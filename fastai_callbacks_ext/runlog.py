@@ -26,8 +26,8 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from fastprogress.fastprogress import format_time
 from torch import Tensor
-from .base.core import (ExtCallback, check_number, check_type, n_ranks, nearest,
-                                            verdicts_of)
+from .base.core import (ExtCallback, check_number, check_type, dropped, n_ranks,
+                                            nearest)
 from .base.identity import describe_callback, run_facts
 from .base.kept import waiting_fit
 from .base.late import LateNumbers
@@ -154,9 +154,8 @@ class RunLog(ExtCallback):
     def _numbers(self):
         loss = self.loss.mean() if getattr(self.loss, 'ndim', 0) else self.loss
         if not (self._now.has_loss and len(self.yb)): loss = nan        # skipped: it is that of another batch
-        verdicts = verdicts_of(self.learn)
-        dropped = None if verdicts is None else verdicts.batch
-        if dropped is not None: loss = torch.where(dropped.to(loss.device)==1, nan, loss)
+        flag = dropped(self.learn)
+        if flag is not None: loss = torch.where(flag.to(loss.device)==1, nan, loss)
         hypers = {k: v for k,v in self.opt.hypers[-1].items() if isinstance(v, (int,float))}
         return dict(loss=loss, smooth_loss=getattr(self.learn, 'smooth_loss', None)) | hypers
 

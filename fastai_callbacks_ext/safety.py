@@ -19,7 +19,8 @@ from fastai.callback.training import GradientClip
 from fastai.torch_core import rank_distrib
 from fastcore.basics import patch
 from fastcore.foundation import L
-from .base.core import ExtCallback, check_number, check_type, from_all, verdicts_of
+from .base.core import (ExtCallback, check_number, check_type, dropped, from_all,
+                                            verdicts_of)
 from .base.diagnosis import Diagnosis
 from .base.files import save_state
 from .base.guard import (Guard, StateCopy, attempt, first_text, scaler_skipped,
@@ -99,9 +100,8 @@ def _report(self:TerminateOnNaN, why):
 @patch
 def _look_later(self:TerminateOnNaN, numbers):
     "Keep the result of this batch on the device; check all results in every n-th batch"
-    verdicts = verdicts_of(self.learn)
-    dropped = None if verdicts is None else verdicts.batch
-    if dropped is not None: numbers = torch.where(dropped.to(numbers.device)==1, 0., numbers)
+    flag = dropped(self.learn)
+    if flag is not None: numbers = torch.where(flag.to(numbers.device)==1, 0., numbers)
     self._looks.append((self.train_iter, numbers))
     if len(self._looks)>=self.every: self._look_back()
 

@@ -13,6 +13,7 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.optimizer import SGD, Adam, Lamb, Larc, Lookahead, OptimWrapper, RAdam
 from fastai_callbacks_ext.all import *
+from fastai_callbacks_ext.averaging import _lerp
 from fastai_callbacks_ext.base import late
 from fastai_callbacks_ext.base.core import verdicts_of
 from fastai_callbacks_ext.base.step import StepNumbers
@@ -479,3 +480,13 @@ def test_taken_off(monkeypatch, capsys):
         learn = trained([*GUARDS['both'](False), EMA(**RAW), cb], 3)
         assert verdicts_of(learn) is None and 'found_inf' not in vars(learn.opt)
         assert all(p.isfinite().all() for p in learn.model.parameters()) or SkipNonFinite in off
+
+@pytest.mark.parametrize('flag', [0., 1.])
+def test_an_average_of_any_layout(flag):
+    "Weights with gaps in memory, transposed, in another order"
+    t = torch.arange(48., device=DEVICE)
+    now = [t.view(6, 8)[:, ::2], t.view(6, 8).T, t.view(2, 3, 2, 4).to(memory_format=torch.channels_last), t]
+    average = [o.to(torch.float32, copy=True).mul_(2) for o in now]
+    expected = [torch.lerp(a, o, .3*(1-flag)) for a,o in zip(average, now)]
+    _lerp(average, now, .3, torch.tensor(flag, device=DEVICE))
+    for a,b in zip(average, expected): torch.testing.assert_close(a, b)

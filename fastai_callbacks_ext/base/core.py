@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['edits', 'resolve_order', 'check_type', 'check_number', 'nearest', 'some_of', 'Record', 'runs_in', 'ExtCallback',
-           'smaller_is_better', 'pass_on', 'interventions', 'verdicts_of', 'settle', 'own_names', 'n_ranks',
+           'smaller_is_better', 'pass_on', 'interventions', 'verdicts_of', 'dropped', 'settle', 'own_names', 'n_ranks',
            'from_first', 'from_all', 'rank_mean']
 
 # %% ../../nbs/base/core.ipynb #5a541d45
@@ -524,6 +524,13 @@ def verdicts_of(
 )->object: # The `Verdicts` of the fit, or None
     "What the device decides in this fit (`base.verdict`)"
     return getattr(type(learn), '_verdicts', None)
+
+def dropped(
+    learn:Learner, # A learner, in a batch
+    what:str='batch' # 'step': its step is not taken; 'batch': it also counts as never seen
+)->torch.Tensor|None: # 1 or 0, on the device; None if the program knows
+    "Does the device drop this batch?"
+    return getattr(verdicts_of(learn), what, None)
 
 def settle(
     learn:Learner|None # A learner, maybe in a fit
