@@ -18,28 +18,35 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 from types import BuiltinFunctionType, FunctionType
 from .base.assumed import Watch
-from .base.captured import Grads, Hooked, Part, Unfit
+from .base.captured import Grads, Later, Part, Unfit
 from .base.core import ExtCallback, check_number, n_ranks, runs_in
 from .base.graph import CallsAgain, CudaGraphs, grad_nodes
-from .base.lent import Lent, lend_methods
+from .base.kernels import repeats
+from .base.lent import Lent, lend_methods, own_class
 from .base.passes import mixed_precision
 from .base.rehearsal import own_loop
 from .base.step import opt_params, own_step
 
 # %% ../nbs/34_graphs.ipynb #graphs-007
 _between = 'after_pred','after_loss','before_backward'
+_at_step = 'after_backward','before_step'
 
 def _acts(cb):
-    "The events between the passes in which `cb` may act"
-    cls = type(cb)
-    if _is_mixed_precision(cls) or cls.__module__.endswith('callbacks_ext.base.parts'): return ()
-    if cls.__call__ not in (Callback.__call__, ExtCallback.__call__): return _between
-    return tuple(e for e in _between if runs_in(cb, e))
+    "The events between the passes, and before the step, in which `cb` may act"
+    cls,events = own_class(cb),_between+_at_step
+    if cls.__module__.endswith('callbacks_ext.base.parts'): return ()
+    if _is_mixed_precision(cls):
+        does_nothing = not cb.learn.scaler.is_enabled() and _is_theirs(cls, *_at_step, 'step')
+        return () if does_nothing else _at_step
+    if cls.__call__ not in (Callback.__call__, ExtCallback.__call__): return events
+    return tuple(e for e in events if runs_in(cb, e))
 
 def _is_mixed_precision(cls):
     "fastai's, or one that does the same between the passes: that is part of the graphs"
-    if not issubclass(cls, MixedPrecision): return False
-    return all(getattr(cls, e) is getattr(MixedPrecision, e) for e in ('before_batch', *_between))
+    return issubclass(cls, MixedPrecision) and _is_theirs(cls, 'before_batch', *_between)
+
+def _is_theirs(cls, *names):
+    return all(getattr(cls, o, None) is getattr(MixedPrecision, o, None) for o in names)
 
 def _is_fixed(f):
     "Does the loss function compute the same for the same tensors?"
@@ -51,12 +58,13 @@ def _is_fixed(f):
 class Graphs(ExtCallback):
     """Repeats forward, loss and backward pass of a batch as one CUDA graph: the GPU does not wait for Python
 
-    Each shape of a batch that comes again gets a graph of its own. What cannot be captured runs as before,
-    and the reason is said in one line."""
+    With `FusedStep`, the step of the optimizer is in it too, where nothing comes between. Each shape of a
+    batch that comes again gets a graph of its own. What cannot be captured runs as before, and the reason is
+    said in one line."""
     order,single = 990,True     # after the others, which may replace methods in `before_fit`
     fit_state = dict(replayed=0)
     transient = dict(_parts={}, _backend=None, _grads=None, _nodes=(), _said=None, _table=None, _part=None,
-                     _whole=False, _looking=None, _in_backward=False, _seen=None)
+                     _joined=False, _looking=None, _in_backward=False, _seen=None, _granted=None, _apart=False)
     def __init__(self,
         warmup:int=3, # Batches of a shape that run as usual first: libraries choose their kernels there
         max_shapes:int=8 # Most shapes that get a graph; each keeps a batch and its predictions in memory
@@ -69,8 +77,8 @@ class Graphs(ExtCallback):
         for kind in (vars(self).get('_parts') or {}).values(): kind.close()
         if backend := vars(self).get('_backend'): backend.close()
         self._parts,self._backend,self._grads,self._nodes,self._said = {},None,None,(),None
-        self._table = self._part = self._looking = self._seen = None
-        self._whole = self._in_backward = False
+        self._table = self._part = self._looking = self._seen = self._granted = None
+        self._joined = self._in_backward = self._apart = False
 
     def before_fit(self):
         "From now on, batches are done here"
@@ -115,6 +123,10 @@ class _Batches(Lent):
     def _backward(self):
         cb,backward = _of(self),super()._backward
         backward() if cb is None else cb._pass(backward)
+
+    def _step(self):
+        cb,step = _of(self),super()._step
+        if cb is None or cb._part is None or cb._part.step is None: step()
 
     def _do_grad_opt(self):
         cb = _of(self)
@@ -185,7 +197,14 @@ def _plan(self:Graphs, learn):
     if table[3]: return None
     acting = {e for cb,events in table[2] if cb.run and cb.run_train for e in events}
     if 'after_pred' in acting or not _is_fixed(learn.loss_func): return 'pred'
-    return 'loss' if acting else 'whole'
+    if acting.difference(_at_step): return 'loss'
+    return 'step' if not acting and self._steps_alike(learn.opt) else 'whole'
+
+@patch
+def _steps_alike(self:Graphs, opt):
+    "Can the step be in the graph? Not while more than the learning rates changes from batch to batch"
+    before,self._granted = self._granted,None if self._apart else repeats(opt)
+    return self._granted is not None and self._granted==before
 
 @patch
 def _kind(self:Graphs, learn, plan):
@@ -219,6 +238,13 @@ def _said(e):
     return f'{type(e).__name__}: {e}'.strip().splitlines()[0]
 
 @patch
+def _gives_up(self:Graphs, kind, plan, why):
+    kind.why = why
+    if plan!='step': return self._say(why)
+    self._apart = True      # but it may go without the step
+    self.tell('leaves the step out of the graphs', why)
+
+@patch
 def _capture(self:Graphs, learn, kind, plan):
     "Was it captured? If not, say why"
     if kind.n>self.warmup: return False
@@ -228,14 +254,11 @@ def _capture(self:Graphs, learn, kind, plan):
     scales = self._table[4] if _is_mixed_precision(type(self._table[4])) else None
     learn.pred = learn.loss = learn.loss_grad = None        # they know the stream of the last batch
     try: kind.part = Part(learn, self._backend, plan, kind.seen, self._grads, scales)
-    except Hooked as e:         # maybe in this batch only
+    except Later as e:          # maybe in this batch only
         kind.n,kind.dropped = 0,kind.dropped+1
-        if kind.dropped>2:
-            kind.why = str(e)
-            self._say(kind.why)
+        if kind.dropped>2: self._gives_up(kind, plan, str(e))
     except Exception as e:
-        kind.why = _said(e)
-        self._say(kind.why)
+        self._gives_up(kind, plan, _said(e))
         for other in self._parts.values():      # their random generator may be another one now
             if other.part is not None: other.close(), setattr(other, 'n', 0)
     return kind.part is not None
@@ -287,19 +310,19 @@ def _replay(self:Graphs, learn, kind):
     part = self._part = kind.part
     learn.pred,*loss = part.run()
     self.replayed += 1
-    self._whole = part.plan=='whole'
+    self._joined = part.joined
     try:
         learn('after_pred')
         learn.loss_grad = loss[0] if loss else learn.loss_func(learn.pred, *learn.yb)
         learn.loss = loss[1] if loss[1:] else learn.loss_grad.clone()
         learn('after_loss')
         learn._do_grad_opt()
-    finally: self._whole,self._part = False,None
+    finally: self._joined,self._part = False,None
 
 @patch
 def _pass(self:Graphs, backward):
     "The backward pass; the graph of a whole batch has done it already"
-    if self._whole: return
+    if self._joined: return
     part,watch = self._part,self._looking
     self._in_backward = True
     if part is not None: part.passing = True

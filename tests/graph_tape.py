@@ -16,21 +16,25 @@ class _Tape(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if str(func).removeprefix('aten.').startswith(_waits):
+        if str(func).removeprefix('aten.').startswith(_waits) or _chooses(func, args):
             raise RuntimeError(f'{func} waits for the device')
         given = dict(zip((a.name for a in func._schema.arguments), args)) | kwargs
         for a in func._schema.arguments:
             if a.alias_info is not None and a.alias_info.is_write and a.name in given:
                 for t in tree_flatten(given[a.name])[0]: self.keep(t)
         res = func(*args, **kwargs)
-        for t in tree_flatten(res)[0]:
-            if isinstance(t, Tensor): self.made.add(_storage(t))
+        known = {_storage(t) for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)}
+        self.made |= {_storage(t) for t in tree_flatten(res)[0] if isinstance(t, Tensor)}-known    # no views
         self.calls.append((func, args, kwargs, res))
         return res
 
     def keep(self, t):
         if _storage(t) in self.made or _storage(t) in self.before: return
         self.before[_storage(t)] = (t.untyped_storage(), t.untyped_storage().clone())
+
+def _chooses(func, args):
+    "Is it `x[mask]`, of which only the device knows the shape?"
+    return str(func).startswith('aten.index.') and any(o is not None and o.dtype==torch.bool for o in args[1])
 
 def _storage(t): return t.untyped_storage()._cdata
 

@@ -21,7 +21,7 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner, Recorder, load_learner
 from fastai.losses import BaseLoss, CrossEntropyLossFlat
-from fastai.optimizer import Adam, OptimWrapper
+from fastai.optimizer import SGD, Adam, Lamb, Lookahead, OptimWrapper, RAdam
 from fastai.torch_core import TensorImage, default_device, set_seed
 from fastcore.imports import noop
 from graph_tape import Tape
@@ -29,8 +29,8 @@ from torch import Tensor, nn, tensor
 from torch.utils._pytree import tree_flatten
 
 import fastai_callbacks_ext.graphs as graphs
-from fastai_callbacks_ext.all import (EMA, SAM, FastLoop, GradientAccumulation, GradientClip, MicroBatch,
-                                      SkipNonFinite, Throughput)
+from fastai_callbacks_ext.all import (EMA, SAM, FastLoop, FusedStep, GradientAccumulation, GradientClip,
+                                      MicroBatch, SkipNonFinite, TerminateOnNaN, Throughput)
 from fastai_callbacks_ext.base.graph import CallsAgain
 from fastai_callbacks_ext.graphs import Graphs
 from fastai_callbacks_ext.test_utils import digits_learner, text_learner
@@ -531,6 +531,143 @@ def test_a_fit_inside_a_fit():
         def after_epoch(self):
             if self.learn.n_epoch==3 and self.epoch==0: fit(self.learn, 1)
     check(learner, lambda: [Inner()], n=3, least=9)
+
+# --- the step in the graph --------------------------------------------------------------------------
+def no_momentum(*args, **kwargs): return SGD(*args, **kwargs|dict(mom=0.))
+def l2(*args, **kwargs): return Adam(*args, **kwargs, decouple_wd=False)
+def lookahead(*args, **kwargs): return Lookahead(Adam(*args, **kwargs))
+STEPS = dict(
+    nothing=('step', list), fit_flat_cos=('step', list, lambda o: o.fit_flat_cos(3)),
+    one_cycle=('whole', list, lambda o: o.fit_one_cycle(3)), ema=('whole', lambda: [EMA()]),
+    nan=('loss', lambda: [TerminateOnNaN()]), clock=('step', lambda: [Throughput()]), bf16=('step', lambda: [CpuPrecision('bf16')]),
+    bf16_no_wait=('step', lambda: [CpuPrecision('bf16'), NoWait()]), fp16=('whole', lambda: [ScaledPrecision()]), own_step=('whole', lambda: [OwnStep('bf16')]),
+    after_backward=('whole', lambda: [OnGrads()]), before_step=('whole', lambda: [AtStep()]),
+    on_loss=('loss', lambda: [OnLoss()]), guard=('whole', lambda: [SkipNonFinite()]))
+
+class NoWait(Callback):
+    "With it, the device decides whether a scaled step is taken"
+    wait = None
+    def __init__(self): self.wait = False
+class ScaledPrecision(CpuPrecision):
+    "With a scaler that is on everywhere"
+    def before_fit(self):
+        super().before_fit()
+        self.learn.scaler = torch.amp.GradScaler(default_device().type, init_scale=2.)
+class OwnStep(CpuPrecision):
+    def before_step(self): super().before_step()
+class AtStep(Callback):
+    def before_step(self): self.learn.opt.set_hypers(wd=.1*self.learn.train_iter)
+
+def check_step(make, plan, cbs=list, f=None, n=2, opt_func=Adam, kernel='auto', **kwargs):
+    "Beside a fit with `FusedStep` alone; the graphs of `plan` have done the batches"
+    plans,steps = set(),[]
+    class Note(Callback):
+        order = 900
+        def after_batch(self):
+            if (g := self.learn.__dict__.get('graphs')) and g._parts:
+                plans.update(k.part.plan for k in g._parts.values() if k.part is not None)
+        def after_fit(self): steps.append([d.get('step') for d in self.learn.opt.state.values()])
+    _,g = check(partial(make, opt_func=opt_func), lambda: [FusedStep(kernel), Note(), *cbs()], n, f, **kwargs)
+    assert plan in plans and steps[0]==steps[1]
+    return g,plans
+
+@pytest.mark.parametrize('name', STEPS)
+def test_where_the_step_is_in_the_graph(name):
+    "Not if a callback comes between, and not while a momentum changes from batch to batch"
+    plan,cbs,*f = STEPS[name]
+    assert check_step(learner, plan, cbs, *f, least=3)[1]=={plan}
+
+@pytest.mark.parametrize('opt_func,plan', [(SGD, 'step'), (no_momentum, 'step'), (l2, 'step'), (Lamb, 'whole'),
+                                           (RAdam, 'whole'), (lookahead, 'whole'), (wrapped, 'whole')])
+def test_optimizers_with_the_step_in_the_graph(opt_func, plan):
+    assert check_step(learner, plan, opt_func=opt_func, said='')[1]=={plan}
+    g = Graphs()
+    a,b = (fit(tabular([FusedStep(), *more], opt_func=opt_func), 3) for more in ([], [g]))
+    assert all(map(agree, state(a), state(b))) and g.replayed>=12 and b.model.unused.weight.grad is None
+    groups = lambda m: [[*m.body.parameters(), *m.bn.parameters()], [*m.head.parameters()]]
+    check_step(partial(learner, splitter=groups, wd=.1), plan, f=lambda o: o.fit_flat_cos(2, slice(1e-3, 1e-2)),
+               opt_func=opt_func, said='')
+
+class Double(Net):
+    def __init__(self):
+        super().__init__()
+        self.double()
+    def forward(self, x): return super().forward(x.double()).float()
+def test_steps_that_no_graph_has():
+    "By fastai's formula, and of other numbers than float32"
+    for kwargs in (dict(kernel='foreach'), dict(model=Double)):
+        assert check_step(learner, 'whole', **kwargs)[1]=={'whole'}
+
+def hypers(**kwargs):
+    def change(learn):
+        if learn.train_iter==8: learn.opt.set_hypers(**kwargs)
+    return change
+def rates(learn): learn.opt.set_hypers(lr=1e-3*(1+learn.train_iter%3))
+def no_grads(learn):
+    if learn.train_iter in (7, 8):
+        for p in learn.model.parameters(): p.grad = None
+def frozens_grads(learn):
+    "Gradients of weights that are frozen already move them"
+    if learn.train_iter==1: learn.freeze()
+    if learn.train_iter in (7, 8): learn.model.body[1].weight.grad = torch.ones_like(learn.model.body[1].weight)
+def clear_state(learn):
+    if learn.train_iter==8: learn.opt.clear_state()
+def other_state(learn):
+    if learn.train_iter==8:
+        for d in learn.opt.state.values(): d['grad_avg'] = d['grad_avg']*2
+def in_place(learn):
+    if learn.train_iter==8:
+        for d in learn.opt.state.values(): d['grad_avg'].mul_(2)
+def counted(learn):
+    if learn.train_iter==8:
+        for d in learn.opt.state.values(): d['step'] += 5
+def new_opt(learn):
+    if learn.train_iter==8: learn.create_opt()
+def no_decay(learn):
+    if learn.train_iter==8: learn.opt.state[learn.model.head.weight]['do_wd'] = False
+def loads(learn):
+    if learn.train_iter==4: learn.kept = learn.opt.state_dict()
+    if learn.train_iter==9: learn.opt.load_state_dict(learn.kept)
+def unfreezes(learn):
+    if learn.train_iter in (1, 8): (learn.freeze if learn.train_iter==1 else learn.unfreeze)()
+def own_opt_step(learn):
+    "By a step that somebody has put on the optimizer"
+    if learn.train_iter!=8: return vars(learn.opt).pop('step', None)
+    step = learn.opt.step
+    def twice(closure=None): step(), step()
+    learn.opt.step = twice
+def by_hand(learn):
+    if learn.train_iter==8:
+        for p in learn.model.parameters(): p.grad = torch.ones_like(p)
+        learn.opt.step()
+        learn.opt.zero_grad()
+def a_flag(learn):
+    if learn.train_iter in (8, 14): learn.opt.found_inf = torch.ones((), device=default_device())
+def flagged_by_hand(learn):
+    if learn.train_iter in (8, 9):
+        learn.opt.found_inf = torch.tensor(float(learn.train_iter==9), device=default_device())
+        learn.opt.step()
+def a_tensor(learn):
+    if learn.train_iter in (7, 9):
+        for h in learn.opt.hypers: h['wd'] = torch.tensor([.1]) if learn.train_iter==7 else .1
+def step_hook(learn):
+    if learn.train_iter==9: learn.opt.cbs = [*learn.opt.cbs, noisy]
+def noisy(p, **kwargs): p.data.mul_(1.01)
+
+OF_STEPS = (swap, other_p, rates, no_grads, frozens_grads, clear_state, other_state, in_place, counted, new_opt,
+            no_decay, loads, unfreezes, own_opt_step, by_hand, a_flag, flagged_by_hand, a_tensor, step_hook)
+@pytest.mark.parametrize('change', [*OF_STEPS, hypers(wd=.3), hypers(mom=.5), hypers(eps=1e-2)],
+                         ids=lambda f: f.__name__)
+def test_what_changes_between_steps_in_graphs(change):
+    groups = lambda m: [[*m.body.parameters(), *m.bn.parameters()], [*m.head.parameters()]]
+    check_step(partial(learner, splitter=groups, wd=.1), 'step', lambda: [Each(change)], n=6, least=5, said='')
+
+def test_a_step_that_cannot_be_captured_stays_outside(monkeypatch, backend):
+    if backend!='tape': return      # the other one captures nothing
+    def fails(self): raise RuntimeError('not permitted\nhere')
+    monkeypatch.setattr('fastai_callbacks_ext.base.kernels.GraphedStep.record', fails)
+    g,_ = check_step(learner, 'whole', n=3, least=5, said='leaves the step out of the graphs')
+    assert [r.why for r in g.records if 'step' in r.what]==['RuntimeError: not permitted']
 
 # --- what is in a batch ---------------------------------------------------------------------------
 class Any(nn.Module):

@@ -114,7 +114,8 @@ def _fused_radam(b, t, decay, found_inf, lr, mom, sqr_mom, eps, step, **_):
 def _decay(ps, lr, wd, found_inf):
     if not wd: return
     keep = 1-lr*wd
-    if found_inf is not None:
+    if isinstance(lr, Tensor): keep = keep.to(ps[0].dtype)
+    elif found_inf is not None:
         keep = torch.where(found_inf==1, 1., torch.full((), keep, dtype=ps[0].dtype, device=ps[0].device))
     torch._foreach_mul_(ps, keep)
 
@@ -230,6 +231,7 @@ class Formula:
         # a decay that the fused step does not do has no flag
         apart = not self.decays and _weight_decay in [o.do for o,_ in self.head]
         self.flag = bool(n and self.fused.flag and not apart)
+        self.in_graphs = self.flag and not self.fused.whole
 
     def _ends_with(self, fused, parted):
         n = len(fused.ends.split())
