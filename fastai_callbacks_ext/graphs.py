@@ -64,7 +64,8 @@ class Graphs(ExtCallback):
     order,single = 990,True     # after the others, which may replace methods in `before_fit`
     fit_state = dict(replayed=0)
     transient = dict(_parts={}, _backend=None, _grads=None, _nodes=(), _said=None, _table=None, _part=None,
-                     _joined=False, _looking=None, _in_backward=False, _seen=None, _granted=None, _apart=False)
+                     _joined=False, _looking=None, _in_backward=False, _seen=None, _granted=None,
+                     _apart=False)
     def __init__(self,
         warmup:int=3, # Batches of a shape that run as usual first: libraries choose their kernels there
         max_shapes:int=8 # Most shapes that get a graph; each keeps a batch and its predictions in memory

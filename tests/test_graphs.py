@@ -533,14 +533,20 @@ def test_a_fit_inside_a_fit():
     check(learner, lambda: [Inner()], n=3, least=9)
 
 # --- the step in the graph --------------------------------------------------------------------------
+def in_groups(cbs, **kwargs):
+    groups = lambda m: [[*m.body.parameters(), *m.bn.parameters()], [*m.head.parameters()]]
+    return learner(cbs, splitter=groups, wd=.1, **kwargs)
 def no_momentum(*args, **kwargs): return SGD(*args, **kwargs|dict(mom=0.))
 def l2(*args, **kwargs): return Adam(*args, **kwargs, decouple_wd=False)
 def lookahead(*args, **kwargs): return Lookahead(Adam(*args, **kwargs))
 STEPS = dict(
     nothing=('step', list), fit_flat_cos=('step', list, lambda o: o.fit_flat_cos(3)),
     one_cycle=('whole', list, lambda o: o.fit_one_cycle(3)), ema=('whole', lambda: [EMA()]),
-    nan=('loss', lambda: [TerminateOnNaN()]), clock=('step', lambda: [Throughput()]), bf16=('step', lambda: [CpuPrecision('bf16')]),
-    bf16_no_wait=('step', lambda: [CpuPrecision('bf16'), NoWait()]), fp16=('whole', lambda: [ScaledPrecision()]), own_step=('whole', lambda: [OwnStep('bf16')]),
+    nan=('loss', lambda: [TerminateOnNaN()]), clock=('step', lambda: [Throughput()]),
+    bf16=('step', lambda: [CpuPrecision('bf16')]),
+    bf16_no_wait=('step', lambda: [CpuPrecision('bf16'), NoWait()]),
+    fp16=('whole', lambda: [ScaledPrecision()]), own_step=('whole', lambda: [OwnStep('bf16')]),
+    own_grads=('whole', lambda: [OwnGrads('bf16')]), own_fake=('whole', lambda: [OwnFake('bf16')]),
     after_backward=('whole', lambda: [OnGrads()]), before_step=('whole', lambda: [AtStep()]),
     on_loss=('loss', lambda: [OnLoss()]), guard=('whole', lambda: [SkipNonFinite()]))
 
@@ -555,6 +561,9 @@ class ScaledPrecision(CpuPrecision):
         self.learn.scaler = torch.amp.GradScaler(default_device().type, init_scale=2.)
 class OwnStep(CpuPrecision):
     def before_step(self): super().before_step()
+class OwnGrads(CpuPrecision): after_backward = OnGrads.after_backward
+class OwnFake(CpuPrecision):
+    def step(self): super().step()
 class AtStep(Callback):
     def before_step(self): self.learn.opt.set_hypers(wd=.1*self.learn.train_iter)
 
@@ -577,16 +586,16 @@ def test_where_the_step_is_in_the_graph(name):
     plan,cbs,*f = STEPS[name]
     assert check_step(learner, plan, cbs, *f, least=3)[1]=={plan}
 
-@pytest.mark.parametrize('opt_func,plan', [(SGD, 'step'), (no_momentum, 'step'), (l2, 'step'), (Lamb, 'whole'),
-                                           (RAdam, 'whole'), (lookahead, 'whole'), (wrapped, 'whole')])
+OPTIMIZERS = [(SGD, 'step'), (no_momentum, 'step'), (l2, 'step'), (Lamb, 'whole'), (RAdam, 'whole'),
+              (lookahead, 'whole'), (wrapped, 'whole')]
+@pytest.mark.parametrize('opt_func,plan', OPTIMIZERS)
 def test_optimizers_with_the_step_in_the_graph(opt_func, plan):
     assert check_step(learner, plan, opt_func=opt_func, said='')[1]=={plan}
     g = Graphs()
     a,b = (fit(tabular([FusedStep(), *more], opt_func=opt_func), 3) for more in ([], [g]))
     assert all(map(agree, state(a), state(b))) and g.replayed>=12 and b.model.unused.weight.grad is None
-    groups = lambda m: [[*m.body.parameters(), *m.bn.parameters()], [*m.head.parameters()]]
-    check_step(partial(learner, splitter=groups, wd=.1), plan, f=lambda o: o.fit_flat_cos(2, slice(1e-3, 1e-2)),
-               opt_func=opt_func, said='')
+    f = lambda o: o.fit_flat_cos(2, slice(1e-3, 1e-2))
+    check_step(in_groups, plan, f=f, opt_func=opt_func, said='')
 
 class Double(Net):
     def __init__(self):
@@ -609,7 +618,8 @@ def no_grads(learn):
 def frozens_grads(learn):
     "Gradients of weights that are frozen already move them"
     if learn.train_iter==1: learn.freeze()
-    if learn.train_iter in (7, 8): learn.model.body[1].weight.grad = torch.ones_like(learn.model.body[1].weight)
+    w = learn.model.body[1].weight
+    if learn.train_iter in (7, 8): w.grad = torch.ones_like(w)
 def clear_state(learn):
     if learn.train_iter==8: learn.opt.clear_state()
 def other_state(learn):
@@ -654,13 +664,13 @@ def step_hook(learn):
     if learn.train_iter==9: learn.opt.cbs = [*learn.opt.cbs, noisy]
 def noisy(p, **kwargs): p.data.mul_(1.01)
 
-OF_STEPS = (swap, other_p, rates, no_grads, frozens_grads, clear_state, other_state, in_place, counted, new_opt,
-            no_decay, loads, unfreezes, own_opt_step, by_hand, a_flag, flagged_by_hand, a_tensor, step_hook)
+OF_STEPS = (swap, other_p, rates, no_grads, frozens_grads, clear_state, other_state, in_place, counted,
+            new_opt, no_decay, loads, unfreezes, own_opt_step, by_hand, a_flag, flagged_by_hand, a_tensor,
+            step_hook)
 @pytest.mark.parametrize('change', [*OF_STEPS, hypers(wd=.3), hypers(mom=.5), hypers(eps=1e-2)],
                          ids=lambda f: f.__name__)
 def test_what_changes_between_steps_in_graphs(change):
-    groups = lambda m: [[*m.body.parameters(), *m.bn.parameters()], [*m.head.parameters()]]
-    check_step(partial(learner, splitter=groups, wd=.1), 'step', lambda: [Each(change)], n=6, least=5, said='')
+    check_step(in_groups, 'step', lambda: [Each(change)], n=6, least=5, said='')
 
 def test_a_step_that_cannot_be_captured_stays_outside(monkeypatch, backend):
     if backend!='tape': return      # the other one captures nothing

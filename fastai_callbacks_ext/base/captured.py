@@ -80,7 +80,7 @@ class Part:
             if k in d: d[k] = tree_unflatten([_copy(o) for o in tree_flatten(d[k])[0]], spec)
         for graph in (self.forward, self.backward):
             if graph is not None: graph.reset()
-        self.step = self.forward = self.backward = self.live = self.out_grads = None
+        self.forward = self.backward = self.live = self.out_grads = None
 
 def _copy(o): return o.detach().clone() if isinstance(o, Tensor) else o
 

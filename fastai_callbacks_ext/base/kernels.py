@@ -336,7 +336,8 @@ class GraphedStep:
         "Would a step be the captured one, but for its rates?"
         k,opt = self.kernels,self.opt
         k.settle()
-        if k.buckets is not self.buckets or not _same(opt.cbs, k.cbs) or repeats(opt)!=self.granted: return False
+        if k.buckets is not self.buckets or not _same(opt.cbs, k.cbs): return False
+        if repeats(opt)!=self.granted: return False
         params = [p for group in opt.param_lists for p in group]
         return k._current(params, [p.grad for p in params], vars(opt)['state'])
 
