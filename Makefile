@@ -65,7 +65,8 @@ techniques: .venv/ready ## Train digits, texts, a table and a language model wit
 soak-contract: .venv/ready ## Every callback in every setting, every pair, in a notebook and in 2 processes (an hour)
 	$(RUN)/python tests/contract.py --all
 
-soak-tests: .venv/ready ## Run all tests with every case of each, of which `make test` takes some (half an hour)
+soak-tests: .venv/ready ## Run every notebook as it stands, and all tests with every case of each, of which `make test` takes some (40 minutes)
+	PYTHONWARNINGS=ignore $(RUN)/nbdev-test --n-workers 2
 	EVERY_CASE=1 OMP_NUM_THREADS=1 $(RUN)/pytest -n 2
 
 soak-loop: .venv/bench-ready ## Train for a million batches with FastLoop; memory must not grow (10 minutes)

@@ -4,7 +4,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_map
 
 _waits = '_local_scalar_dense','nonzero','masked_select','_unique2','unique_dim','equal'
 
@@ -25,12 +25,16 @@ class _Tape(TorchDispatchMode):
         res = func(*args, **kwargs)
         known = {_storage(t) for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)}
         self.made |= {_storage(t) for t in tree_flatten(res)[0] if isinstance(t, Tensor)}-known    # no views
-        self.calls.append((func, args, kwargs, res))
+        self.calls.append((func, *tree_map(_address, (args, kwargs, res))))
         return res
 
     def keep(self, t):
         if _storage(t) in self.made or _storage(t) in self.before: return
         self.before[_storage(t)] = (t.untyped_storage(), t.untyped_storage().clone())
+
+def _address(t):
+    "The same memory, whatever the tensor gets as its `data` later"
+    return t.detach() if isinstance(t, Tensor) else t
 
 def _chooses(func, args):
     "Is it `x[mask]`, of which only the device knows the shape?"

@@ -615,6 +615,18 @@ def rates(learn): learn.opt.set_hypers(lr=1e-3*(1+learn.train_iter%3))
 def no_grads(learn):
     if learn.train_iter in (7, 8):
         for p in learn.model.parameters(): p.grad = None
+def grads_memory(learn):
+    if learn.train_iter==8:
+        for p in learn.model.parameters(): p.grad.data = p.grad.data.clone()
+def states_memory(learn):
+    if learn.train_iter==8:
+        for d in learn.opt.state.values(): d['grad_avg'].data = d['grad_avg'].data.clone()
+def own_opt_class(learn):
+    class Own(type(learn.opt)):
+        def step(self, *args):
+            super().step(*args)
+            for p in self.all_params()[0][:1]: p.data.mul_(.9)
+    if learn.train_iter==8: learn.opt.__class__ = Own
 def frozens_grads(learn):
     "Gradients of weights that are frozen already move them"
     if learn.train_iter==1: learn.freeze()
@@ -664,13 +676,63 @@ def step_hook(learn):
     if learn.train_iter==9: learn.opt.cbs = [*learn.opt.cbs, noisy]
 def noisy(p, **kwargs): p.data.mul_(1.01)
 
-OF_STEPS = (swap, other_p, rates, no_grads, frozens_grads, clear_state, other_state, in_place, counted,
-            new_opt, no_decay, loads, unfreezes, own_opt_step, by_hand, a_flag, flagged_by_hand, a_tensor,
-            step_hook)
+OF_STEPS = (swap, other_p, rates, no_grads, grads_memory, states_memory, own_opt_class, frozens_grads,
+            clear_state, other_state, in_place, counted, new_opt, no_decay, loads, unfreezes, own_opt_step,
+            by_hand, a_flag, flagged_by_hand, a_tensor, step_hook)
 @pytest.mark.parametrize('change', [*OF_STEPS, hypers(wd=.3), hypers(mom=.5), hypers(eps=1e-2)],
                          ids=lambda f: f.__name__)
 def test_what_changes_between_steps_in_graphs(change):
     check_step(in_groups, 'step', lambda: [Each(change)], n=6, least=5, said='')
+
+class Late(Net):
+    "From its fifth batch on, another layer is trained"
+    def __init__(self):
+        super().__init__()
+        self.late = nn.Linear(10, 10)
+        self.begin = nn.Parameter(torch.zeros(()), requires_grad=False)
+    def forward(self, x):
+        res = super().forward(x)
+        return self.late(res) if self.begin.requires_grad else res
+def test_a_layer_that_is_trained_from_some_batch_on():
+    for i in (4, 5, 6, 9):
+        def begins(learn):
+            if learn.train_iter==i: learn.model.begin.requires_grad_()
+        check_step(partial(learner, model=Late), 'step', lambda: [Each(begins)], n=6, least=5, said='')
+
+P = nn.Parameter(torch.zeros(10))
+def with_p(p, y): return F.cross_entropy(p+P.to(p.device)*P.sum(), y)
+@pytest.mark.parametrize('loss_func', [smooth, with_p], ids=['aside', 'in the loss'])
+@pytest.mark.parametrize('change', ['grad', 'none', 'frozen', 'data'])
+@pytest.mark.parametrize('step', [FusedStep, TerminateOnNaN])
+def test_a_parameter_that_is_in_no_module(loss_func, change, step):
+    def changes(learn):
+        i = learn.train_iter
+        if change=='grad': P.grad = torch.full_like(P, 1.+i)
+        if change=='none' and i in (8, 9): P.grad = None
+        if change=='frozen' and i==8: P.requires_grad_(False)
+        if change=='data' and i==8: P.data = P.data.clone()+1
+    def make(cbs, **kwargs):
+        P.data,P.grad = torch.full((10,), .1, device=default_device()),None
+        P.requires_grad_()
+        return learner([*cbs, step()], loss_func=loss_func, splitter=lambda m: [[*m.parameters()], [P]])
+    check(make, lambda: [Each(changes)], n=6, least=3, said='')
+
+class OwnBuffer(Net):
+    "Replaces a buffer"
+    def __init__(self):
+        super().__init__()
+        self.register_buffer('mean', torch.zeros(10))
+    def forward(self, x):
+        res = super().forward(x)+self.mean
+        self.mean = self.mean*.9+res.detach().mean(0)*.1
+        return res
+def test_a_buffer_that_is_replaced_is_found():
+    check(learner, model=OwnBuffer, least=0, said='attribute mean')
+
+def test_a_step_that_changes_often_goes_outside():
+    def decay(learn): learn.opt.set_hypers(wd=.1*(1+learn.train_iter//5))
+    g,plans = check_step(learner, 'whole', lambda: [Each(decay)], n=15, least=20, said='leaves the step out')
+    assert plans=={'step','whole'}
 
 def test_a_step_that_cannot_be_captured_stays_outside(monkeypatch, backend):
     if backend!='tape': return      # the other one captures nothing

@@ -16,7 +16,8 @@ from fastcore.basics import patch
 from torch import Tensor
 from torch.autograd import Function
 from torch.utils._pytree import tree_flatten, tree_unflatten
-from .assumed import Assumed, Watch, alike, is_plain, it_changes, parts_of
+from .assumed import (Assumed, Watch, all_params, alike, is_plain, it_changes,
+                                               parts_of)
 from .graph import copy_to, output_copies
 from .kernels import GraphedStep
 from .step import BatchUndo, opt_params
@@ -29,23 +30,28 @@ class Later(Unfit):
     "It cannot be captured now, but maybe in a later batch"
 
 class Grads:
-    "The gradients of a fit, each in one tensor for the whole fit"
-    def __init__(self): self.of = {}
+    "The gradients of a fit, each in one place in memory for the whole fit"
+    def __init__(self): self.of = {}        # the tensor, and one on the same memory, which keeps it
 
     @torch.no_grad()
     def place(self,
         params:list # Parameters
     ):
-        "Put the gradients of `params` in their tensors; where there is none, zeros"
+        "Put the gradients of `params` in their places; where there is none, zeros"
         zero = []
         for p in params:
-            g,now = self.of.get(p),p.grad
-            if now is not None and now is g: continue
-            if g is None: g = self.of[p] = torch.zeros_like(p) if now is None else now
-            elif now is None: zero.append(g)
-            else: g.copy_(now)
+            (g,place),now = self.of.get(p, (None, None)),p.grad
+            if now is not None and now is g and _same_place(g, place): continue
+            if place is None: g = torch.zeros_like(p) if now is None else now
+            else:
+                if now is None: zero.append(place)
+                else: place.copy_(now)
+                g = place.detach()
             p.grad = g
+            self.of[p] = g,g.detach()
         if zero: torch._foreach_zero_(zero)
+
+def _same_place(a, b): return a.layout is not torch.strided or a.data_ptr()==b.data_ptr()
 
 class Part:
     "A captured part of a batch"
@@ -61,13 +67,13 @@ class Part:
         self.step = GraphedStep(learn.opt) if plan=='step' else None
         self.joined = plan in ('step','whole')
         self.assumed,self.passing,self.states = Assumed(learn, seen.moved, plan!='pred'),False,[]
+        self.stepped = False
         if self.assumed.hooked(): raise Later('functions are hooked to its modules, and no graph calls them')
         leaves,spec = tree_flatten((tuple(learn.xb), tuple(learn.yb)))
         self.inputs = [torch.empty_like(t) for t in leaves if isinstance(t, Tensor)]
         it = iter(self.inputs)
         self.xb,self.yb = tree_unflatten([next(it) if isinstance(t, Tensor) else t for t in leaves], spec)
-        self.params = [*dict.fromkeys(p for m in parts_of(learn).values() for p in m._parameters.values()
-                                      if p is not None and p.requires_grad)]
+        self.params = [p for p in all_params(learn) if p.requires_grad]
         if self.step is not None:       # it reads those of frozen parameters too
             self.params += [p for p in opt_params(learn.opt) if p.grad is not None and not p.requires_grad]
         self.anchor = torch.zeros((), device=backend.device, requires_grad=True)
@@ -140,7 +146,7 @@ def _place(self:Part):
 def _find_touched(self:Part):
     "Which gradients are added to; where there was none, the others are None again"
     if self.touched is not None: return
-    if any(p.grad is not self.grads.of[p] for p in self.params): raise Unfit('a gradient is sparse')
+    if any(p.grad is not self.grads.of[p][0] for p in self.params): raise Unfit('a gradient is sparse')
     added = {p for p,v in zip(self.params, self.versions) if p.grad._version!=v}
     for p in self.none-added: p.grad = None
     self.touched = [p for p in self.params if p in added or self.step is not None and p not in self.none]
@@ -187,8 +193,10 @@ def _with_step(self:Part):
     "Model, loss, backward pass and the optimizer's step"
     outputs = self._whole()
     self._find_touched()
-    if not self.step.holds(): raise Later('the optimizer has other parameters or gradients than before')
-    self.step.record()
+    self.stepped = self.step.holds()
+    if self.stepped: self.step.record()
+    elif self.forward is None:      # it is captured
+        raise Later('the optimizer has other parameters or gradients than before')
     return outputs
 
 @patch
@@ -266,7 +274,7 @@ def run(self:Part)->list: # Predictions; if it goes as far as the loss, that too
     else:
         if self.step: self.step.load()
         self._replay_adding(self.forward)
-        if self.step: self.step.kernels.count()
+        if self.stepped: self.step.kernels.count()
         outputs = self._unload()
     n = sum(self.there)
     pred = self._tree(map(_of_class, outputs[:n], self.classes))

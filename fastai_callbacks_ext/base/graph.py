@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from fastai.learner import Learner
 from torch import Tensor
-from .assumed import parts_of
+from .assumed import all_params, parts_of
 
 # %% ../../nbs/base/graph.ipynb #graph-007
 @cache
@@ -111,7 +111,7 @@ def grad_nodes(
     for d in map(vars, modules):
         for k,v in d.items():       # as in fastai's `WeightDropout`
             if isinstance(v, Tensor) and v.grad_fn is not None: d[k] = v.detach()
-    params = [p for m in modules for p in m._parameters.values() if p is not None and p.requires_grad]
+    params = [p for p in all_params(learn) if p.requires_grad]
     with backend.aside(), torch.enable_grad():
         return [p.view_as(p).grad_fn.next_functions[0][0] for p in params]
 

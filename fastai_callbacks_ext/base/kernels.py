@@ -313,7 +313,8 @@ def repeats(
     opt:Optimizer # An optimizer
 )->list|None: # What a graph of its step would take for granted; None: it cannot have one
     "Can the step of `opt` be a part of a CUDA graph?"
-    if not isinstance(opt, _Steps) or {'step','found_inf'} & vars(opt).keys(): return None
+    if getattr(type(opt), 'step', None) is not _Steps.step: return None
+    if {'step','found_inf'} & vars(opt).keys(): return None
     k = opt.kernels
     if not k.params or not k.formula.in_graphs or not k._takes_flag(): return None
     if any(b.dtype!=torch.float32 for b in k.buckets) or not all(map(k._numbers, opt.hypers)): return None
@@ -329,15 +330,18 @@ class GraphedStep:
         opt:Optimizer # An optimizer that `repeats`
     ):
         self.opt,self.kernels,self.granted = opt,opt.kernels,repeats(opt)
-        self.buckets = self.kernels.buckets
+        self.buckets,self.places = self.kernels.buckets,self._places()
         self.rates,self.now = [*map(_rate, self.buckets)],[0.]*len(self.buckets)
+
+    def _places(self):
+        return [t.data_ptr() for tensors in self.kernels.tensors.values() for t in tensors]
 
     def holds(self)->bool:
         "Would a step be the captured one, but for its rates?"
         k,opt = self.kernels,self.opt
         k.settle()
         if k.buckets is not self.buckets or not _same(opt.cbs, k.cbs): return False
-        if repeats(opt)!=self.granted: return False
+        if repeats(opt)!=self.granted or self._places()!=self.places: return False
         params = [p for group in opt.param_lists for p in group]
         return k._current(params, [p.grad for p in params], vars(opt)['state'])
 

@@ -47,6 +47,10 @@ def putting_back(
             with allowed(): yield
         finally: load_learner_state(learn, copied, start)
 
+def _refill(d, content):
+    d.clear()
+    d.update(content)
+
 @contextmanager
 def _ctrl_c_waits():
     "In the block, Ctrl-C takes effect at its end. Yields a context in which that is switched off"
@@ -260,10 +264,6 @@ def reads_once(
     "Is the data of the loader an iterator, which would miss what is read here?"
     data = getattr(dl, 'dataset', None)
     return any(hasattr(type(o), '__next__') for o in (data, *vars_of(data).values()))
-
-def _refill(d, content):
-    d.clear()
-    d.update(content)
 
 def vars_of(
     o:object # Any object
