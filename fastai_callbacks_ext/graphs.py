@@ -16,7 +16,7 @@ from contextlib import nullcontext
 from functools import partial
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
-from types import BuiltinFunctionType, FunctionType
+from types import BuiltinFunctionType, FunctionType, SimpleNamespace
 from .base.assumed import Watch
 from .base.captured import Grads, Later, Part, Unfit
 from .base.core import ExtCallback, check_number, n_ranks, runs_in
@@ -30,16 +30,17 @@ from .base.step import opt_params, own_step
 # %% ../nbs/34_graphs.ipynb #graphs-007
 _between = 'after_pred','after_loss','before_backward'
 _at_step = 'after_backward','before_step'
+_events = _between+_at_step
 
 def _acts(cb):
     "The events between the passes, and before the step, in which `cb` may act"
-    cls,events = own_class(cb),_between+_at_step
+    cls = own_class(cb)
     if cls.__module__.endswith('callbacks_ext.base.parts'): return ()
     if _is_mixed_precision(cls):
         does_nothing = not cb.learn.scaler.is_enabled() and _is_theirs(cls, *_at_step, 'step')
         return () if does_nothing else _at_step
-    if cls.__call__ not in (Callback.__call__, ExtCallback.__call__): return events
-    return tuple(e for e in events if runs_in(cb, e))
+    if cls.__call__ not in (Callback.__call__, ExtCallback.__call__): return _events
+    return tuple(e for e in _events if runs_in(cb, e))
 
 def _is_mixed_precision(cls):
     "fastai's, or one that does the same between the passes: that is part of the graphs"
@@ -188,15 +189,17 @@ _values = {type(None), bool, int, float, str}
 @patch
 def _plan(self:Graphs, learn):
     "How the batch is cut; None: it is left as it is"
-    table = self._table
-    if table is None or table[0]!=learn.cbs.items or table[1] is not type(learn):
+    own = [e for cb in learn.cbs for e in _events if e in vars(cb)]
+    table,key = self._table,(list(learn.cbs), type(learn), own)
+    if table is None or table.key!=key:
         acts = [(cb, events) for cb in learn.cbs if (events := _acts(cb))]
         others = [c for c in vars(type(learn)).get('_lent', ()) if c is not _Batches
                   and {'_do_one_batch','_backward','_do_grad_opt'} & vars(c).keys()]
         if others: self._say('another callback does the batches itself')
-        table = self._table = list(learn.cbs),type(learn),acts,bool(others),mixed_precision(learn)
-    if table[3]: return None
-    acting = {e for cb,events in table[2] if cb.run and cb.run_train for e in events}
+        precision = mixed_precision(learn)
+        table = self._table = SimpleNamespace(key=key, acts=acts, others=others, precision=precision)
+    if table.others: return None
+    acting = {e for cb,events in table.acts if cb.run and cb.run_train for e in events}
     if 'after_pred' in acting or not _is_fixed(learn.loss_func): return 'pred'
     if acting.difference(_at_step): return 'loss'
     return 'step' if not acting and self._steps_alike(learn.opt) else 'whole'
@@ -252,7 +255,8 @@ def _capture(self:Graphs, learn, kind, plan):
     if sum(o.part is not None for o in self._parts.values())>=self.max_shapes:
         self._say(f'{self.max_shapes} shapes have a graph, which is max_shapes')
         return False
-    scales = self._table[4] if _is_mixed_precision(type(self._table[4])) else None
+    precision = self._table.precision
+    scales = precision if _is_mixed_precision(type(precision)) else None
     learn.pred = learn.loss = learn.loss_grad = None        # they know the stream of the last batch
     try: kind.part = Part(learn, self._backend, plan, kind.seen, self._grads, scales)
     except Later as e:          # maybe in this batch only

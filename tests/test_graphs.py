@@ -292,6 +292,15 @@ def wakes(learn):
 @pytest.mark.parametrize('change', [comes, wakes])
 def test_callbacks_may_come_and_go(change): check(learner, lambda: [Each(change)], n=4, least=5)
 
+def on_instance(learn):
+    def halve():
+        for p in learn.model.parameters(): p.grad.mul_(.5)
+    if learn.train_iter==8: learn.look.before_step = halve
+    if learn.train_iter==16: del learn.look.before_step
+def test_a_method_that_an_instance_gets_in_mid_fit():
+    for more in (), (FusedStep,):
+        check(learner, lambda: [Each(on_instance), *(o() for o in more)], n=6, least=9)
+
 def swap(learn):
     if learn.train_iter==7: learn.model.head.weight.data = learn.model.head.weight.data.clone()*2
 def other_p(learn):
