@@ -31,7 +31,9 @@ class Later(Unfit):
 
 class Grads:
     "The gradients of a fit, each in one place in memory for the whole fit"
-    def __init__(self): self.of = {}        # the tensor, and one on the same memory, which keeps it
+    def __init__(self):
+        # by parameter: the tensor, and one on the same memory, which keeps it
+        self.of = {}
 
     @torch.no_grad()
     def place(self,
