@@ -258,9 +258,28 @@ class OwnStep(Learner):
     (lambda: [OwnScaler()], 'own_scaler has to know of each step'),
     (lambda: [Looks()], 'looks has to know of each step'),
     (lambda: [Hears()], 'hears has to know of each step'), (lambda: [SAM()], 'sam has to know of each step'),
+    (lambda: [GradientClip(auto=50, wait=False)], 'gradient_clip has to know of each step'),
+    (lambda: [GradientClip(.5, wait=True)], 'gradient_clip has to know of each step'),
     (lambda: [FastaiGradientClip()], 'gradient_clip has to know of each step')])
 def test_says_why_it_waits(cbs, why, capsys):
     assert told(trained([SkipNonFinite(wait=False), *cbs()], 1), 'skip_non_finite')[0]==('waits', why)
+
+class AsksRate(Callback):
+    def before_fit(self): self.rates = []
+    def before_batch(self): self.rates.append(self.learn.gradient_clip.clip_rate)
+def test_the_share_of_clipped_steps_in_mid_epoch(monkeypatch):
+    Lag(monkeypatch, 3)
+    a,b = (trained([GradientClip(.5, wait=wait), AsksRate()], None).asks_rate.rates for wait in (True, False))
+    assert a==b and 0<a[5]<1
+
+class Mixes(Callback):
+    "Puts other items in the places of those of a batch, so that no version tells it"
+    def before_batch(self):
+        if self.training: self.x.data.copy_(self.x.data.flip(0))
+def test_names_no_items_whose_rows_have_moved(capsys):
+    for more,named in ([], True),([Mixes()], False):
+        learn = trained([SkipNonFinite(wait=False), PoisonBatch((5, 12), 'loss'), *more], None)
+        assert [('the batch: items' in why) for _,why in told(learn, 'skip_non_finite')]==[named]*2
 
 def test_a_loader_whose_items_are_not_known(capsys):
     batches = [(torch.randn(8, 4, device=DEVICE), torch.randint(2, (8,), device=DEVICE)) for _ in range(9)]
@@ -419,6 +438,15 @@ def test_the_log_knows_the_step(monkeypatch, capsys, tmp_path):
     learn = trained([SkipNonFinite(wait=False), RunLog(tmp_path), PoisonBatch(5)], None)
     events = read_log(learn.run_log.log_file).events
     assert events[events.callback=='skip_non_finite'].step.tolist()==[6]
+
+def test_the_log_has_no_loss_of_a_dropped_batch(capsys, tmp_path):
+    def losses(wait):
+        guards = [SkipNonFinite(wait=wait), PoisonBatch((5, 12), 'grad')]
+        learn = trained([*guards, RunLog(tmp_path, every=1)], None)
+        return read_log(learn.run_log.log_file).steps.loss
+    a,b = losses(True),losses(False)
+    assert a[a.isna()].index.tolist()==[5, 12]
+    close(a.tolist(), b.tolist())
 
 def test_a_flag_is_for_one_step(capsys):
     "PyTorch's optimizers keep it; from batch 10 on, the guard waits"
