@@ -65,8 +65,7 @@ class Graphs(ExtCallback):
     order,single = 990,True     # after the others, which may replace methods in `before_fit`
     fit_state = dict(replayed=0)
     transient = dict(_parts={}, _backend=None, _grads=None, _nodes=(), _said=None, _table=None, _part=None,
-                     _joined=False, _looking=None, _in_backward=False, _seen=None, _granted=None,
-                     _apart=False)
+                     _looking=None, _in_backward=False, _seen=None, _granted=None, _apart=False)
     def __init__(self,
         warmup:int=3, # Batches of a shape that run as usual first: libraries choose their kernels there
         max_shapes:int=8 # Most shapes that get a graph; each keeps a batch and its predictions in memory
@@ -80,7 +79,7 @@ class Graphs(ExtCallback):
         if backend := vars(self).get('_backend'): backend.close()
         self._parts,self._backend,self._grads,self._nodes,self._said = {},None,None,(),None
         self._table = self._part = self._looking = self._seen = self._granted = None
-        self._joined = self._in_backward = self._apart = False
+        self._in_backward = self._apart = False
 
     def before_fit(self):
         "From now on, batches are done here"
@@ -246,13 +245,16 @@ def _gives_up(self:Graphs, kind, plan, why):
     kind.why = why
     if plan!='step': return self._say(why)
     self._apart = True      # but it may go without the step
+    for other in self._parts.values():
+        if other.part is not None and other.part.step is not None: other.close()
     self.tell('leaves the step out of the graphs', why)
 
 @patch
 def _capture(self:Graphs, learn, kind, plan):
     "Was it captured? If not, say why"
     if kind.n>self.warmup: return False
-    if sum(o.part is not None for o in self._parts.values())>=self.max_shapes:
+    # a shape may have several, by where callbacks act
+    if len({key[1:] for key,o in self._parts.items() if o is kind or o.part is not None})>self.max_shapes:
         self._say(f'{self.max_shapes} shapes have a graph, which is max_shapes')
         return False
     precision = self._table.precision
@@ -315,20 +317,19 @@ def _replay(self:Graphs, learn, kind):
     part = self._part = kind.part
     learn.pred,*loss = part.run()
     self.replayed += 1
-    self._joined = part.joined
     try:
         learn('after_pred')
         learn.loss_grad = loss[0] if loss else learn.loss_func(learn.pred, *learn.yb)
         learn.loss = loss[1] if loss[1:] else learn.loss_grad.clone()
         learn('after_loss')
         learn._do_grad_opt()
-    finally: self._joined,self._part = False,None
+    finally: self._part = None
 
 @patch
 def _pass(self:Graphs, backward):
     "The backward pass; the graph of a whole batch has done it already"
-    if self._joined: return
     part,watch = self._part,self._looking
+    if part is not None and part.joined: return
     self._in_backward = True
     if part is not None: part.passing = True
     try:

@@ -743,6 +743,17 @@ def test_a_step_that_changes_often_goes_outside():
     g,plans = check_step(learner, 'whole', lambda: [Each(decay)], n=15, least=20, said='leaves the step out')
     assert plans=={'step','whole'}
 
+def test_graphs_with_the_step_make_room_for_those_without(monkeypatch):
+    "Two shapes, of which `max_shapes` allows no more"
+    monkeypatch.setattr(Graphs.__init__, '__defaults__', (3, 2))
+    def decay(learn):
+        learn.opt.set_hypers(wd=.1*(1+learn.train_iter//14))
+        if 'graphs' in vars(learn) and learn.graphs._apart:
+            assert all(kind.part is None or kind.part.step is None for kind in learn.graphs._parts.values())
+    g,plans = check_step(of_sizes([4,6]*14), 'whole', lambda: [Each(decay)], n=8, least=60,
+                         said='leaves the step out')
+    assert plans=={'step','whole'} and not any('max_shapes' in str(r) for r in g.records)
+
 def test_a_step_that_cannot_be_captured_stays_outside(monkeypatch, backend):
     if backend!='tape': return      # the other one captures nothing
     def fails(self): raise RuntimeError('not permitted\nhere')
