@@ -3,7 +3,7 @@
 A benchmark calls `options`, `measure` for each of its tables, and `report`, which prints them and writes
 results/NAME.json. A page of the docs loads that file and shows it with `table`, `plot` and `about`.
 """
-import argparse, gc, io, json, platform, sys, time
+import argparse, atexit, gc, io, json, os, platform, shutil, sys, tempfile, time
 from base64 import b64encode
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from importlib.metadata import version
@@ -19,12 +19,19 @@ SCALE = {'ms':1e3, 'µs':1e6, 'ns':1e9}
 def options(doc, rounds=9, device=False):
     "The parser with what every benchmark has; threads are set to 1. `device`: it can run on a GPU too"
     torch.set_num_threads(1)
+    _own_temporary_folder()
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--rounds', type=int, default=rounds,
                         help='times that each case is measured (default: %(default)s)')
     devices = dict(choices=('cpu','cuda'), default='cpu', help='(default: %(default)s)')
     if device: parser.add_argument('--device', **devices)
     return parser
+
+def _own_temporary_folder():
+    "Removed at the end, with what processes that are started here leave: checkpoints of whole models"
+    folder = tempfile.mkdtemp(prefix='benchmark-')
+    os.environ['TMPDIR'] = tempfile.tempdir = folder
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
 def sync():
     "Wait for the GPU, if one is used: call it before the clock is read, around many batches"

@@ -1,5 +1,5 @@
 "How tests are spread over workers; what is read once; what coverage leaves out; the same bits on a GPU"
-import copy, gc, os, random, re
+import copy, gc, os, random, re, shutil, tempfile
 from functools import cache
 from itertools import groupby
 os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
@@ -16,7 +16,8 @@ def prepare():
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cudnn.benchmark = torch.backends.cudnn.allow_tf32 = False
     else:       # PyTorch notes each seed for devices that are not there, with the stack it was set in
-        for device in torch.cuda,torch.xpu,torch.mtia: device.manual_seed_all = lambda seed: None
+        for device in ('cuda','xpu','mtia'):
+            if hasattr(torch, device): getattr(torch, device).manual_seed_all = lambda seed: None
     load_digits = cache(sklearn.datasets.load_digits)      # unpacks and reads a text each time
     sklearn.datasets.load_digits = lambda *args, **kwargs: copy.deepcopy(load_digits(*args, **kwargs))
 
@@ -27,6 +28,16 @@ def autocast_is_left():
     left = [o for o in ('cpu','cuda') if torch.is_autocast_enabled(o)]
     for o in left: torch.set_autocast_enabled(o, False)
     assert not left, f'autocast is still on: {left}'
+
+@pytest.fixture(scope='session', autouse=True)
+def temporary_folder(tmp_path_factory):
+    "Removed at the end, with what notebooks and processes that are started here leave"
+    tmp_path_factory.getbasetemp()      # which pytest keeps
+    was,folder = tempfile.tempdir,tempfile.mkdtemp(prefix='tests-')
+    os.environ['TMPDIR'] = tempfile.tempdir = folder
+    yield
+    tempfile.tempdir = was
+    shutil.rmtree(folder, ignore_errors=True)
 
 @pytest.fixture
 def on_cpu():
