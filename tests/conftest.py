@@ -1,5 +1,5 @@
 "How tests are spread over workers; what is read once; what coverage leaves out; the same bits on a GPU"
-import copy, gc, os, random, re, shutil, tempfile
+import copy, gc, multiprocessing.util, os, random, re, shutil, tempfile
 from functools import cache
 from itertools import groupby
 os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
@@ -32,7 +32,7 @@ def autocast_is_left():
 @pytest.fixture(scope='session', autouse=True)
 def temporary_folder(tmp_path_factory):
     "Removed at the end, with what notebooks and processes that are started here leave"
-    tmp_path_factory.getbasetemp()      # which pytest keeps
+    tmp_path_factory.getbasetemp(),multiprocessing.util.get_temp_dir()      # these stay where they were
     was,folder = tempfile.tempdir,tempfile.mkdtemp(prefix='tests-')
     os.environ['TMPDIR'] = tempfile.tempdir = folder
     yield

@@ -2,7 +2,6 @@
 from contextlib import nullcontext
 
 import torch
-from fastai.torch_core import TensorBase
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
@@ -54,13 +53,6 @@ class _Recorded:
                 if isinstance(new, Tensor) and _storage(new)!=_storage(old): old.copy_(new)
 
     def reset(self): self.calls = self.outputs = None
-
-def can_note():
-    "Before 2.6, PyTorch could not make a tensor of fastai's classes where operations are noted"
-    try:
-        with _Tape(): torch.ones(2).as_subclass(TensorBase)
-        return True
-    except RuntimeError: return False
 
 class Tape:
     "As `CudaGraphs`: a capture changes nothing, a replay runs what was noted"

@@ -30,7 +30,7 @@ def test_metadata(metadata):
 def test_dependencies(metadata):
     needs = metadata.get_all('Requires-Dist')
     core = {o.split(';')[0].strip() for o in needs if 'extra' not in o}
-    assert core == {'fastai<2.9,>=2.8.12', 'torch', 'fastcore'}
+    assert core == {'fastai<2.9,>=2.8.12', 'torch>=2.6', 'fastcore'}
     assert set(metadata.get_all('Provides-Extra')) == {'docs', 'dev', 'bench', 'browser', 'distributed'}
     assert any('nbdev' in o and 'extra == "docs"' in o for o in needs)
 

@@ -338,6 +338,7 @@ _words = [
     ((Tensor, np.ndarray),            _numbers_in),
     (partial,                         _partial),
     (FunctionType,                    _function_name),
+    (np.ufunc,                        lambda o,say: o.__name__),     # NumPy 1 gives them no `__qualname__`
     ((MethodType, BuiltinMethodType), _method),
     (re.Pattern,                      lambda o,say: repr(o.pattern)),
     (Distribution,                    _distribution),

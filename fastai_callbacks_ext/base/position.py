@@ -60,9 +60,7 @@ def load_random_state(
         if s is not None: getattr(o, 'set_rng_state_all' if isinstance(s, list) else 'set_rng_state')(s)
     for dl,s in zip(dls.loaders, state['loaders']): load_loader_state(dl, s)
 
-def _accelerators():
-    kinds = (torch.cuda, torch.cuda),(torch.xpu, torch.xpu),(torch.mps, torch.backends.mps)
-    return [mod for mod,there in kinds if there.is_available()]
+def _accelerators(): return [o for o in (torch.cuda, torch.xpu, torch.mps) if o.is_available()]
 
 # a state has 625 numbers, stored as one tensor
 def _words(state): return _each(state, lambda o: torch.tensor(o) if isinstance(o, tuple) else o)
