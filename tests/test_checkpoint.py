@@ -476,9 +476,9 @@ def test_error_of_the_writer_is_said_at_the_next_batch(monkeypatch):
 
 def test_slow_disk_does_not_hold_the_training_up(monkeypatch):
     "While a file is being written, no other one is begun: it is due at the next batch after"
-    gate,started,real = threading.Event(),[],module.StateFiles.save
+    gate,begun,real = threading.Event(),threading.Semaphore(0),module.StateFiles.save
     def save(self, *args):
-        started.append(1)
+        begun.release()
         gate.wait(20)
         return real(self, *args)
     monkeypatch.setattr(module.StateFiles, 'save', save)
@@ -486,10 +486,10 @@ def test_slow_disk_does_not_hold_the_training_up(monkeypatch):
         order = 3000
         def after_batch(self):
             if self.training and self.train_iter==9:
-                assert len(started)==1
+                assert begun.acquire(timeout=20) and not begun.acquire(blocking=False)
                 gate.set()
                 self.checkpoint._writer._thread.join()
-            if self.training and self.train_iter==11: assert len(started)==2
+            if self.training and self.train_iter==11: assert begun.acquire(timeout=20)
     run(digits(lambda: [Open()]), Checkpoint('run', epochs=None, steps=2))
     assert gate.is_set()
 
