@@ -4,7 +4,7 @@ BIN = .venv/bin
 # notebooks' stored outputs and test runs are free of other packages' warnings; one thread per process is fastest for small models
 RUN = PYTHONWARNINGS=ignore $(BIN)
 
-.PHONY: help demo test docs docs-test bench techniques soak-contract soak-tests soak-loop soak-crash soak-log soak-ranks notebooks clean
+.PHONY: help demo test docs docs-test bench techniques soak-contract soak-tests soak-oldest soak-loop soak-crash soak-log soak-ranks notebooks clean
 
 help:          ## Show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -69,6 +69,11 @@ soak-tests: .venv/ready ## Run every notebook as it stands, and all tests with e
 	PYTHONWARNINGS=ignore $(RUN)/nbdev-test --n-workers 2
 	EVERY_CASE=1 OMP_NUM_THREADS=1 $(RUN)/pytest -n 2
 
+soak-oldest: ## Run all tests with the oldest PyTorch and NumPy; PYTHON=python3.10 for the oldest Python too (10 minutes, 7 GB)
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install -q -e '.[dev]' 'torch==2.6.*' 'numpy<2'
+	OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore .venv-oldest/bin/pytest -n 2
+
 soak-loop: .venv/bench-ready ## Train for a million batches with FastLoop; memory must not grow (10 minutes)
 	$(RUN)/python benchmarks/loop.py --batches 1000000
 
@@ -89,4 +94,4 @@ notebooks: .venv/ready ## Export the modules, run the notebooks and store their 
 	$(BIN)/nbdev-clean
 
 clean:         ## Remove what the other targets made
-	rm -rf .venv _proc build dist docs/_build examples/out *.egg-info .pytest_cache .coverage*
+	rm -rf .venv .venv-oldest _proc build dist docs/_build examples/out *.egg-info .pytest_cache .coverage*
