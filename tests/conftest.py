@@ -16,8 +16,7 @@ def prepare():
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cudnn.benchmark = torch.backends.cudnn.allow_tf32 = False
     else:       # PyTorch notes each seed for devices that are not there, with the stack it was set in
-        for device in ('cuda','xpu','mtia'):
-            if hasattr(torch, device): getattr(torch, device).manual_seed_all = lambda seed: None
+        for device in torch.cuda,torch.xpu,torch.mtia: device.manual_seed_all = lambda seed: None
     load_digits = cache(sklearn.datasets.load_digits)      # unpacks and reads a text each time
     sklearn.datasets.load_digits = lambda *args, **kwargs: copy.deepcopy(load_digits(*args, **kwargs))
 

@@ -58,8 +58,8 @@ def _map(state, f, where=()):
 def _bare(t, where):
     "`t` as a plain tensor, detached, without attributes"
     res = t.detach().resolve_conj().resolve_neg()
-    wraps = is_traceable_wrapper_subclass(res)
-    if type(res) is not Tensor and not wraps: res = torch.as_subclass(res, Tensor)
+    stays = type(res) is Tensor or is_traceable_wrapper_subclass(res)     # PyTorch 2.6 fails with these
+    if not stays: res = torch.as_subclass(res, Tensor)
     if type(res) is Tensor and not res.is_meta: return res
     return _refuse(type(t), where)      # it has no data of its own
 
